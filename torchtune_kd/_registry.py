@@ -1,2 +1,140 @@
-def register():
-    return
+"""Makes the stock ``tune`` command list, copy and run our recipes and configs.
+
+torchtune has no plug-in hook: its command looks names up in `torchtune._recipe_registry._ALL_RECIPES`.
+PyTorch calls every entry point of the group ``torch.backends`` at the end of ``import torch``, and torchtune
+imports torch before it imports that list. `register` therefore puts a finder into `sys.meta_path` which waits
+for ``torchtune._recipe_registry`` and appends our entries as soon as torchtune itself has filled the list.
+
+It runs in every program that imports torch, so it does no more than that: no file is read and nothing is
+imported until somebody asks for torchtune's list. torchtune joins an entry's path to its own folder, and
+joining a path with an absolute one keeps the absolute one, so absolute paths are all that is needed.
+"""
+
+import sys
+from functools import cache
+
+_REGISTRY = "torchtune._recipe_registry"
+_PREFIX = "torchtune_kd/"
+# each recipe, and how the names of its configs end
+_RECIPES = {"kd_single_device": "_single_device", "kd_distributed": "_distributed"}
+
+
+def register() -> None:
+    """Entry point ``torch.backends``. Calling it again changes nothing; it never raises."""
+    if _RegistryFinder not in sys.meta_path:
+        sys.meta_path.insert(0, _RegistryFinder)
+    if _REGISTRY in sys.modules:
+        _append_or_say_why(sys.modules[_REGISTRY])
+    program = str((getattr(sys, "argv", None) or [""])[0])
+    if program.endswith(("/tune", "\\tune", "\\tune.exe")):
+        # With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
+        _say_why_versions_fail()
+
+
+def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
+    """Append our entries to torchtune's list, where it does not hold them yet.
+
+    Args:
+        registry: the module `torchtune._recipe_registry`.
+        recipes_folder (str | Path | None): folder of the recipe files; None for the installed one.
+        configs_folder (str | Path | None): folder with a folder of YAML files per model family; None for the
+            installed one.
+
+    Raises:
+        ImportError: if torchtune or torchao is another version than torchtune-kd works with.
+        FileNotFoundError: if a folder is not there.
+    """
+    from torchtune_kd._versions import check_versions
+
+    check_versions()
+    recipes = _folder("recipes", recipes_folder)
+    configs = _folder("configs", configs_folder)
+    files = sorted(configs.rglob("*.yaml"))
+    known = {recipe.name for recipe in registry._ALL_RECIPES}
+    for recipe, ending in _RECIPES.items():
+        if _PREFIX + recipe in known:
+            continue
+        entries = [
+            registry.Config(
+                name=_PREFIX + file.relative_to(configs).with_suffix("").as_posix(), file_path=str(file)
+            )
+            for file in files
+            if file.stem.endswith(ending)
+        ]
+        registry._ALL_RECIPES.append(
+            registry.Recipe(
+                name=_PREFIX + recipe,
+                file_path=str(recipes / f"{recipe}.py"),
+                configs=entries,
+                supports_distributed=ending == "_distributed",
+            )
+        )
+
+
+class _RegistryFinder:
+    """Finds `torchtune._recipe_registry` where Python would, and appends our entries once it is executed."""
+
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        if fullname != _REGISTRY:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None  # not torchtune as we know it: leave it to the other finders
+        execute = spec.loader.exec_module
+
+        def execute_and_append(module):
+            execute(module)
+            _append_or_say_why(module)
+
+        spec.loader.exec_module = execute_and_append
+        return spec
+
+
+def _append_or_say_why(registry) -> None:
+    try:
+        append_recipes(registry)
+    except Exception as error:  # whatever is wrong with us, torchtune's own recipes must go on working
+        say_at_exit(error)
+
+
+def _say_why_versions_fail() -> None:
+    try:
+        from torchtune_kd._versions import check_versions
+
+        check_versions()
+    except Exception as error:  # `import torch` must not fail because of us
+        say_at_exit(error)
+
+
+def say_at_exit(error: Exception) -> None:
+    """Print an error's sentence once, as the last line of the program: below the traceback it explains."""
+    _say_once(f"torchtune-kd: {error}")
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    import atexit
+
+    atexit.register(lambda: print(sentence, file=sys.stderr))
+
+
+def _folder(name: str, given):
+    """The folder itself: a wheel holds it in the package, an editable install maps it from the repository."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    if given is None:
+        spec = find_spec(f"torchtune_kd.{name}")
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(
+                f"torchtune_kd.{name} was not found, but {Path(__file__).parent} was: install torchtune-kd, "
+                "and with a wheel install start Python outside the source checkout."
+            )
+        given = spec.submodule_search_locations[0]
+    folder = Path(given).resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder of torchtune-kd's {name} is not there: {folder}.")
+    return folder
