@@ -1,0 +1,207 @@
+"""The objective on a few rows at a time: value, gradient and metrics from one visit to the logits.
+
+Legend: n rows of a block, V vocabulary, N tokens. A block is small enough for its fp32 temporaries to stay
+in the cache of a CPU; they are allocated once per call and used for every block.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _metrics
+from ._divergences import Distributions, divergence
+from ._objective import Objective
+
+# Elements of one temporary. CPU: 1 MiB of fp32 each, seven of them; other devices: enough to fill the device.
+_BLOCK_ELEMENTS = {"cpu": 2**18}
+_BLOCK_ELEMENTS_ELSEWHERE = 2**25
+
+
+class Plan(NamedTuple):
+    """What one call computes, fixed before the first row is read."""
+
+    objective: Objective
+    metrics: tuple[str, ...]
+    vocab: int  # ids that both models score
+    reduction: str  # "mean", "sum" or "none"
+    has_teacher: bool  # the objective or a metric reads it
+    want_grad: bool
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Slices of at most `rows_per_block` rows."""
+    step = rows_per_block(vocab, device)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def rows_per_block(vocab: int, device: torch.device) -> int:
+    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE) // vocab)
+
+
+def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    """`grad` times `scale`, multiplied in the precision of `scale` and rounded once to `dtype`.
+
+    Args:
+        grad (Tensor): ``[N, V]`` (or any 2-D or 1-D tensor).
+        scale (Tensor): 0-d, or ``[N, 1]``, in the working dtype.
+        dtype (torch.dtype): of the result.
+        in_place (bool): write over `grad`, which must then have that dtype.
+    """
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    if grad.dim() == 1:
+        return out.copy_(grad * scale)
+    for rows in row_blocks(grad.shape[0], max(1, grad.shape[1]), grad.device):
+        out[rows] = grad[rows].to(scale.dtype).mul_(scale if scale.dim() == 0 else scale[rows])
+    return out
+
+
+class BlockLoss:
+    """Computes blocks of up to `max_rows` rows, reusing its workspaces.
+
+    Args:
+        plan (Plan): what to compute.
+        max_rows (int): the largest block that will come.
+        dtype (torch.dtype): working dtype, fp32 or fp64.
+        device (torch.device): of the logits.
+    """
+
+    def __init__(self, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        objective, wanted = plan.objective, set(plan.metrics)
+        self._has_kd = objective.kd_ratio > 0.0
+        self._has_ce = objective.kd_ratio < 1.0
+        self._kd_value = self._has_kd or "kd_loss" in wanted
+        # what has to be known at T = 1
+        self._both_at_1 = bool(wanted & {"kl", "acceptance_rate"})
+        self._student_at_1 = (
+            self._has_ce or self._both_at_1 or bool(wanted & {"class_loss", "student_entropy"})
+        )
+        self._teacher_at_1 = self._both_at_1 or bool(wanted & {"teacher_class_loss", "teacher_entropy"})
+        # log q, q, scratch, then the teacher's, then the gradient
+        count = 3 + 3 * plan.has_teacher + plan.want_grad
+        self._work = [torch.empty(max_rows, plan.vocab, dtype=dtype, device=device) for _ in range(count)]
+
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        grad_out: Tensor | None,
+        row_scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One block.
+
+        Args:
+            student (Tensor): logits ``[n, V]``, any floating dtype and strides.
+            teacher (Tensor | None): logits ``[n, V]``.
+            labels (Tensor | None): ``[n]`` int64 in [0, V).
+            grad_out (Tensor | None): ``[n, V]``, receives the gradient of each row's loss; may be `student`.
+            row_scale (Tensor | None): ``[n, 1]``, multiplies each row's gradient.
+
+        Returns:
+            tuple[Tensor, list[Tensor]]: loss ``[n]`` and one ``[n]`` for each of the plan's metrics.
+        """
+        plan, objective = self.plan, self.plan.objective
+        log_q, q, x, *rest = (buffer[: student.shape[0]] for buffer in self._work)
+        grad = rest.pop() if plan.want_grad else None
+        log_p, p, r = rest if rest else (None, None, None)
+        dist = Distributions(log_p, log_q, p, q)
+        temperature, at_1 = objective.temperature, objective.temperature == 1.0
+
+        loss, kd_loss = None, None
+        if self._kd_value:
+            _softmax(student, temperature, log_q, q, x)
+            _softmax(teacher, temperature, log_p, p, x)
+            kd_grad = grad if self._has_kd else None
+            kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
+            kd_loss.mul_(objective.divergence_scale)
+            if self._has_kd:
+                loss = kd_loss * objective.kd_ratio
+                factor = objective.kd_ratio * objective.divergence_scale / temperature
+                if kd_grad is not None and factor != 1.0:
+                    kd_grad.mul_(factor)
+
+        fresh = self._kd_value and at_1
+        if self._student_at_1 and not fresh:
+            _softmax(student, 1.0, log_q, q, x)
+        if self._teacher_at_1 and not fresh:
+            _softmax(teacher, 1.0, log_p, p, x)
+
+        class_loss = None
+        if self._has_ce or "class_loss" in plan.metrics:
+            class_loss = _cross_entropy(log_q, labels)
+        if self._has_ce:
+            weight = 1.0 - objective.kd_ratio
+            loss = class_loss * weight if loss is None else loss.add(class_loss, alpha=weight)
+            if grad is not None:
+                if self._has_kd:
+                    grad.add_(q, alpha=weight)
+                else:
+                    torch.mul(q, weight, out=grad)
+                grad[torch.arange(len(labels), device=labels.device), labels] -= weight
+
+        values = {
+            "class_loss": lambda: class_loss,
+            "teacher_class_loss": lambda: _cross_entropy(log_p, labels),
+            "kd_loss": lambda: kd_loss,
+            "kl": lambda: _metrics.kl(dist, r, x),
+            "top1_agreement": lambda: _metrics.top1_agreement(student, teacher),
+            "student_entropy": lambda: _metrics.entropy(log_q, q, x),
+            "teacher_entropy": lambda: _metrics.entropy(log_p, p, x),
+            "acceptance_rate": lambda: _metrics.acceptance_rate(dist, x),
+        }
+        metrics = [values[name]() for name in plan.metrics]
+        # last, because grad_out may be the student's own rows
+        if grad_out is not None:
+            grad_out.copy_(grad if row_scale is None else grad.mul_(row_scale))
+        return loss, metrics
+
+
+def _softmax(logits: Tensor, temperature: float, log_prob: Tensor, prob: Tensor, x: Tensor) -> None:
+    """log-softmax and softmax of logits/T ``[n, V]``; `x` is scratch."""
+    x.copy_(logits)
+    if temperature != 1.0:
+        x.div_(temperature)
+    torch.log_softmax(x, -1, out=log_prob)
+    torch.exp(log_prob, out=prob)
+
+
+def _cross_entropy(log_prob: Tensor, labels: Tensor) -> Tensor:
+    """-log q_y ``[n]``."""
+    return -log_prob.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+class Rows(NamedTuple):
+    """Per-token results of a call, 0 where a token is ignored."""
+
+    loss: Tensor  # [N]
+    metrics: Tensor  # [M, N]
+
+    @classmethod
+    def zeros(cls, n_tokens: int, plan: Plan, dtype: torch.dtype, device: torch.device) -> "Rows":
+        kwargs = {"dtype": dtype, "device": device}
+        return cls(torch.zeros(n_tokens, **kwargs), torch.zeros(len(plan.metrics), n_tokens, **kwargs))
+
+    def reduce(self, reduction: str, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss as `reduction` says and the metrics' sums ``[M]`` in fp32; `count` is 0-d."""
+        loss = self.loss if reduction == "none" else self.loss.sum()
+        if reduction == "mean":
+            loss = loss / count.clamp(min=1)
+        return loss, self.metrics.sum(-1).float()
+
+
+def gradient_scale(grad_loss: Tensor, reduction: str, count: Tensor) -> Tensor:
+    """Factor of the stored gradient of every token: 0-d, or ``[N, 1]`` for reduction "none"."""
+    if reduction == "none":
+        return grad_loss.unsqueeze(-1)
+    return grad_loss / count.clamp(min=1) if reduction == "mean" else grad_loss

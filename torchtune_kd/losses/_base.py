@@ -1,0 +1,209 @@
+"""What all losses share: settings, checks, and the two ways to be called.
+
+Legend: N tokens, V vocabulary, B batch, S sequence.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from torchtune_kd.kernels import Objective, softmax_kd_loss
+
+_log = logging.getLogger(__name__)
+
+
+class KDLoss(nn.Module):
+    r"""Mean over the valid tokens of :math:`T^2 D(p_T, q_T)`, a divergence of student q from teacher p.
+
+    A subclass names its divergence; the mathematics is in :mod:`torchtune_kd.kernels`. Recipes that hold
+    hidden states instead of logits pass :meth:`settings` on to :func:`torchtune_kd.kernels.linear_kd_loss`.
+
+    Args:
+        beta (float | None): parameter of the divergence in [0, 1]; None takes its default.
+        temperature (float): T > 0, divides both models' logits.
+        ignore_index (int): label of the tokens that do not count.
+        scale_by_temperature_squared (bool): multiply by T² (Hinton et al. 2015), which keeps the size of the
+            gradient comparable across temperatures.
+
+    Attributes:
+        divergence (str): name of D, as :func:`torchtune_kd.kernels.softmax_kd_loss` knows it.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    divergence: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        beta: float | None = None,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        scale_by_temperature_squared: bool = True,
+    ) -> None:
+        super().__init__()
+        objective = Objective(
+            divergence=self.divergence,
+            beta=beta,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            scale_by_temperature_squared=scale_by_temperature_squared,
+        )
+        self.beta = objective.beta
+        self.temperature = objective.temperature
+        self.ignore_index = objective.ignore_index
+        self.scale_by_temperature_squared = objective.scale_by_temperature_squared
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments that make the functions of :mod:`torchtune_kd.kernels` compute this loss."""
+        return {
+            "divergence": self.divergence,
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "ignore_index": self.ignore_index,
+            "scale_by_temperature_squared": self.scale_by_temperature_squared,
+        }
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
+    ) -> Tensor:
+        """The loss of whole logits.
+
+        Args:
+            student_logits (Tensor): ``[N, V]`` or ``[B, S, V]``, any floating dtype.
+            teacher_logits (Tensor): the same leading shape, not requiring grad.
+            labels (Tensor): ``[N]`` or ``[B, S]``, integers in [0, V) or `ignore_index`; they say which
+                tokens count, nothing else.
+            normalize (bool): False returns the sum over the valid tokens instead of their mean.
+
+        Returns:
+            Tensor: 0-d, fp32 (fp64 for fp64 logits), never negative; 0 without a valid token.
+
+        Raises:
+            ValueError: if shapes, dtypes or vocabularies do not fit.
+        """
+        reduction = "mean" if normalize else "sum"
+        return softmax_kd_loss(student_logits, teacher_logits, labels, reduction=reduction, **self.settings())
+
+    def apply_compile_strategy(self, *args: Any, **kwargs: Any) -> "KDLoss":
+        """Do nothing and say so: the loss is one autograd function that already works in one pass of blocks.
+
+        torchtune's later recipes call this on every loss. ``torch.compile`` around the module also works; it
+        runs this part eagerly.
+        """
+        _log.info("%s is not compiled: it has its own fused implementation.", type(self).__name__)
+        return self
+
+    def set_model_output(self, model: nn.Module) -> None:
+        """Prepare `model` for this loss, as torchtune's later recipes ask every loss to do.
+
+        Nothing is to be done for a loss of whole logits.
+        """
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items() if value is not None)
+
+
+class KDWithChunkedOutputLoss(KDLoss):
+    """The same loss over lists of logit chunks, as torchtune's ``TransformerDecoder`` gives them.
+
+    Args:
+        num_output_chunks (int): chunks the sequence is cut into; must equal that of the cross-entropy loss.
+        beta (float | None): as in :class:`KDLoss`, like the arguments that follow.
+        temperature (float): T > 0.
+        ignore_index (int): label of the tokens that do not count.
+        scale_by_temperature_squared (bool): multiply by T².
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        num_output_chunks: int = 8,
+        *,
+        beta: float | None = None,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        scale_by_temperature_squared: bool = True,
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            scale_by_temperature_squared=scale_by_temperature_squared,
+        )
+        if (
+            isinstance(num_output_chunks, bool)
+            or not isinstance(num_output_chunks, int)
+            or num_output_chunks < 1
+        ):
+            raise ValueError(
+                f"num_output_chunks must be a whole number above 0, but got {num_output_chunks!r}"
+            )
+        self.num_output_chunks = num_output_chunks
+
+    def forward(
+        self,
+        student_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Tensor],
+        labels: Tensor,
+        normalize: bool = True,
+    ) -> Tensor:
+        """The loss of chunked logits, normalised once over all valid tokens.
+
+        Args:
+            student_logits (Sequence[Tensor]): chunks ``[B, S_i, V]`` with the S_i adding up to S. Their
+                number may be below `num_output_chunks`, which ``Tensor.chunk`` does not always reach.
+            teacher_logits (Sequence[Tensor]): chunks of the same leading shapes.
+            labels (Tensor): ``[B, S]``.
+            normalize (bool): False returns the sum over the valid tokens instead of their mean.
+
+        Returns:
+            Tensor: 0-d, fp32 (fp64 for fp64 logits), never negative; 0 without a valid token.
+
+        Raises:
+            ValueError: if the chunks do not fit each other or the labels.
+        """
+        sizes = _chunk_sizes(student_logits, teacher_logits, labels)
+        total = 0.0
+        for student, teacher, chunk in zip(
+            student_logits, teacher_logits, labels.split(sizes, dim=1), strict=True
+        ):
+            total = total + super().forward(student, teacher, chunk, normalize=False)
+        if not normalize:
+            return total
+        return total / (labels != self.ignore_index).sum().clamp(min=1)
+
+    def set_model_output(self, model: nn.Module) -> None:
+        """Make `model` return its logits in `num_output_chunks` chunks; student and teacher both need it."""
+        model.set_num_output_chunks(self.num_output_chunks)
+
+    def extra_repr(self) -> str:
+        return f"num_output_chunks={self.num_output_chunks}, {super().extra_repr()}"
+
+
+def _chunk_sizes(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> list[int]:
+    """Tokens of each chunk along the sequence.
+
+    Raises:
+        ValueError: if the two models' chunks differ in shape or do not cover the labels.
+    """
+    for name, chunks in (("student_logits", student), ("teacher_logits", teacher)):
+        if isinstance(chunks, Tensor) or not chunks or any(chunk.dim() != 3 for chunk in chunks):
+            raise ValueError(
+                f"{name} must be a list of chunks [B, S/num_chunks, V] for a chunked loss; call "
+                f"model.set_num_output_chunks, or use the loss without WithChunkedOutput for whole logits"
+            )
+    shapes = [[list(chunk.shape[:-1]) for chunk in chunks] for chunks in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"student and teacher chunks must have one [B, S] each, but got {shapes[0]} and {shapes[1]}"
+        )
+    sizes = [size for _, size in shapes[0]]
+    if labels.dim() != 2 or labels.shape[1] != sum(sizes):
+        raise ValueError(f"labels must be [B, {sum(sizes)}] to fit the chunks, but got {list(labels.shape)}")
+    return sizes
