@@ -1,0 +1,53 @@
+# make demo: distils a real language model and shows what came of it.    make test: runs every test.
+# Both create .venv first. Without a GPU, `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` saves
+# the download of the CUDA libraries. PYTHON=... picks the interpreter.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH_INDEX ?=
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
+
+# The tests' matrices are small: more threads than one would only wait for each other.
+test test-fast: export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := install
+.PHONY: install demo test test-fast lint format build clean
+
+install: $(INSTALLED)
+
+# torch first and alone, so that TORCH_INDEX decides on its build and nothing else's.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.10 or newer with venv was not found; install python3.11 (and python3.11-venv) or set PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m torchtune_kd.demo
+
+test: lint
+	$(BIN)/pytest
+
+test-fast: lint
+	$(BIN)/pytest -m 'not slow'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# setuptools would pack what an earlier build left in build/.
+build: install
+	rm -rf build
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
