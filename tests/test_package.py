@@ -1,0 +1,232 @@
+"""The package is the tree: every folder and YAML is shipped, imports only point down, windows are true."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import torchtune_kd
+from torchtune_kd import _versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+MAPPED = {"torchtune_kd": "torchtune_kd"} | SETUPTOOLS["package-dir"]  # package: folder
+
+# Which of our own packages a package may import; beside itself, and `_versions` (standard library only).
+FLOORS = {
+    "torchtune_kd.kernels": set(),
+    "torchtune_kd.models": set(),
+    "torchtune_kd.losses": {"torchtune_kd.kernels", "torchtune_kd.models"},
+    "torchtune_kd.training": {"torchtune_kd.kernels", "torchtune_kd.models", "torchtune_kd.losses"},
+    "torchtune_kd.configs": set(),
+}
+FLOORS["torchtune_kd.recipes"] = FLOORS["torchtune_kd.training"] | {"torchtune_kd.training"}
+FLOORS["torchtune_kd.demo"] = FLOORS["torchtune_kd.recipes"] - {"torchtune_kd.recipes"}
+
+
+def modules():
+    """Every shipped Python file as (module name, file); a package's name is that of its folder."""
+    for package, folder in MAPPED.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join((package, *(part for part in parts if part != "__init__"))), file
+
+
+MODULES = list(modules())
+
+
+def imports(module, file):
+    """The absolute names that a file imports anywhere in it, with the dots of relative ones resolved."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join((*up, base)) if base else ".".join(up)
+            # `from torchtune_kd import losses` imports torchtune_kd.losses
+            yield from (f"{base}.{alias.name}" if base == "torchtune_kd" else base for alias in node.names)
+
+
+def floor(module):
+    """`torchtune_kd.losses._base` -> `torchtune_kd.losses`; `torchtune_kd._registry` -> itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_package_list_equals_the_tree():
+    found = {module for module, file in MODULES if file.name == "__init__.py"}
+    assert sorted(found) == sorted(SETUPTOOLS["packages"]) == SETUPTOOLS["packages"]
+
+
+def test_every_folder_with_python_is_a_package():
+    folders = {file.parent for _, file in MODULES}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_walk_sees_the_tree():
+    """The tests below are empty where this one fails."""
+    assert {floor(module) for module, _ in MODULES} >= set(FLOORS)
+    assert "torch" in {name for module, file in MODULES for name in imports(module, file)}
+
+
+@pytest.mark.parametrize("module, file", MODULES, ids=[module for module, _ in MODULES])
+def test_imports_only_point_down(module, file):
+    here = floor(module)
+    ours = {floor(name) for name in imports(module, file) if name.partition(".")[0] == "torchtune_kd"}
+    light = {"torchtune_kd", "torchtune_kd.__version__", "torchtune_kd._versions"}
+    if here in FLOORS:
+        allowed = FLOORS[here] | {here}
+        if here != "torchtune_kd.kernels":
+            allowed |= light
+    else:  # the package itself and its private modules are loaded by every `import torch`
+        allowed = light | {"torchtune_kd._registry"}
+    assert ours <= allowed
+    assert not {name.partition(".")[0] for name in imports(module, file)} & {"tests", "benchmarks"}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, id=file.name)
+        for module, file in MODULES
+        if module.startswith("torchtune_kd.kernels")
+    ],
+)
+def test_kernels_stand_alone(file):
+    """The folder can be copied: relative imports, the standard library, torch and Triton."""
+    tree = ast.walk(ast.parse(file.read_text()))
+    names = set()
+    for node in tree:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"line {node.lineno} leaves the folder"
+    assert names <= {"torch", "triton"} | sys.stdlib_module_names
+
+
+def test_kernels_work_without_torchtune(tmp_path):
+    code = "import sys, torchtune_kd.kernels; sys.exit('torchtune' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.py")), ids=lambda file: file.name)
+def test_recipes_stay_readable(file):
+    assert len(file.read_text().splitlines()) <= 300
+
+
+def declared(requirements):
+    return {re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+
+
+def test_what_is_imported_is_declared():
+    """No import leans on what another package happens to bring along."""
+    distributions = packages_distributions()
+    imported = set()
+    for module, file in MODULES:
+        for name in imports(module, file):
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names and top != "torchtune_kd":
+                imported |= {found.lower().replace("_", "-") for found in distributions.get(top, [top])}
+    project = PROJECT["project"]
+    stated = declared(project["dependencies"]) | declared(project["optional-dependencies"]["demo"])
+    assert imported <= stated
+
+
+def test_version_checks_are_the_windows():
+    assert {_versions.TORCHTUNE_PIN, _versions.TORCHAO_PIN} <= set(PROJECT["project"]["dependencies"])
+
+
+def test_constraints_lie_in_the_windows():
+    """Each exact version of constraints.txt satisfies the window that pyproject.toml states."""
+    requirements = pytest.importorskip("packaging.requirements")  # comes with pytest
+    project = PROJECT["project"]
+    windows = {}
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = requirements.Requirement(text)
+        windows[requirement.name.lower().replace("_", "-")] = requirement.specifier
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            pin = requirements.Requirement(line)
+            pins[pin.name.lower().replace("_", "-")] = pin.specifier
+    for name in windows.keys() - {"torchtune-kd"}:
+        assert all(windows[name].contains(bound.version) for bound in pins[name]), name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of what git would check out here, so that the checkout stays clean."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        *(folder.split("/")[0] for folder in MAPPED.values()),
+    }:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, out], cwd=tree, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("*.whl")
+    return file
+
+
+def test_wheel_holds_the_tree(wheel):
+    """Every module, every YAML and the licence; nothing of the tests and benchmarks."""
+    assert wheel.name == f"torchtune_kd-{torchtune_kd.__version__}-py3-none-any.whl"
+    expected = set()
+    for package, folder in MAPPED.items():
+        files = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]
+        expected |= {
+            "/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)) for file in files
+        }
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name for name in names if not name.endswith("metadata.json")} == expected
+    assert any(name.endswith("/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_wheel_in_the_stock_command(wheel, tmp_path):
+    """`tune ls` and `tune cp` find our files in an installed wheel, from a folder of the user's."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    recipe = site / "torchtune_kd" / "recipes" / "kd_distributed.py"
+    recipe.write_text(recipe.read_text() + "# the wheel's\n")
+    tune = f"import sys; sys.path.insert(0, {str(site)!r}); from torchtune._cli.tune import main; main()"
+
+    def run(*args):
+        command = [sys.executable, "-c", tune, *args]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+        ).stdout
+
+    listed = re.findall(r"torchtune_kd/\S+", run("ls"))
+    expected = {"kd_single_device", "kd_distributed"}
+    expected |= {
+        str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")
+    }
+    assert sorted(listed) == sorted(f"torchtune_kd/{name}" for name in expected)
+    run("cp", "torchtune_kd/kd_distributed", "mine.py")
+    assert (tmp_path / "mine.py").read_text() == recipe.read_text()
