@@ -1,0 +1,172 @@
+"""Datasets, batches with shifted labels, and the microbatches of one optimizer step.
+
+Shapes: B batch, S sequence.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune.data import padded_collate_packed, padded_collate_sft
+from torchtune.datasets import ConcatDataset, PackedDataset
+
+from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.settings import Settings, build
+from torchtune_kd.training.world import World
+
+Batch = dict[str, Any]
+
+LENGTHS_LOOKED_AT = 10_000  # rows whose length is checked before training; the others when they come up
+
+
+def build_loaders(
+    cfg: DictConfig,
+    settings: Settings,
+    tokenizer: Any,
+    ignore_index: int,
+    max_seq_len: int,
+    seed: int,
+    world: World,
+) -> tuple[StatefulDataLoader, StatefulDataLoader | None]:
+    """Training data under ``dataset`` and, where it is given, validation data under ``dataset_val``."""
+    common = {"ignore_index": ignore_index, "max_seq_len": max_seq_len, "seed": seed, "world": world}
+    dataset = build_dataset(cfg, "dataset", tokenizer, max_seq_len, world)
+    loader = build_loader(dataset, tokenizer, batch_size=settings.batch_size, shuffle=settings.shuffle, **common)
+    if cfg.get("dataset_val") is None:
+        return loader, None
+    dataset = build_dataset(cfg, "dataset_val", tokenizer, max_seq_len, world)
+    batch_size = settings.batch_size_val or settings.batch_size
+    return loader, build_loader(dataset, tokenizer, batch_size=batch_size, shuffle=False, **common)
+
+
+def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, world: World) -> Dataset:
+    """The dataset under ``cfg.<name>``; a list of sections is concatenated, as in torchtune's recipes.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        name (str): ``dataset`` or ``dataset_val``.
+        tokenizer (Any): torchtune tokenizer that the dataset's rows go through.
+        max_seq_len (int): longest sequence that teacher and student take.
+        world (World): rank 0 builds first, so that a download or a cache is made once.
+
+    Raises:
+        UserError: for an empty dataset, or a sequence longer than ``max_seq_len``.
+    """
+    with world.rank_zero_first():
+        if isinstance(cfg[name], ListConfig):
+            parts = [build({name: part}, name, tokenizer) for part in cfg[name]]
+            dataset = ConcatDataset(datasets=parts)
+        else:
+            dataset = build(cfg, name, tokenizer)
+    if len(dataset) == 0:
+        raise UserError(f"Expected at least one sample in `{name}`, but it is empty: check its source and filters.")
+    _check_lengths(dataset, name, max_seq_len)
+    return dataset
+
+
+def build_loader(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    ignore_index: int,
+    max_seq_len: int,
+    seed: int,
+    world: World,
+) -> StatefulDataLoader:
+    """Batches of this process: ``tokens`` and ``labels`` [B, S], and ``mask`` and ``input_pos`` of packed data.
+
+    ``labels[b, i]`` is the token that follows ``tokens[b, i]``, or ``ignore_index``: where the dataset masks it, at
+    the end of a row, and, in packed data, where the next token belongs to another document. The last batch may be
+    smaller; every sample of the dataset is seen once per epoch.
+    """
+    collate = functools.partial(
+        collate_shifted,
+        pad_id=tokenizer.pad_id,
+        ignore_index=ignore_index,
+        packed=is_packed(dataset),
+        max_seq_len=max_seq_len,
+    )
+    sampler = StatefulDistributedSampler(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
+    return StatefulDataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+
+
+def is_packed(dataset: Dataset) -> bool:
+    return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
+
+
+def collate_shifted(samples: list[Batch], *, pad_id: int, ignore_index: int, packed: bool, max_seq_len: int) -> Batch:
+    """Collate with torchtune's collators, then shift the labels by one: see :func:`build_loader`."""
+    longest = max(len(sample["tokens"]) for sample in samples)
+    if longest > max_seq_len:
+        raise UserError(_too_long("a sample of the dataset", longest, max_seq_len))
+    if packed:
+        batch = padded_collate_packed(samples)
+        if ignore_index != -100:  # torchtune pads packs with -100
+            batch["labels"] = batch["labels"].masked_fill(batch["labels"] == -100, ignore_index)
+    else:
+        batch = padded_collate_sft(samples, padding_idx=pad_id, ignore_idx=ignore_index)
+    documents = [sample["seq_lens"].tolist() for sample in samples] if packed else None
+    batch["labels"] = shift_labels(batch["labels"], documents, ignore_index)
+    return batch
+
+
+def shift_labels(labels: Tensor, documents: list[list[int]] | None, ignore_index: int) -> Tensor:
+    """Move labels [B, S] one to the left; ignore the last of a row and of each document.
+
+    Args:
+        labels (Tensor): [B, S], each the id of the token at its own place.
+        documents (list[list[int]] | None): the lengths of the documents in each packed row.
+        ignore_index (int): what stands where there is no next token.
+    """
+    shifted = torch.full_like(labels, ignore_index)
+    shifted[:, :-1] = labels[:, 1:]
+    for row, lengths in zip(shifted, documents or [], strict=False):
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        row[ends] = ignore_index
+    return shifted
+
+
+def microbatches(batches: Iterable[Batch], per_step: int, max_steps: int | None) -> Iterator[list[Batch]]:
+    """Group batches into optimizer steps; what is left over at the end is a shorter step."""
+    iterator = iter(batches)
+    for _ in range(max_steps) if max_steps is not None else itertools.count():
+        step = list(itertools.islice(iterator, per_step))
+        if not step:
+            return
+        yield step
+
+
+def steps_per_epoch(loader: StatefulDataLoader, per_step: int, max_steps: int | None) -> int:
+    steps = -(-len(loader) // per_step)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def attention_inputs(batch: Batch, move: Callable[[Any], Any]) -> dict[str, Any]:
+    """``mask`` and ``input_pos`` where the batch has them, on the device."""
+    return {name: move(batch[name]) for name in ("mask", "input_pos") if batch.get(name) is not None}
+
+
+def _check_lengths(dataset: Dataset, name: str, max_seq_len: int) -> None:
+    stride = -(-len(dataset) // LENGTHS_LOOKED_AT)
+    if isinstance(dataset, PackedDataset):  # every pack has the same length
+        stride = len(dataset)
+    for index in range(0, len(dataset), stride):
+        length = len(dataset[index]["tokens"])
+        if length > max_seq_len:
+            raise UserError(_too_long(f"sample {index} of `{name}`", length, max_seq_len))
+
+
+def _too_long(what: str, length: int, max_seq_len: int) -> str:
+    return (
+        f"Expected sequences of at most {max_seq_len} tokens, the most that teacher and student take, but {what} has "
+        f"{length}: set `tokenizer.max_seq_len: {max_seq_len}` (it also bounds packed rows)."
+    )

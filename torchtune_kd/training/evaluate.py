@@ -1,0 +1,49 @@
+"""Validation: the objective and the distances to the teacher on held-out data."""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from torchtune_kd.training.data import Batch
+from torchtune_kd.training.metrics import means
+from torchtune_kd.training.models import Student, Teacher
+from torchtune_kd.training.settings import Settings
+from torchtune_kd.training.step import add, forward
+from torchtune_kd.training.world import World
+
+
+def validation_due(step: int, total_steps: int, settings: Settings) -> bool:
+    """After every ``run_val_every_n_steps``-th step and after the last."""
+    every = settings.run_val_every_n_steps
+    return step == total_steps or (every is not None and step % every == 0)
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    teacher: Teacher | None,
+    batches: Iterable[Batch],
+    metrics: tuple[str, ...],
+    world: World,
+    max_batches: int | None = None,
+) -> dict[str, float]:
+    """Means per valid token over ``batches`` (at most ``max_batches`` per process) and all processes.
+
+    The student is in eval mode meanwhile and no gradient is computed. Returns the names of ``metrics`` plus
+    ``loss`` and ``num_tokens``; see :mod:`torchtune_kd.training.metrics` for units.
+    """
+    was_training = student.training
+    student.eval()
+    sums: dict[str, Tensor] = {}
+    for batch in itertools.islice(batches, max_batches):
+        loss, batch_sums = forward(student, teacher, batch, metrics, world)
+        add(sums, {"loss": loss, **batch_sums})
+    if teacher is not None:
+        teacher.release()
+    if isinstance(student, FSDPModule):
+        student.reshard()
+    student.train(was_training)
+    return means(sums, world)

@@ -1,0 +1,179 @@
+"""What can be known to fail before a weight is read: files, folders, vocabularies, shapes, lengths."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
+
+from torchtune_kd.kernels._vocab import shared_vocab
+from torchtune_kd.models.nf4 import check_nf4_shapes
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.settings import Settings, build, one_line
+from torchtune_kd.training.world import World
+
+EPOCH_FOLDER = re.compile(r"epoch_\d+")
+
+
+def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World) -> int:
+    """Check everything that needs neither weights nor data, and return the longest sequence both models take.
+
+    Raises:
+        UserError: at the first thing that cannot work.
+    """
+    check_output_folder(cfg, settings)
+    check_checkpoint_files(cfg, "checkpointer")
+    student = on_meta(cfg, "model", settings, world)
+    if settings.save_adapter_weights_only and not get_adapter_params(student):
+        raise UserError(
+            "`save_adapter_weights_only: True` needs a student with adapters, but `model` is a full-weight one: "
+            "set it to False."
+        )
+    limits = [student.max_seq_len]
+    if settings.uses_teacher:
+        check_checkpoint_files(cfg, "teacher_checkpointer")
+        teacher = on_meta(cfg, "teacher_model", settings, world)
+        limits.append(teacher.max_seq_len)
+        check_vocabularies(student, teacher, tokenizer)
+        check_tokenizer_files(cfg)
+    if settings.custom_sharded_layers:
+        check_sharded_layers(student, settings.custom_sharded_layers)
+    return min(limits)
+
+
+def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
+    """The model under ``cfg.<name>`` without memory for its weights; checks NF4's shape rule on the way."""
+    with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
+        try:
+            model = build(cfg, name)
+            unquantised = model
+        except AssertionError:  # torchao's own check of NF4 shapes, which names no layer
+            model, unquantised = None, build(cfg, name, quantize_base=False)
+    if model is None or any(isinstance(parameter, NF4Tensor) for parameter in model.parameters()):
+        try:
+            check_nf4_shapes(unquantised, world.size if world.sharded else 1)
+        except ValueError as error:
+            raise UserError(f"The section `{name}` cannot be quantised: {one_line(error)}") from error
+    if not isinstance(model, TransformerDecoder):
+        raise UserError(
+            f"Expected a text decoder (torchtune TransformerDecoder) under `{name}`, got {type(model).__name__}: "
+            "name another builder."
+        )
+    try:
+        output_head(model)
+    except ValueError as error:
+        raise UserError(f"The section `{name}` does not fit: {one_line(error)}") from error
+    return model
+
+
+def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder, tokenizer: Any) -> None:
+    """Teacher, student and tokenizer share their ids; padded vocabularies may differ in the padding alone."""
+    student_size, teacher_size = output_head(student)[0].shape[0], output_head(teacher)[0].shape[0]
+    try:
+        shared = shared_vocab(student_size, teacher_size)
+    except ValueError as error:
+        raise UserError(f"`model` and `teacher_model` do not fit: {one_line(error)}") from error
+    size = getattr(tokenizer, "vocab_size", None)
+    if size is not None and size > shared:
+        raise UserError(
+            f"Expected every id of the tokenizer within the {shared} that student ({student_size}) and teacher "
+            f"({teacher_size}) share, but the tokenizer has {size}: name the tokenizer of these models."
+        )
+
+
+def check_tokenizer_files(cfg: DictConfig) -> None:
+    """Where both checkpoint folders hold a ``tokenizer.json``, the same words have the same ids."""
+    paths = [Path(str(cfg[name].get("checkpoint_dir", ""))) / "tokenizer.json" for name in _CHECKPOINTERS]
+    if not all(path.is_file() for path in paths):
+        return
+    student, teacher = map(_token_ids, paths)
+    for token, index in student.items():
+        if teacher.get(token, index) != index:
+            raise UserError(
+                f"The token {token!r} is id {index} in {paths[0]} and id {teacher[token]} in {paths[1]}: teacher and "
+                "student need the same tokenizer; choose models of one family."
+            )
+    unshared = len(student.keys() ^ teacher.keys())
+    if unshared > max(len(student), len(teacher)) // 100:
+        raise UserError(
+            f"{unshared} tokens stand in only one of {paths[0]} ({len(student)} tokens) and {paths[1]} "
+            f"({len(teacher)}): teacher and student need the same tokenizer; choose models of one family."
+        )
+
+
+def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
+    """The folder and the files that a checkpointer section names exist."""
+    section = cfg[name]
+    folder = section.get("checkpoint_dir")
+    if folder is None:
+        raise UserError(f"Expected `{name}.checkpoint_dir` in the config, but it is missing: add it.")
+    folder = Path(str(folder))
+    hint = f"fetch the model (`tune download`, see the head of the config) or change `{name}.checkpoint_dir`."
+    if not folder.is_dir():
+        raise UserError(f"The folder {folder} of `{name}.checkpoint_dir` does not exist: {hint}")
+    for file in _file_names(section.get("checkpoint_files")):
+        if not (folder / file).is_file():
+            raise UserError(f"The file {file} of `{name}.checkpoint_files` is not in {folder}: {hint}")
+
+
+def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
+    """A folder with the epochs of an earlier run is left alone unless ``overwrite_output_dir`` is set."""
+    folder = output_folder(cfg, settings)
+    found = [path.name for path in epoch_folders(folder)]
+    if found and not settings.overwrite_output_dir:
+        raise UserError(
+            f"The output folder {folder} already holds a run ({', '.join(found)}): choose another `output_dir`, "
+            "or set `overwrite_output_dir: True` to replace it when the first checkpoint is written."
+        )
+
+
+def output_folder(cfg: DictConfig, settings: Settings) -> Path:
+    """Where checkpoints go."""
+    return Path(str(cfg.checkpointer.get("output_dir", settings.output_dir)))
+
+
+def epoch_folders(folder: Path) -> list[Path]:
+    """The epochs that torchtune's checkpointers have written into ``folder``."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if EPOCH_FOLDER.fullmatch(path.name))
+
+
+def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:
+    """The loss reads the head outside the head's own forward, so FSDP must not gather it by itself."""
+    modules = dict(student.named_modules())
+    weight = output_head(student)[0]
+    for name in names:
+        if name not in modules:
+            raise UserError(f"`custom_sharded_layers` names {name}, which `model` has not: delete it.")
+        if any(parameter is weight for parameter in modules[name].parameters()) or name == "output":
+            raise UserError(
+                f"`custom_sharded_layers` names {name}, which holds the output head; the loss reads the head "
+                "together with the whole model: delete that entry."
+            )
+
+
+_CHECKPOINTERS = ("checkpointer", "teacher_checkpointer")
+
+
+def _file_names(files: Any) -> Iterator[str]:
+    if isinstance(files, ListConfig):
+        yield from (str(file) for file in files)
+    elif isinstance(files, DictConfig):  # torchtune's short form: filename_format and max_filename
+        section = OmegaConf.to_container(files)
+        yield from training.FormattedCheckpointFiles.from_dict(section).build_checkpoint_filenames()
+
+
+def _token_ids(path: Path) -> dict[str, int]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens", [])}

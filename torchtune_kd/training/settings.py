@@ -1,0 +1,267 @@
+"""The config surface: every key a recipe reads, its type and default, in one place.
+
+A key of the YAML is either a setting (a field of :class:`Settings`), a component (a section with a
+``_component_``, listed in :data:`COMPONENTS`), or a name that other keys interpolate (``${name}``). Anything else
+is an error that names the key and the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune import config, training
+
+from torchtune_kd.losses import KDLoss
+from torchtune_kd.training.errors import UserError
+
+REQUIRED_COMPONENTS = (
+    "model",
+    "tokenizer",
+    "checkpointer",
+    "dataset",
+    "optimizer",
+    "kd_loss",
+    "metric_logger",
+)
+TEACHER_COMPONENTS = ("teacher_model", "teacher_checkpointer")  # not needed at kd_ratio 0
+OPTIONAL_COMPONENTS = ("dataset_val", "lr_scheduler", "profiler")
+COMPONENTS = REQUIRED_COMPONENTS + TEACHER_COMPONENTS + OPTIONAL_COMPONENTS
+DISTRIBUTED_ONLY = ("custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The plain values of a config. Names and meanings are torchtune's where it has them."""
+
+    output_dir: str
+    device: str = "cuda"
+    dtype: str = "bf16"  # fp32 or bf16
+    seed: int | None = None
+    cudnn_deterministic_mode: int | str | None = None
+    # data
+    batch_size: int = 1  # sequences per microbatch and process
+    batch_size_val: int | None = None  # batch_size if unset
+    shuffle: bool = True
+    # objective
+    kd_ratio: float = 0.5  # weight of the distillation term; 0 runs no teacher, 1 computes no cross-entropy
+    # training
+    epochs: int = 1
+    max_steps_per_epoch: int | None = None
+    gradient_accumulation_steps: int = 1  # microbatches per optimizer step
+    clip_grad_norm: float | str | None = None
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    # validation: before the first step, every n steps, and after the last; needs dataset_val
+    run_val_every_n_steps: int | None = None
+    max_val_batches: int | None = None
+    # checkpoints
+    resume_from_checkpoint: bool = False
+    save_adapter_weights_only: bool = False
+    overwrite_output_dir: bool = False
+    low_cpu_ram: bool = False
+    # logging
+    log_every_n_steps: int = 1
+    log_peak_memory_stats: bool = False
+    # kd_distributed alone
+    custom_sharded_layers: list[str] | None = None
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return training.get_dtype(self.dtype, device=self.torch_device)
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.kd_ratio > 0
+
+
+def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
+    """Check ``cfg`` whole and return its plain values. Nothing is built or loaded yet.
+
+    Args:
+        cfg (DictConfig): the parsed config of a run.
+        distributed (bool): whether ``kd_distributed`` asks; its own keys are errors elsewhere.
+
+    Raises:
+        UserError: naming the first key that is unknown, missing, or has a value that cannot be.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    known = [name for name in (*fields, *COMPONENTS) if distributed or name not in DISTRIBUTED_ONLY]
+    for key in cfg:
+        if key in known or key in _interpolated_names(cfg):
+            continue
+        if key == "loss":
+            raise UserError(
+                "Expected `kd_loss` alone, but the config also has `loss`: the cross-entropy on hard labels is "
+                "part of the same pass here, weighted by 1 - kd_ratio, so delete the `loss` section."
+            )
+        if key in DISTRIBUTED_ONLY:
+            raise UserError(f"The key `{key}` belongs to kd_distributed and nothing here reads it: delete it.")
+        raise UserError(f"Unknown key `{key}` in the config: {_nearest(key, known)}")
+    values = {}
+    for name, field in fields.items():
+        if name in cfg and (distributed or name not in DISTRIBUTED_ONLY):
+            values[name] = _typed(name, cfg[name], field.type)
+        elif field.default is dataclasses.MISSING:
+            raise UserError(f"Expected the key `{name}` in the config, but it is missing: add it.")
+    settings = Settings(**values)
+    _check_values(settings, cfg)
+    needed = REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if settings.uses_teacher else ())
+    for name in needed:
+        if cfg.get(name) is None:
+            raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
+    _check_kd_loss(cfg.kd_loss)
+    for path, section in _sections(cfg):
+        _check_component(path, section)
+    return settings
+
+
+def build(cfg: Mapping[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate the component under ``cfg.<name>``; what it refuses becomes one sentence that names the section."""
+    try:
+        return config.instantiate(cfg[name], *args, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
+
+
+def build_kd_loss(cfg: DictConfig) -> KDLoss:
+    """The loss component under ``kd_loss``, one of ``torchtune_kd.losses``.
+
+    Raises:
+        UserError: for a temperature or beta out of range.
+    """
+    return build(cfg, "kd_loss")
+
+
+def _check_values(settings: Settings, cfg: DictConfig) -> None:
+    def expect(name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UserError(f"Expected `{name}` to be {expected}, got {getattr(settings, name)}: change it.")
+
+    expect("kd_ratio", 0 <= settings.kd_ratio <= 1, "between 0 and 1")
+    expect("dtype", settings.dtype in ("fp32", "bf16"), "fp32 or bf16 (fp16 would need gradient scaling)")
+    for name in ("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"):
+        expect(name, getattr(settings, name) >= 1, "at least 1")
+    for name in ("batch_size_val", "max_steps_per_epoch", "run_val_every_n_steps", "max_val_batches"):
+        expect(name, getattr(settings, name) is None or getattr(settings, name) >= 1, "at least 1 or null")
+    if settings.clip_grad_norm is not None:
+        expect("clip_grad_norm", _positive(settings.clip_grad_norm), "a number above 0 or null")
+    if settings.resume_from_checkpoint:
+        raise UserError(
+            "Expected `resume_from_checkpoint: False`, got True: this version cannot resume a run; to train on "
+            "from an epoch's weights, name its folder as `checkpointer.checkpoint_dir`."
+        )
+    if settings.run_val_every_n_steps is not None and cfg.get("dataset_val") is None:
+        raise UserError("`run_val_every_n_steps` is set, but there is no `dataset_val`: add it or remove the key.")
+    if settings.enable_activation_offloading and settings.torch_device.type != "cuda":
+        raise UserError(
+            f"`enable_activation_offloading: True` moves activations from GPU to host memory, but `device` is "
+            f"{settings.device}: set it to False."
+        )
+    if settings.enable_activation_offloading and not settings.enable_activation_checkpointing:
+        raise UserError(
+            "`enable_activation_offloading: True` works together with `enable_activation_checkpointing: True` "
+            "only: set both."
+        )
+
+
+def _positive(value: float | str) -> bool:
+    try:
+        return float(value) > 0 and not math.isnan(float(value))
+    except ValueError:
+        return False
+
+
+def _typed(name: str, value: Any, type_: Any) -> Any:
+    """``value`` if it is of the field's type (int counts as float), else an error that names the key."""
+    if isinstance(value, ListConfig):
+        value = OmegaConf.to_container(value)
+    options = getattr(type_, "__args__", (type_,))
+    if list[str] in options or type_ == list[str] | None:
+        good = value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    elif isinstance(value, bool):
+        good = bool in options
+    else:
+        good = isinstance(value, options) or (float in options and isinstance(value, int))
+    if not good:
+        names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+        raise UserError(f"Expected `{name}` to be {names}, got {value!r}: change it.")
+    return value
+
+
+def _interpolated_names(cfg: DictConfig) -> set[str]:
+    """Top-level names that another key reads as ``${name}`` or ``${name.inner}``."""
+    raw = OmegaConf.to_yaml(cfg, resolve=False)
+    return {match.split(".")[0] for match in re.findall(r"\$\{\s*([A-Za-z_][\w.]*)", raw)}
+
+
+def _sections(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every section with a ``_component_``, at any depth, with its dotted path."""
+    if isinstance(node, DictConfig):
+        if "_component_" in node:
+            yield path, node
+        for key in node:
+            yield from _sections(node[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(node, ListConfig):
+        for index, item in enumerate(node):
+            yield from _sections(item, f"{path}[{index}]")
+
+
+def _check_kd_loss(section: DictConfig) -> None:
+    component = _component("kd_loss", section)
+    if not (inspect.isclass(component) and issubclass(component, KDLoss)):
+        raise UserError(
+            f"Expected a loss of torchtune_kd.losses under `kd_loss`, got {section['_component_']}: "
+            "write for example `kd_loss._component_: torchtune_kd.losses.ForwardKLLoss`."
+        )
+
+
+def _component(path: str, section: DictConfig) -> Any:
+    from torchtune.config._utils import (
+        _get_component_from_path,
+    )  # torchtune's own resolver; it has no public name
+
+    dotted = section["_component_"]
+    try:
+        return _get_component_from_path(dotted)
+    except Exception as error:
+        raise UserError(f"`{path}._component_` names {dotted}, which cannot be found: {one_line(error)}") from error
+
+
+def _check_component(path: str, section: DictConfig) -> None:
+    """The component exists and takes every keyword that the section gives."""
+    component = _component(path, section)
+    try:
+        parameters = inspect.signature(component).parameters
+    except ValueError:  # some builtins have no signature
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in section:
+        if key != "_component_" and key not in parameters:
+            raise UserError(
+                f"Unknown key `{path}.{key}`: {section['_component_']} does not take it, {_nearest(key, parameters)}"
+            )
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else "delete it or see `tune cp` for a config with every key."
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error that says something, with a full stop."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if text.endswith((".", "?", "!")) else f"{text}."
