@@ -11,17 +11,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def pytest_report_header() -> str:
-    """Which torchtune_kd the tests run against; an error where Python finds only a part of it."""
+def pytest_configure() -> None:
+    """Stop where Python finds a part of the package only: a wheel hidden by the checkout it was built from."""
     package, kernels = (find_spec(name) for name in ("torchtune_kd", "torchtune_kd.kernels"))
     if kernels is None:
         raise pytest.UsageError(
-            f"{Path(package.origin).parent} has no kernels, recipes and configs, and hides the installed: "
+            f"{Path(package.origin).parent} has no kernels, recipes and configs, and hides the installed ones: "
             "run `pytest` rather than `python -m pytest`, or install this checkout with `make install`."
         )
-    if CHECKOUT not in Path(kernels.origin).resolve().parents:
-        return f"torchtune_kd: the one installed at {Path(package.origin).parent}, not this checkout"
-    return f"torchtune_kd: this checkout ({CHECKOUT})"
+
+
+def pytest_report_header() -> str:
+    """Say whether the tests run against this checkout or against an installed wheel."""
+    kernels = Path(find_spec("torchtune_kd.kernels").origin).resolve().parent
+    if kernels == CHECKOUT / "kernels":
+        return f"torchtune_kd: this checkout ({CHECKOUT})"
+    return f"torchtune_kd: a wheel in {kernels.parents[1]}, not this checkout"
 
 
 @pytest.fixture(autouse=True)
