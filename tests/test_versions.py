@@ -1,5 +1,8 @@
 """A torchtune or torchao that cannot work is one sentence, not a traceback from inside torchtune."""
 
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -54,3 +57,25 @@ def test_missing_package(monkeypatch, missing):
     fake(monkeypatch, **installed)
     with pytest.raises(ImportError, match=f"but {missing} is not installed: run pip install"):
         _versions.check_versions()
+
+
+@pytest.mark.parametrize("package", ["torchtune_kd.training", "torchtune_kd.models"])
+def test_packages_that_need_torchtune_say_it_first(tmp_path, package):
+    """A real import under a torchao that is too new: the sentence comes before torchtune's own failure."""
+    metadata = tmp_path / "site" / "torchao-0.18.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.18.0\n")
+    environment = {**os.environ, "PYTHONPATH": str(metadata.parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {package}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "ImportError: torchtune 0.6.1 needs torchao>=0.10,<0.16, but torchao 0.18.0 is installed: "
+        'run pip install "torchao>=0.10,<0.16".'
+    )
