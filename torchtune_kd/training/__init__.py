@@ -1,6 +1,10 @@
 """The steps that the recipes share: settings and checks, data, teacher and student, the optimizer step, metrics,
 validation and checkpoints."""
 
+from torchtune_kd._versions import check_versions
+
+check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
+
 from torchtune_kd.training.checkpoint import save_epoch
 from torchtune_kd.training.data import build_loaders, microbatches, steps_per_epoch
 from torchtune_kd.training.errors import UserError, one_sentence

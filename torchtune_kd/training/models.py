@@ -81,7 +81,8 @@ class Student(nn.Module):
 
         Args:
             tokens (Tensor): [B, S] ids.
-            labels (Tensor): [B, S] next-token ids, already shifted; ``ignore_index`` where there is none.
+            labels (Tensor): [B, S] next-token ids, already shifted, on the host; ``ignore_index`` where there is
+                none.
             teacher_hidden (Tensor | None): [B, S, D_t] last hidden states; None at kd_ratio 0.
             teacher_head (Tensor | None): [V_t, D_t]; None at kd_ratio 0.
             metrics (tuple[str, ...]): names out of ``torchtune_kd.kernels.METRICS``.

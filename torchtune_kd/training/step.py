@@ -35,7 +35,8 @@ def forward(
     tokens, attention = move(batch["tokens"]), attention_inputs(batch, move)
     teacher_hidden = teacher(tokens, **attention) if teacher is not None else None  # [B, S, D_t], all that is kept
     teacher_head = teacher.head() if teacher is not None else None
-    return student(tokens, move(batch["labels"]), teacher_hidden, teacher_head, metrics, **attention)
+    # the labels stay on the host: finding the valid ones there waits for no device
+    return student(tokens, batch["labels"], teacher_hidden, teacher_head, metrics, **attention)
 
 
 def accumulate_gradients(
