@@ -10,6 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import torchtune_kd
 from torchtune_kd import _versions
@@ -17,7 +18,7 @@ from torchtune_kd import _versions
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    tomllib = pytest.importorskip("tomli")
+    import tomli as tomllib  # comes with pytest under Python 3.10
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -100,11 +101,7 @@ def test_imports_only_point_down(module, file):
 
 @pytest.mark.parametrize(
     "file",
-    [
-        pytest.param(file, id=file.name)
-        for module, file in MODULES
-        if module.startswith("torchtune_kd.kernels")
-    ],
+    [pytest.param(file, id=file.name) for module, file in MODULES if module.startswith("torchtune_kd.kernels")],
 )
 def test_kernels_stand_alone(file):
     """The folder can be copied: relative imports, the standard library, torch and Triton."""
@@ -154,16 +151,15 @@ def test_version_checks_are_the_windows():
 
 def test_constraints_lie_in_the_windows():
     """Each exact version of constraints.txt satisfies the window that pyproject.toml states."""
-    requirements = pytest.importorskip("packaging.requirements")  # comes with pytest
     project = PROJECT["project"]
     windows = {}
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        requirement = requirements.Requirement(text)
+        requirement = Requirement(text)
         windows[requirement.name.lower().replace("_", "-")] = requirement.specifier
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
-            pin = requirements.Requirement(line)
+            pin = Requirement(line)
             pins[pin.name.lower().replace("_", "-")] = pin.specifier
     for name in windows.keys() - {"torchtune-kd"}:
         assert all(windows[name].contains(bound.version) for bound in pins[name]), name
@@ -185,9 +181,7 @@ def wheel(tmp_path_factory):
         else:
             shutil.copy(ROOT / name, tree / name)
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", build, out], cwd=tree, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", build, out], cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (file,) = out.glob("*.whl")
     return file
@@ -199,9 +193,7 @@ def test_wheel_holds_the_tree(wheel):
     expected = set()
     for package, folder in MAPPED.items():
         files = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]
-        expected |= {
-            "/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)) for file in files
-        }
+        expected |= {"/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)) for file in files}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name for name in names if not name.endswith("metadata.json")} == expected
     assert any(name.endswith("/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
@@ -218,15 +210,11 @@ def test_wheel_in_the_stock_command(wheel, tmp_path):
 
     def run(*args):
         command = [sys.executable, "-c", tune, *args]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
-        ).stdout
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
 
     listed = re.findall(r"torchtune_kd/\S+", run("ls"))
     expected = {"kd_single_device", "kd_distributed"}
-    expected |= {
-        str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")
-    }
+    expected |= {str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")}
     assert sorted(listed) == sorted(f"torchtune_kd/{name}" for name in expected)
     run("cp", "torchtune_kd/kd_distributed", "mine.py")
     assert (tmp_path / "mine.py").read_text() == recipe.read_text()
