@@ -201,9 +201,7 @@ def test_import_torch_survives_whatever_is_wrong(tmp_path):
     result = python(program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert result.returncode == 0 and result.stdout == "torch works\n"
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        "torchtune-kd: torchtune 0.6.1 needs torchao>=0.10,<0.16, but torchao 0.18.0 is installed"
-    )
+    assert last.startswith("torchtune-kd: torchtune 0.6.1 needs torchao>=0.10,<0.16, but torchao 0.18.0 is installed")
 
 
 def test_torch_without_torchtune(tmp_path):

@@ -55,9 +55,7 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
         if _PREFIX + recipe in known:
             continue
         entries = [
-            registry.Config(
-                name=_PREFIX + file.relative_to(configs).with_suffix("").as_posix(), file_path=str(file)
-            )
+            registry.Config(name=_PREFIX + file.relative_to(configs).with_suffix("").as_posix(), file_path=str(file))
             for file in files
             if file.stem.endswith(ending)
         ]
