@@ -10,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def complete_folder(output_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``output_dir`` that takes its name when the block ends without an error.
+    """Yield a temporary folder beside ``output_dir`` that takes its name when the block ends without an
+    error.
 
     An error or an interruption inside the block leaves ``output_dir`` as it was.
 

@@ -46,8 +46,8 @@ def gguf_to_hf(
 
     Weights are dequantised, so the result computes what the GGUF file computes up to rounding to ``dtype``;
     precision that quantisation took away does not come back. Query and key rows are reordered from GGUF's
-    interleaved rotary pairs to Hugging Face's split halves. The folder appears in one step once it is complete;
-    a folder that already holds this conversion of this file is returned as it is.
+    interleaved rotary pairs to Hugging Face's split halves. The folder appears in one step once it is
+    complete; a folder that already holds this conversion of this file is returned as it is.
 
     Files: ``config.json``, ``generation_config.json``, ``model.safetensors``, ``tokenizer.json``,
     ``tokenizer_config.json``, ``special_tokens_map.json``.
@@ -63,8 +63,8 @@ def gguf_to_hf(
         Path: ``output_dir``.
 
     Raises:
-        ValueError: If the file is missing, no GGUF file, or of a kind that is not supported, or if ``output_dir``
-            holds something else and ``overwrite`` is False.
+        ValueError: If the file is missing, no GGUF file, or of a kind that is not supported, or if
+            ``output_dir`` holds something else and ``overwrite`` is False.
         ImportError: If the package ``gguf`` is not installed.
     """
     gguf = _import_gguf()
@@ -86,9 +86,7 @@ def gguf_to_hf(
     weights = _read_weights(gguf, gguf_path, reader, config, dtype)
 
     special = _special_tokens(fields)
-    token_ids = {
-        f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items() if name != "unk_token"
-    }
+    token_ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items() if name != "unk_token"}
     with complete_folder(output_dir, overwrite=overwrite) as folder:
         _write_json(folder / "config.json", {**config, **token_ids, _ORIGIN: origin})
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids})
@@ -146,15 +144,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _require(path: Path, fields: dict[str, Any], name: str) -> Any:
     if name not in fields:
-        raise ValueError(
-            f"{path} lacks the metadata field {name!r}, which a Llama model needs; fetch another file."
-        )
+        raise ValueError(f"{path} lacks the metadata field {name!r}, which a Llama model needs; fetch another file.")
     return fields[name]
 
 
-def _model_config(
-    path: Path, fields: dict[str, Any], tensors: set[str], dtype: torch.dtype
-) -> dict[str, Any]:
+def _model_config(path: Path, fields: dict[str, Any], tensors: set[str], dtype: torch.dtype) -> dict[str, Any]:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
@@ -225,8 +219,8 @@ def _build_tokenizer(path: Path, fields: dict[str, Any]) -> Any:
     split = fields.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or split not in _SPLITS_DIGITS:
         raise ValueError(
-            f"Expected a byte-level BPE tokenizer ('gpt2', split as one of {', '.join(_SPLITS_DIGITS)}), but {path} "
-            f"holds {kind!r}, split as {split!r}; use the publisher's own Hugging Face folder."
+            f"Expected a byte-level BPE tokenizer ('gpt2', split as one of {', '.join(_SPLITS_DIGITS)}), but "
+            f"{path} holds {kind!r}, split as {split!r}; use the publisher's own Hugging Face folder."
         )
     tokens = _require(path, fields, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _require(path, fields, "tokenizer.ggml.merges")]
@@ -253,9 +247,7 @@ def _special_tokens(fields: dict[str, Any]) -> dict[str, str]:
     return {name: tokens[index] for name, index in ids.items() if index is not None}
 
 
-def _tokenizer_config(
-    fields: dict[str, Any], config: dict[str, Any], special: dict[str, str]
-) -> dict[str, Any]:
+def _tokenizer_config(fields: dict[str, Any], config: dict[str, Any], special: dict[str, str]) -> dict[str, Any]:
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],

