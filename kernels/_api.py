@@ -97,9 +97,7 @@ def softmax_kd_loss(
     _check_backend(backend)
     _check_rows("student_logits", student_logits, "V", labels)
     if labels is None and kd_ratio != 1.0:
-        raise ValueError(
-            f"kd_ratio={kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1"
-        )
+        raise ValueError(f"kd_ratio={kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1")
     metrics = resolve_metrics(return_metrics, teacher_logits is not None, labels is not None)
     _check_teacher_present("teacher_logits", teacher_logits, objective)
     vocab = student_logits.shape[-1]
@@ -262,8 +260,7 @@ def _check_rows(name: str, tensor: Tensor, width: str, labels: Tensor | None) ->
     _check_floating(name, tensor)
     if labels is not None and labels.shape != tensor.shape[:-1]:
         raise ValueError(
-            f"labels must have one entry per row of {name}, {list(tensor.shape[:-1])}, "
-            f"but got {list(labels.shape)}"
+            f"labels must have one entry per row of {name}, {list(tensor.shape[:-1])}, but got {list(labels.shape)}"
         )
 
 
@@ -289,9 +286,7 @@ def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
 
 def _check_teacher_present(name: str, tensor: Tensor | None, objective: Objective) -> None:
     if tensor is None and objective.kd_ratio > 0.0:
-        raise ValueError(
-            f"kd_ratio={objective.kd_ratio} needs a teacher, but {name} is None; pass it or kd_ratio=0"
-        )
+        raise ValueError(f"kd_ratio={objective.kd_ratio} needs a teacher, but {name} is None; pass it or kd_ratio=0")
 
 
 def _check_teacher(name: str, tensor: Tensor, like: Tensor | None) -> None:
@@ -301,8 +296,7 @@ def _check_teacher(name: str, tensor: Tensor, like: Tensor | None) -> None:
         raise ValueError(f"{name} must not require grad, the teacher is not trained; pass {name}.detach()")
     if like is not None and (tensor.shape[:-1] != like.shape[:-1] or tensor.shape[-1] == 0):
         raise ValueError(
-            f"{name} must have the student's leading shape {list(like.shape[:-1])}, "
-            f"but got {list(tensor.shape)}"
+            f"{name} must have the student's leading shape {list(like.shape[:-1])}, but got {list(tensor.shape)}"
         )
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on the student's device {like.device}, but is on {tensor.device}")
@@ -313,13 +307,11 @@ def _check_head(model: str, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     _check_floating(f"{model}_weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"{model}_weight must be [V, {hidden.shape[-1]}] to fit {model}_hidden, "
-            f"but got {list(weight.shape)}"
+            f"{model}_weight must be [V, {hidden.shape[-1]}] to fit {model}_hidden, but got {list(weight.shape)}"
         )
     if hidden.device != weight.device:
         raise ValueError(
-            f"{model}_weight must be on the device of {model}_hidden, {hidden.device}, "
-            f"but is on {weight.device}"
+            f"{model}_weight must be on the device of {model}_hidden, {hidden.device}, but is on {weight.device}"
         )
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -4,6 +4,7 @@ Legend: n rows of a block, V vocabulary, N tokens. A block is small enough for i
 in the cache of a CPU; they are allocated once per call and used for every block.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ _BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**25
 
 
+_LOG2_E = math.log2(math.e)
+
+
 class Plan(NamedTuple):
     """What one call computes, fixed before the first row is read."""
 
@@ -32,9 +36,7 @@ class Plan(NamedTuple):
 
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
@@ -58,10 +60,11 @@ def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = Fal
         in_place (bool): write over `grad`, which must then have that dtype.
     """
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
-    if grad.dim() == 1:
-        return out.copy_(grad * scale)
-    for rows in row_blocks(grad.shape[0], max(1, grad.shape[1]), grad.device):
-        out[rows] = grad[rows].to(scale.dtype).mul_(scale if scale.dim() == 0 else scale[rows])
+    if grad.dtype == dtype == scale.dtype:
+        return torch.mul(grad, scale, out=out)
+    # block by block, because mixing dtypes makes PyTorch convert whole tensors first
+    for rows in row_blocks(len(grad), math.prod(grad.shape[1:]), grad.device):
+        out[rows] = grad[rows].to(scale.dtype) * (scale if scale.dim() == 0 else scale[rows])
     return out
 
 
@@ -83,9 +86,7 @@ class BlockLoss:
         self._kd_value = self._has_kd or "kd_loss" in wanted
         # what has to be known at T = 1
         self._both_at_1 = bool(wanted & {"kl", "acceptance_rate"})
-        self._student_at_1 = (
-            self._has_ce or self._both_at_1 or bool(wanted & {"class_loss", "student_entropy"})
-        )
+        self._student_at_1 = self._has_ce or self._both_at_1 or bool(wanted & {"class_loss", "student_entropy"})
         self._teacher_at_1 = self._both_at_1 or bool(wanted & {"teacher_class_loss", "teacher_entropy"})
         # log q, q, scratch, then the teacher's, then the gradient
         count = 3 + 3 * plan.has_teacher + plan.want_grad
@@ -173,7 +174,7 @@ def _softmax(logits: Tensor, temperature: float, log_prob: Tensor, prob: Tensor,
     if temperature != 1.0:
         x.div_(temperature)
     torch.log_softmax(x, -1, out=log_prob)
-    torch.exp(log_prob, out=prob)
+    torch.exp2(torch.mul(log_prob, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
 
 
 def _cross_entropy(log_prob: Tensor, labels: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Ratios beyond e^80 change no sum in fp32, and e^80 itself is still finite there.
+# Stand for infinity where it would meet a probability of 0 or make a gradient infinite. In fp32 neither is
+# reached by two ids that both have a probability.
 _MAX_LOG_RATIO = 80.0
+_MAX_RATIO = 1e30
 _INF = float("inf")
 
 
@@ -30,9 +32,7 @@ class Distributions(NamedTuple):
     q: Tensor
 
 
-def divergence(
-    name: str, beta: float | None, dist: Distributions, r: Tensor, x: Tensor, grad: Tensor | None
-) -> Tensor:
+def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
     """D(p, q) of every row, and its gradient with respect to z = s/T.
 
     An id at -inf in both models contributes nothing. Where the mathematics says +inf (forward KL with p > 0
@@ -63,17 +63,10 @@ def divergence(
         return _kl_mixture(beta, dist, r, x, grad)
     if name == "tvd":
         return _tvd(dist, x, grad)
-    _log_ratio(dist, out=r)
-    r.nan_to_num_(nan=0.0).clamp_(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     # Σ q - Σ p, zero but for rounding, see the head of this file
-    mass = torch.sub(dist.q, dist.p, out=x).sum(-1)
-    return {"jsd": _jsd, "skew_forward_kl": _skew_forward_kl, "skew_reverse_kl": _skew_reverse_kl}[name](
-        beta, dist, mass, r, x, grad
-    )
-
-
-def _log_ratio(dist: Distributions, out: Tensor) -> Tensor:
-    return torch.sub(dist.log_q, dist.log_p, out=out)
+    mass = torch.sub(dist.q, dist.p, out=r).sum(-1)
+    mixtures = {"jsd": _jsd, "skew_forward_kl": _skew_forward_kl, "skew_reverse_kl": _skew_reverse_kl}
+    return mixtures[name](beta, dist, mass, r, x, grad)
 
 
 def _expect(weight: Tensor, value: Tensor, out: Tensor) -> Tensor:
@@ -92,7 +85,7 @@ def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Te
     """β·KL(p‖q) + (1-β)·KL(q‖p); gradient β·(q - p) + (1-β)·q·(r - Σ q·r)."""
     q_minus_p = torch.sub(dist.q, dist.p, out=x if grad is None else grad)
     mass = q_minus_p.sum(-1)
-    _log_ratio(dist, out=r)
+    torch.sub(dist.log_q, dist.log_p, out=r)
     value = torch.zeros_like(mass)
     if beta > 0.0:
         value.add_((mass - _expect(dist.p, r, out=x)).clamp_(min=0.0), alpha=beta)
@@ -115,43 +108,49 @@ def _tvd(dist: Distributions, x: Tensor, grad: Tensor | None) -> Tensor:
     return value
 
 
-# The three below mix m = a·p + (1-a)·q. With r in hand, log(p/m) = -log1p((1-a)·expm1(r)) and
-# log(q/m) = -log1p(a·expm1(-r)): no logarithm of a rounded m, and exactly 0 where p = q.
+# The three below mix m = a·p + (1-a)·q and start from `d` = q - p. With the relative difference d/p,
+# log(p/m) = -log1p((1-a)·d/p) and log(q/m) = -log1p(-a·d/q): no logarithm of a rounded m, and 0 where p = q.
 
 
-def _jsd(beta: float, dist: Distributions, mass: Tensor, r: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+def _relative(d: Tensor, to: Tensor, out: Tensor) -> Tensor:
+    """d/to ``[n, V]`` with 0/0 = 0, and large but finite where only `to` is 0."""
+    torch.div(d, to, out=out)
+    return out.nan_to_num_(nan=0.0, posinf=_MAX_RATIO, neginf=-_MAX_RATIO)
+
+
+def _jsd(beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
     """β·KL(p‖m) + (1-β)·KL(q‖m), m = βp + (1-β)q; h = (1-β)·log(q/m). Agarwal et al. 2024 (GKD)."""
-    torch.expm1(r, out=x).mul_(1.0 - beta).log1p_()  # -log(p/m)
+    _relative(d, dist.p, out=x).mul_(1.0 - beta).log1p_()  # -log(p/m)
     value = -beta * (x.mul_(dist.p).sum(-1) - (1.0 - beta) * mass).clamp_(max=0.0)
-    r.neg_().expm1_().mul_(beta).log1p_().neg_()  # log(q/m)
-    value += (1.0 - beta) * (torch.mul(r, dist.q, out=x).sum(-1) - beta * mass).clamp_(min=0.0)
+    _relative(d, dist.q, out=d).mul_(-beta).log1p_().neg_()  # log(q/m)
+    value += (1.0 - beta) * (torch.mul(d, dist.q, out=x).sum(-1) - beta * mass).clamp_(min=0.0)
     if grad is not None:
-        grad.copy_(_centred(dist.q, r, x)).mul_(1.0 - beta)
+        grad.copy_(_centred(dist.q, d, x)).mul_(1.0 - beta)
     return value
 
 
 def _skew_forward_kl(
-    beta: float, dist: Distributions, mass: Tensor, r: Tensor, x: Tensor, grad: Tensor | None
+    beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(p‖m), m = βp + (1-β)q; h = -(1-β)·p/m. Ko et al. 2024 (DistiLLM)."""
-    r.expm1_().mul_(1.0 - beta)  # m/p - 1
-    value = ((1.0 - beta) * mass - torch.log1p(r, out=x).mul_(dist.p).sum(-1)).clamp_(min=0.0)
+    _relative(d, dist.p, out=d).mul_(1.0 - beta)  # m/p - 1
+    value = ((1.0 - beta) * mass - torch.log1p(d, out=x).mul_(dist.p).sum(-1)).clamp_(min=0.0)
     if grad is not None:
-        r.div_(torch.add(r, 1.0, out=x))  # 1 - p/m
-        grad.copy_(_centred(dist.q, r, x)).mul_(1.0 - beta)
+        d.div_(torch.add(d, 1.0, out=x))  # 1 - p/m
+        grad.copy_(_centred(dist.q, d, x)).mul_(1.0 - beta)
     return value
 
 
 def _skew_reverse_kl(
-    beta: float, dist: Distributions, mass: Tensor, r: Tensor, x: Tensor, grad: Tensor | None
+    beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(q‖m), m = (1-β)p + βq; h = log(q/m) - β·q/m. Ko et al. 2024 (DistiLLM)."""
-    r.neg_().expm1_().mul_(1.0 - beta)  # m/q - 1
-    torch.log1p(r, out=x).neg_()  # log(q/m)
+    _relative(d, dist.q, out=d).mul_(beta - 1.0)  # m/q - 1
+    torch.log1p(d, out=x).neg_()  # log(q/m)
     if grad is not None:
         grad.copy_(x)
     value = (x.mul_(dist.q).sum(-1) - (1.0 - beta) * mass).clamp_(min=0.0)
     if grad is not None:
-        r.div_(torch.add(r, 1.0, out=x))  # 1 - q/m
-        _centred(dist.q, grad.add_(r, alpha=beta), x)
+        d.div_(torch.add(d, 1.0, out=x))  # 1 - q/m
+        _centred(dist.q, grad.add_(d, alpha=beta), x)
     return value

@@ -165,9 +165,7 @@ def _walk(
         return rows, grads._replace(weight=None if head_grad is None else head_grad.total())
 
     if chunk_tokens is None:
-        element_bytes = hidden.element_size() + (
-            0 if teacher_weight is None else teacher_weight.element_size()
-        )
+        element_bytes = hidden.element_size() + (0 if teacher_weight is None else teacher_weight.element_size())
         chunk_tokens = chunk_size(n_valid, vocab, element_bytes, device)
     chunk_tokens = min(chunk_tokens, n_valid)
     student_buffer = hidden.new_empty(chunk_tokens, vocab)
@@ -224,9 +222,9 @@ class _HeadGradient:
 
     def add(self, grad: Tensor, hidden: Tensor, last: bool) -> None:
         """Add one chunk: gradient ``[C, V]``, hidden states ``[C, D]``; `last` if no other follows."""
-        low_precision = self._weight.dtype in (torch.bfloat16, torch.float16)
         if self._sum is None:
-            dtype = torch.float32 if low_precision and not last else self._weight.dtype
+            keep_dtype = last or self._weight.dtype in (torch.float32, torch.float64)
+            dtype = self._weight.dtype if keep_dtype else torch.float32
             self._sum = torch.zeros_like(self._weight, dtype=dtype)
         into = self._sum[: self._vocab]
         if into.dtype == grad.dtype:
@@ -234,7 +232,11 @@ class _HeadGradient:
             return
         if self._product is None:
             self._product = grad.new_empty(self._vocab, hidden.shape[1])
-        into.add_(torch.mm(grad.t(), hidden, out=self._product))
+        torch.mm(grad.t(), hidden, out=self._product)
+        # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
+        for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
+            into[rows] += self._product[rows]
 
     def total(self) -> Tensor:
+        """The sum, which is 0 if there was no chunk."""
         return torch.zeros_like(self._weight) if self._sum is None else self._sum

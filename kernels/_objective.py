@@ -45,9 +45,7 @@ class Objective:
         if self.divergence not in DEFAULT_BETA:
             near = get_close_matches(str(self.divergence), DIVERGENCES, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"divergence must be one of {', '.join(DIVERGENCES)}, but got {self.divergence!r}{hint}"
-            )
+            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, but got {self.divergence!r}{hint}")
         default = DEFAULT_BETA[self.divergence]
         if self.beta is None:
             object.__setattr__(self, "beta", default)

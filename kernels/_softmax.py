@@ -35,7 +35,7 @@ class SoftmaxKD(torch.autograd.Function):
         if plan.want_grad:
             grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
             grad[..., plan.vocab :] = 0
-            grad_rows = grad.view(n_tokens, -1)[:, : plan.vocab]
+            grad_rows = grad.view(n_tokens, student.shape[-1])[:, : plan.vocab]
         max_rows = min(n_tokens, rows_per_block(plan.vocab, student.device))
         block_loss = BlockLoss(plan, max_rows, dtype, student.device)
         start = 0

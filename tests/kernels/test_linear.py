@@ -1,0 +1,279 @@
+"""linear_kd_loss against the fp64 formula, and what it must not compute or hold."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtune_kd.kernels import METRICS, Objective, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels._linear import chunk_size
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def make_inputs(n=21, v=60, d=8, teacher_d=12, dtype=F32, trainable=True, ignored=3):
+    """Hidden states, heads, bias and labels; every `ignored`-th token is ignored."""
+    inputs = {
+        "student_hidden": torch.randn(n, d),
+        "student_weight": torch.randn(v, d),
+        "teacher_hidden": torch.randn(n, teacher_d),
+        "teacher_weight": torch.randn(v, teacher_d) / 2,
+    }
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    labels = torch.randint(0, v, (n,))
+    if ignored:
+        labels[::ignored] = -100
+    inputs["labels"] = labels
+    inputs["student_bias"] = torch.randn(v).to(dtype)
+    inputs["student_hidden"].requires_grad_()
+    if trainable:
+        inputs["student_weight"].requires_grad_()
+        inputs["student_bias"].requires_grad_()
+    return inputs
+
+
+def leaves(inputs):
+    return [t for t in inputs.values() if t.requires_grad]
+
+
+def logits(inputs, dtype):
+    """Both models' logits ``[N, V]`` in `dtype`, by plain matrix products."""
+    hidden, weight, bias = (inputs[name].to(dtype) for name in ("student_hidden", "student_weight", "student_bias"))
+    teacher_hidden, teacher_weight = (inputs[name].to(dtype) for name in ("teacher_hidden", "teacher_weight"))
+    return hidden @ weight.t() + bias, teacher_hidden @ teacher_weight.t()
+
+
+def gradients(loss, inputs):
+    return torch.autograd.grad(loss, leaves(inputs), materialize_grads=True)
+
+
+# One chunk, chunks that do not divide the 14 valid tokens, one token per chunk; T on both sides of 1.
+@pytest.mark.parametrize(
+    ("chunk_tokens", "t", "kd_ratio"), [(None, 1.0, 1.0), (4, 2.0, 0.3), (1, 0.5, 0.5), (5, 8.0, 0.0)]
+)
+def test_value_and_gradients(oracle, divergence, beta, chunk_tokens, t, kd_ratio):
+    inputs = make_inputs()
+    truth = oracle.mean(*logits(inputs, F64), inputs["labels"], divergence, beta, t, kd_ratio)
+    loss = linear_kd_loss(
+        **inputs, divergence=divergence, beta=beta, temperature=t, kd_ratio=kd_ratio, chunk_tokens=chunk_tokens
+    )
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-6)
+    expected = gradients(truth, inputs) if truth.requires_grad else [torch.zeros_like(t) for t in leaves(inputs)]
+    for ours, right in zip(gradients(loss, inputs), expected, strict=True):
+        assert ours.dtype == F32
+        assert (ours - right).abs().max() <= 1e-5 * right.abs().max() + 1e-8
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+def test_bf16_is_as_right_as_plain_torch(oracle, divergence, chunk_tokens):
+    inputs = make_inputs(n=48, v=1000, d=64, teacher_d=96, dtype=BF16)
+    beta = Objective(divergence).beta
+    kwargs = {"divergence": divergence, "beta": beta, "temperature": 2.0, "kd_ratio": 0.5}
+    truth = oracle.mean(*logits(inputs, F64), inputs["labels"], **kwargs)
+    plain = oracle.mean(*(z.float() for z in logits(inputs, BF16)), inputs["labels"], **kwargs)
+    loss = linear_kd_loss(**inputs, chunk_tokens=chunk_tokens, **kwargs)
+    # logits are rounded to bf16 in both; the rest of the error is theirs alone
+    assert abs(loss - truth) <= 1.1 * abs(plain - truth) + 2e-3 * truth
+    triples = zip(gradients(loss, inputs), gradients(plain, inputs), gradients(truth, inputs), strict=True)
+    for ours, theirs, right in triples:
+        assert ours.dtype == BF16
+        right = right.double()
+        assert (ours - right).norm() <= 1.1 * (theirs - right).norm() + 2e-3 * right.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(divergence, reduction):
+    inputs = make_inputs(n=5, v=4, d=3, teacher_d=2, dtype=F64, ignored=4)
+
+    def loss(hidden, weight, bias):
+        changed = {**inputs, "student_hidden": hidden, "student_weight": weight, "student_bias": bias}
+        return linear_kd_loss(
+            **changed, divergence=divergence, temperature=1.7, kd_ratio=0.6, reduction=reduction, chunk_tokens=2
+        )
+
+    assert torch.autograd.gradcheck(loss, leaves(inputs))
+
+
+def test_equals_the_loss_of_logits(divergence):
+    inputs = make_inputs(dtype=F64)
+    kwargs = {"divergence": divergence, "temperature": 2.0, "kd_ratio": 0.5}
+    from_hidden = linear_kd_loss(**inputs, chunk_tokens=5, return_metrics=True, **kwargs)
+    from_logits = softmax_kd_loss(*logits(inputs, F64), inputs["labels"], return_metrics=True, **kwargs)
+    assert torch.allclose(from_hidden[0], from_logits[0])
+    assert from_hidden[1].keys() == from_logits[1].keys() == {*METRICS, "num_tokens"}
+    for name, value in from_logits[1].items():
+        assert torch.allclose(from_hidden[1][name], value), name
+    for ours, theirs in zip(gradients(from_hidden[0], inputs), gradients(from_logits[0], inputs), strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def test_batch_and_sequence_dimensions():
+    inputs = make_inputs(n=24)
+    flat = linear_kd_loss(**inputs, reduction="none")
+    shaped = {
+        name: t.view(4, 6, *t.shape[1:]) if name in ("student_hidden", "teacher_hidden", "labels") else t
+        for name, t in inputs.items()
+    }
+    assert torch.equal(linear_kd_loss(**shaped, reduction="none"), flat.view(4, 6))
+    assert torch.equal(linear_kd_loss(**shaped), linear_kd_loss(**inputs))
+
+
+def test_head_gradient_is_accumulated_in_fp32():
+    """300 chunks of one token: summed in bf16, contributions below 1/256 of the sum would be lost."""
+    inputs = make_inputs(n=300, v=40, d=8, dtype=BF16, ignored=0)
+    exact = {name: t.detach().double() if t.is_floating_point() else t for name, t in inputs.items()}
+    exact["student_weight"].requires_grad_()
+    (right,) = torch.autograd.grad(linear_kd_loss(**exact, reduction="sum"), exact["student_weight"])
+    for chunk_tokens in (300, 1):
+        loss = linear_kd_loss(**inputs, reduction="sum", chunk_tokens=chunk_tokens)
+        (grad,) = torch.autograd.grad(loss, inputs["student_weight"])
+        assert (grad - right).norm() < 0.01 * right.norm()
+
+
+def test_weight_trains_while_hidden_does_not():
+    inputs = make_inputs()
+    both = dict(zip(("h", "w", "b"), gradients(linear_kd_loss(**inputs), inputs), strict=True))
+    inputs["student_hidden"] = inputs["student_hidden"].detach()
+    weight, bias = gradients(linear_kd_loss(**inputs), inputs)
+    assert torch.equal(weight, both["w"])
+    assert torch.equal(bias, both["b"])
+
+
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_valid_token_gives_a_connected_zero(n, reduction):
+    inputs = make_inputs(n=n, ignored=1)
+    loss = linear_kd_loss(**inputs, kd_ratio=0.5, reduction=reduction)
+    assert not loss.any()
+    for grad in torch.autograd.grad(loss.sum(), leaves(inputs), allow_unused=False):
+        assert not grad.any()
+        assert grad.isfinite().all()
+
+
+def test_kd_ratio_0_touches_no_teacher(oracle):
+    inputs = make_inputs()
+    truth = oracle.mean(*logits(inputs, F64), inputs["labels"], "forward_kl", kd_ratio=0.0)
+    inputs["teacher_hidden"] = inputs["teacher_weight"] = None
+    assert linear_kd_loss(**inputs, kd_ratio=0.0).item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+def test_padded_vocabularies(divergence):
+    inputs = make_inputs(v=60)
+    cut = linear_kd_loss(**inputs, divergence=divergence, kd_ratio=0.5)
+    cut_grads = gradients(cut, inputs)
+    wide = dict(inputs)
+    wide["student_weight"] = torch.cat([inputs["student_weight"].detach(), torch.randn(4, 8)]).requires_grad_()
+    wide["student_bias"] = torch.cat([inputs["student_bias"].detach(), torch.randn(4)]).requires_grad_()
+    loss = linear_kd_loss(**wide, divergence=divergence, kd_ratio=0.5, chunk_tokens=5)
+    assert torch.allclose(loss, cut)
+    for ours, right in zip(gradients(loss, wide), cut_grads, strict=True):
+        assert torch.allclose(ours[: len(right)], right, atol=1e-6)
+        assert not ours[len(right) :].any()
+    wide = dict(inputs, teacher_weight=torch.cat([inputs["teacher_weight"], torch.randn(4, 12)]))
+    assert torch.equal(linear_kd_loss(**wide, divergence=divergence, kd_ratio=0.5), cut)
+
+
+def test_second_backward_checkpoint_and_inference_mode_teacher():
+    inputs = make_inputs()
+    with torch.inference_mode():
+        inputs["teacher_hidden"] = inputs["teacher_hidden"] + 0.0
+    for reduction in ("mean", "none"):
+        loss = linear_kd_loss(**inputs, reduction=reduction).sum()
+        first = torch.autograd.grad(loss, leaves(inputs), retain_graph=True)
+        doubled = torch.autograd.grad(loss, leaves(inputs), torch.tensor(2.0), retain_graph=True)
+        for once, twice in zip(first, doubled, strict=True):
+            assert torch.allclose(twice, 2 * once)
+
+        def run(hidden, weight, bias, reduction=reduction):
+            changed = {**inputs, "student_hidden": hidden, "student_weight": weight, "student_bias": bias}
+            return linear_kd_loss(**changed, reduction=reduction).sum()
+
+        again = torch.utils.checkpoint.checkpoint(run, *leaves(inputs), use_reentrant=False)
+        for ours, right in zip(gradients(again, inputs), first, strict=True):
+            assert torch.equal(ours, right)
+
+
+def test_autocast_runs_the_products_in_its_dtype():
+    inputs = make_inputs(n=8, v=50, d=16)
+    low = {name: t.detach().bfloat16() if t.is_floating_point() else t for name, t in inputs.items()}
+    with torch.autocast("cpu", dtype=BF16):
+        loss = linear_kd_loss(**inputs, temperature=2.0)
+        assert torch.equal(loss, linear_kd_loss(**low, temperature=2.0))
+    for grad in gradients(loss, inputs):
+        assert grad.dtype == F32
+
+
+class Recorder(TorchDispatchMode):
+    """Matrix products as (rows, inner, columns), and every allocation's number of elements."""
+
+    def __init__(self):
+        self.products, self.allocated = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            self.products.append((a.shape[0], a.shape[1], b.shape[1]))
+        if isinstance(out, torch.Tensor) and not func._schema.is_mutable and not func.is_view:
+            self.allocated.append(tuple(out.shape))
+        return out
+
+
+# V is large enough for a block of rows to be a fraction of a chunk.
+N, V, D, TEACHER_D, CHUNK = 600, 8192, 16, 24, 128
+
+
+def record(trainable, grad=True, metrics=("num_tokens",)):
+    inputs = make_inputs(N, V, D, TEACHER_D, trainable=trainable, ignored=2)
+    inputs.pop("student_bias")
+    with Recorder() as recorder, torch.set_grad_enabled(grad):
+        loss, _ = linear_kd_loss(**inputs, chunk_tokens=CHUNK, kd_ratio=0.5, return_metrics=metrics)
+        if grad:
+            loss.backward()
+    return recorder
+
+
+def logits_products(recorder):
+    """Rows that went through the products with V columns, by inner width."""
+    return {
+        width: sum(rows for rows, inner, columns in recorder.products if (inner, columns) == (width, V))
+        for width in (D, TEACHER_D)
+    }
+
+
+def test_only_valid_tokens_are_multiplied_and_a_frozen_head_gets_no_gradient():
+    recorder = record(trainable=False)
+    valid = N // 2
+    assert logits_products(recorder) == {D: valid, TEACHER_D: valid}
+    hidden_grad = [rows for rows, inner, columns in recorder.products if (inner, columns) == (V, D)]
+    assert sum(hidden_grad) == valid
+    assert not [p for p in recorder.products if p[0] == V]
+    assert (V, D) not in recorder.allocated
+
+
+def test_a_trainable_head_gets_one():
+    recorder = record(trainable=True)
+    head_grad = [inner for rows, inner, columns in recorder.products if (rows, columns) == (V, D)]
+    assert sum(head_grad) == N // 2
+
+
+def test_without_grad_no_gradient_is_computed():
+    recorder = record(trainable=True, grad=False)
+    assert logits_products(recorder) == {D: N // 2, TEACHER_D: N // 2}
+    assert len(recorder.products) == 2 * -(-N // 2 // CHUNK)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_one_chunk_of_logits_per_model_and_blocks_beside(trainable):
+    recorder = record(trainable, metrics=True)
+    vocabulary_wide = [shape for shape in recorder.allocated if shape and shape[-1] == V and len(shape) == 2]
+    assert [shape for shape in vocabulary_wide if shape[0] > 32] == [(CHUNK, V), (CHUNK, V)]
+    assert max(rows for rows, *_ in recorder.products if rows != V) <= CHUNK
+
+
+def test_chunks_are_equal_multiples_of_128_within_the_budget():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert chunk_size(8192, 128256, 4, cuda) == 2048
+    assert chunk_size(2100, 128256, 4, cuda) == 1152
+    assert chunk_size(100, 128256, 4, cuda) == 128
+    assert chunk_size(1024, 49152, 4, cpu) == 1024
+    assert chunk_size(10**6, 10**6, 8, cpu) == 128
