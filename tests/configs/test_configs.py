@@ -1,0 +1,232 @@
+"""Every config under configs/, at any depth: it reads, builds, fits its header, and hides no key that nothing reads."""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchtune._recipe_registry import get_all_recipes
+from torchtune.config._utils import _get_component_from_path
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+from torchtune.training import ModelType
+
+import torchtune_kd.losses
+from torchtune_kd.models.nf4 import check_nf4_shapes
+from torchtune_kd.training import UserError, World, build, build_kd_loss, build_lr_scheduler, build_optimizer
+from torchtune_kd.training.optim import build_profiler
+from torchtune_kd.training.preflight import check_vocabularies, on_meta
+from torchtune_kd.training.settings import COMPONENTS, Settings, read_settings
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+CONFIGS = CHECKOUT / "configs"
+FILES = sorted(Path(folder) / name for folder, _, names in os.walk(CONFIGS) for name in names if name.endswith("yaml"))
+SETTING_NAMES = {field.name for field in dataclasses.fields(Settings)}
+
+# What `tune download` fetches: number of *.safetensors files, and the published config.json.
+MODELS = {
+    "meta-llama/Llama-3.2-1B-Instruct": {"files": 1, "vocab": 128256, "layers": 16, "width": 2048, "tied": True},
+    "meta-llama/Meta-Llama-3.1-8B-Instruct": {"files": 4, "vocab": 128256, "layers": 32, "width": 4096, "tied": False},
+    "Qwen/Qwen2.5-0.5B-Instruct": {"files": 1, "vocab": 151936, "layers": 24, "width": 896, "tied": True},
+    "Qwen/Qwen2.5-1.5B-Instruct": {"files": 1, "vocab": 151936, "layers": 28, "width": 1536, "tied": True},
+    "Qwen/Qwen2.5-7B-Instruct": {"files": 4, "vocab": 152064, "layers": 28, "width": 3584, "tied": False},
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {"files": 1, "vocab": 49152, "layers": 30, "width": 576, "tied": True},
+}
+
+each_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+
+
+def load(path: Path) -> DictConfig:
+    return OmegaConf.load(path)
+
+
+def is_distributed(path: Path) -> bool:
+    return path.stem.endswith("_distributed")
+
+
+def header(path: Path) -> str:
+    """The comment lines above the first key."""
+    return path.read_text().split("\noutput_dir:")[0]
+
+
+def sections(node: Any, path: str = "") -> list[tuple[str, dict]]:
+    """Every mapping with a ``_component_``, at any depth, with its dotted path."""
+    found = [(path, node)] if isinstance(node, dict) and "_component_" in node else []
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return found + [s for key, child in children for s in sections(child, f"{path}.{key}".lstrip("."))]
+
+
+@cache
+def meta_model(section: str) -> TransformerDecoder:
+    """A model on the meta device from its section as JSON, so that files with equal sections build it once."""
+    settings = Settings(output_dir="", device="cpu", dtype="bf16")
+    return on_meta(OmegaConf.create({"model": json.loads(section)}), "model", settings, World(torch.device("cpu")))
+
+
+def model_of(cfg: DictConfig, name: str) -> TransformerDecoder:
+    return meta_model(json.dumps(OmegaConf.to_container(cfg[name], resolve=True)))
+
+
+def test_all_files_are_walked_and_listed():
+    assert len(FILES) == len(list(CONFIGS.rglob("*.yaml"))) >= 15
+    assert not list(CONFIGS.rglob("*.yml")), "tune ls looks for *.yaml alone"
+    listed = {c.name for recipe in get_all_recipes() for c in recipe.configs if c.name.startswith("torchtune_kd/")}
+    assert {f"torchtune_kd/{path.relative_to(CONFIGS).with_suffix('').as_posix()}" for path in FILES} == listed
+
+
+@each_config
+def test_everything_a_config_names_can_be_built(path):
+    cfg = load(path)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    found = dict(sections(plain))
+    assert {"model", "teacher_model", "checkpointer", "teacher_checkpointer", "dataset", "kd_loss"} <= found.keys()
+    for where, section in found.items():
+        takes = inspect.signature(_get_component_from_path(section["_component_"])).parameters
+        if "load_dataset_kwargs" in takes:  # handed on to the reader of local files
+            takes = takes | inspect.signature(datasets.load_dataset).parameters
+        assert section.keys() - {"_component_"} <= takes.keys(), where
+    for name in ("checkpointer", "teacher_checkpointer"):
+        assert hasattr(ModelType, found[name]["model_type"])
+
+    settings = read_settings(cfg, distributed=is_distributed(path))
+    assert (settings.dtype, settings.resume_from_checkpoint, "loss" in cfg) == ("bf16", False, False)
+    student, teacher = model_of(cfg, "model"), model_of(cfg, "teacher_model")
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
+    check_vocabularies(student, teacher, tokenizer=None)  # a tokenizer needs its file, which is fetched later
+
+    assert build_kd_loss(cfg).temperature == 2.0
+    optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(2))])
+    assert build_lr_scheduler(cfg, optimizer, total_steps=200).last_epoch == 0
+    assert build_profiler(cfg) is not None
+
+
+@each_config
+def test_header_says_how_to_run_the_file_it_stands_in(path):
+    name = f"torchtune_kd/{path.relative_to(CONFIGS).with_suffix('').as_posix()}"
+    recipe = "kd_distributed" if is_distributed(path) else "kd_single_device"
+    assert (CHECKOUT / "recipes" / f"{recipe}.py").is_file()
+    stock = {c.name for r in get_all_recipes() for c in r.configs}
+    ours = []
+    for line in re.findall(r"^#   (tune run .*)$", header(path), re.MULTILINE):
+        words = shlex.split(line)
+        at = words.index("--config")
+        assert words[at + 1] in stock
+        if words[at - 1].startswith("torchtune_kd/"):
+            ours.append(words[at - 1 : at + 2])
+            assert ("--nproc_per_node" in words) == is_distributed(path)
+            overridden = OmegaConf.merge(load(path), OmegaConf.from_dotlist(words[at + 2 :]))
+            read_settings(overridden, distributed=is_distributed(path))
+    assert len(ours) == 2 and all(words == [f"torchtune_kd/{recipe}", "--config", name] for words in ours)
+    assert load(path).output_dir.startswith("/tmp/torchtune_kd/")
+
+
+@each_config
+def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
+    cfg = load(path)
+    folders = dict(re.findall(r"tune download (\S+) --output-dir (\S+)", header(path)))
+    seen = set()
+    for name, model in (("checkpointer", "model"), ("teacher_checkpointer", "teacher_model")):
+        repo = next((repo for repo, folder in folders.items() if folder == cfg[name].checkpoint_dir), None)
+        if repo is None:  # a pruned student, which no hub has
+            assert (path.parent.name, name) == ("smollm2", "checkpointer")
+            from torchtune_kd.models.prune import _parse as prune_arguments
+
+            (prune,) = re.findall(r"^#   python -m torchtune_kd\.models\.prune (.*)$", header(path), re.MULTILINE)
+            (options,) = re.findall(r"^#   (--strategy influence .*)$", header(path), re.MULTILINE)
+            args = prune_arguments(shlex.split(prune) + shlex.split(options))
+            assert (str(args.checkpoint_dir), str(args.output_dir)) == (cfg.teacher_dir, cfg[name].checkpoint_dir)
+            assert args.num_layers == len(model_of(cfg, model).layers) == 15
+            assert args.model == cfg.teacher_model._component_ and args.tokenizer == cfg.tokenizer._component_
+            continue
+        seen.add(repo)
+        facts, files = MODELS[repo], cfg[name].checkpoint_files
+        n = facts["files"]
+        assert list(files) == (
+            ["model.safetensors"] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+        )
+        decoder = model_of(cfg, model)
+        built = {
+            "files": n,
+            "vocab": decoder.tok_embeddings.num_embeddings,
+            "layers": len(decoder.layers),
+            "width": decoder.tok_embeddings.embedding_dim,
+            "tied": isinstance(decoder.output, TiedLinear),
+        }
+        assert built == facts
+    assert seen == folders.keys()
+    tokenizer_files = [cfg.tokenizer[key] for key in ("path", "merges_file") if key in cfg.tokenizer]
+    assert all(any(file.startswith(f"{folder}/") for folder in folders.values()) for file in tokenizer_files)
+
+
+@each_config
+def test_misspelt_keys_are_found_wherever_they_stand(path):
+    plain = yaml.safe_load(path.read_text())
+    folders = [key for key in plain if key not in SETTING_NAMES and key not in COMPONENTS]
+    assert all(f"${{{key}}}" in path.read_text() for key in folders)
+    for key in plain.keys() - set(folders):
+        refused(path, plain | {key + key[-1]: plain[key]}, key + key[-1], key)
+    for where, section in sections(plain):
+        takes = inspect.signature(_get_component_from_path(section["_component_"])).parameters
+        for key in section.keys() - {"_component_"}:
+            if key in takes:  # else load_dataset is to find it, see below
+                wrong = plain | {where: section | {key + key[-1]: section[key]}}
+                refused(path, wrong, f"{where}.{key + key[-1]}", key)
+
+
+def refused(path: Path, content: dict, wrong: str, meant: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_settings(OmegaConf.create(content), distributed=is_distributed(path))
+    assert f"`{wrong}`" in str(caught.value) and f"did you mean `{meant}`?" in str(caught.value)
+
+
+def test_keys_that_only_the_reader_of_files_knows_are_found_when_it_is_called(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    cfg = load(CONFIGS / "smollm2" / "135M_to_15L_KD_full_single_device.yaml")
+    cfg.data_dir, cfg.dataset.data_filess = str(tmp_path), "x"
+    with pytest.raises(UserError, match=r"`dataset` cannot be built.*data_filess"):
+        build(cfg, "dataset", object())
+
+
+@each_config
+def test_options_that_are_commented_out_work(path):
+    text = path.read_text()
+    block = re.search(r"^# dataset_val:\n(?:# .*\n)+", text, re.MULTILINE)
+    if block is None:
+        assert "\ndataset_val:\n" in text
+        return
+    cfg = OmegaConf.create(text + re.sub(r"^# ", "", block.group(), flags=re.MULTILINE))
+    settings = read_settings(cfg, distributed=is_distributed(path))
+    assert settings.run_val_every_n_steps and settings.max_val_batches and settings.batch_size_val
+
+
+@each_config
+def test_comment_names_every_other_divergence(path):
+    named = re.search(r"# Other divergences: (.*)", path.read_text()).group(1).split(", ")
+    single = {n for n in torchtune_kd.losses.__all__ if not n.startswith("KD") and "Chunked" not in n}
+    assert {*named, "ForwardKLLoss"} == single
+    for name in named:
+        cfg = load(path)
+        cfg.kd_loss._component_ = f"torchtune_kd.losses.{name}"
+        assert type(build_kd_loss(cfg)).__name__ == name
+
+
+def test_nf4_fits_the_numbers_of_processes_that_the_header_names():
+    path = CONFIGS / "llama3_2" / "8B_to_1B_KD_qlora_distributed.yaml"
+    sizes = re.search(r"give for ([\d, and]+) processes", header(path).replace("\n# ", " ")).group(1)
+    model = model_of(load(path), "model")
+    for size in map(int, re.findall(r"\d+", sizes)):
+        check_nf4_shapes(model, size)
+    for size in (3, 128):
+        with pytest.raises(ValueError, match=f"each of {size} ranks"):
+            check_nf4_shapes(model, size)
