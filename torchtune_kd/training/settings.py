@@ -247,13 +247,15 @@ def _check_component(path: str, section: DictConfig) -> None:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have no signature
         return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in section:
-        if key != "_component_" and key not in parameters:
-            raise UserError(
-                f"Unknown key `{path}.{key}`: {section['_component_']} does not take it, {_nearest(key, parameters)}"
-            )
+        if key == "_component_" or key in parameters:
+            continue
+        if takes_any and not difflib.get_close_matches(str(key), parameters, n=1, cutoff=0.8):
+            continue  # handed on, as a dataset does to load_dataset; torchtune's loggers swallow it
+        raise UserError(
+            f"Unknown key `{path}.{key}`: {section['_component_']} does not take it, {_nearest(key, parameters)}"
+        )
 
 
 def _nearest(key: str, known: Any) -> str:
