@@ -121,8 +121,8 @@ class BlockLoss:
 
         loss, kd_loss = None, None
         if self._kd_value:
-            _softmax(student, temperature, log_q, q, x)
-            _softmax(teacher, temperature, log_p, p, x)
+            _softmax(student, temperature, log_q, q)
+            _softmax(teacher, temperature, log_p, p)
             kd_grad = grad if self._has_kd else None
             kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
             kd_loss.mul_(objective.divergence_scale)
@@ -134,9 +134,9 @@ class BlockLoss:
 
         fresh = self._kd_value and at_1
         if self._student_at_1 and not fresh:
-            _softmax(student, 1.0, log_q, q, x)
+            _softmax(student, 1.0, log_q, q)
         if self._teacher_at_1 and not fresh:
-            _softmax(teacher, 1.0, log_p, p, x)
+            _softmax(teacher, 1.0, log_p, p)
 
         class_loss = None
         if self._has_ce or "class_loss" in plan.metrics:
@@ -168,12 +168,15 @@ class BlockLoss:
         return loss, metrics
 
 
-def _softmax(logits: Tensor, temperature: float, log_prob: Tensor, prob: Tensor, x: Tensor) -> None:
-    """log-softmax and softmax of logits/T ``[n, V]``; `x` is scratch."""
-    x.copy_(logits)
+def _softmax(logits: Tensor, temperature: float, log_prob: Tensor, prob: Tensor) -> None:
+    """log-softmax and softmax of logits/T ``[n, V]``, the second as the exponential of the first.
+
+    That keeps an error of the normaliser the same in both, where it cancels: see the divergences.
+    """
+    prob.copy_(logits)
     if temperature != 1.0:
-        x.div_(temperature)
-    torch.log_softmax(x, -1, out=log_prob)
+        prob.div_(temperature)
+    torch.log_softmax(prob, -1, out=log_prob)
     torch.exp2(torch.mul(log_prob, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
 
 
