@@ -144,8 +144,11 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
 
             (prune,) = re.findall(r"^#   python -m torchtune_kd\.models\.prune (.*)$", header(path), re.MULTILINE)
             (options,) = re.findall(r"^#   (--strategy influence .*)$", header(path), re.MULTILINE)
-            args = prune_arguments(shlex.split(prune) + shlex.split(options))
+            args = prune_arguments(shlex.split(prune))
+            assert args.strategy == "even"
             assert (str(args.checkpoint_dir), str(args.output_dir)) == (cfg.teacher_dir, cfg[name].checkpoint_dir)
+            args = prune_arguments(shlex.split(prune.replace("--strategy even", options)))
+            assert args.strategy == "influence"
             assert args.num_layers == len(model_of(cfg, model).layers) == 15
             assert args.model == cfg.teacher_model._component_ and args.tokenizer == cfg.tokenizer._component_
             continue
