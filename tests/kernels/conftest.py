@@ -69,11 +69,6 @@ def oracle():
     return SimpleNamespace(tokens=_tokens, mean=_mean)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 # Every divergence at its default, at a lopsided beta, and at the ends where formulas change.
 VARIANTS = [
     ("forward_kl", None),
