@@ -134,8 +134,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _read_origin(folder: Path) -> dict[str, str] | None:
-    config = folder / "config.json"
-    return json.loads(config.read_text()).get(_ORIGIN) if config.is_file() else None
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return config.get(_ORIGIN) if "pruned_from" not in config else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -98,6 +98,9 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Return the token ids of ``text``.
 
+        Any text comes back from :meth:`decode` but for characters whose bytes the vocabulary lacks and which
+        vanish, as in the published tokenizer: U+0004, 6, 13, 14, 16, 1D and U+40000 to BFFFF.
+
         Args:
             text (str): Text; special tokens in it become their ids.
             add_bos (bool): Adds nothing, since SmolLM2 has no such token; torchtune's datasets pass it.
