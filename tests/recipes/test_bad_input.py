@@ -14,8 +14,8 @@ from tiny import (
     run_tune,
     write_rows,
 )
-from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 
+from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 from torchtune_kd.training import UserError
 
 
@@ -58,6 +58,8 @@ def refuse(cfg) -> str:
         ("checkpointer.checkpoint_files", ["model-00001.safetensors"], "model-00001.safetensors.*is not in"),
         ("teacher_checkpointer.checkpoint_dir", "/nowhere/teacher", "/nowhere/teacher.*does not exist"),
         ("save_adapter_weights_only", True, "full-weight"),
+        ("dataset.data_files", "/nowhere/rows.jsonl", "section `dataset`.*/nowhere/rows.jsonl"),
+        ("tokenizer.path", "/nowhere/tokenizer.json", "section `tokenizer`.*/nowhere/tokenizer.json"),
         ("optimizer", None, "section `optimizer`.*missing"),
         ("teacher_model", None, "section `teacher_model`.*missing"),
         ("optimizer.lr", -1.0, "optimizer.*learning rate"),

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchtune_kd.kernels import METRICS
 
 import torchtune_kd.training as kd
+from torchtune_kd.kernels import METRICS
 
 
 class CountCollectives(TorchDispatchMode):

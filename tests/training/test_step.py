@@ -114,3 +114,10 @@ def test_gradient_norm_clips_to_the_bound():
     assert weight.grad.tolist() == [3, 0, 4]
     assert gradient_norm([weight], 1.0) == 5
     torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.0, 0.8]))
+
+
+def test_gradient_norm_of_bf16_gradients_is_summed_in_fp32():
+    weights = [torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)) for _ in range(1000)]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1.0)
+    assert gradient_norm(weights, None).item() == pytest.approx(1000**0.5, rel=1e-6)

@@ -132,7 +132,7 @@ def build(cfg: Mapping[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiate the component under ``cfg.<name>``; what it refuses becomes one sentence that names the section."""
     try:
         return config.instantiate(cfg[name], *args, **kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:  # OSError: a file that is not there
         raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
 
 
@@ -158,6 +158,8 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
         expect(name, getattr(settings, name) is None or getattr(settings, name) >= 1, "at least 1 or null")
     if settings.clip_grad_norm is not None:
         expect("clip_grad_norm", _positive(settings.clip_grad_norm), "a number above 0 or null")
+    if settings.dtype == "bf16" and settings.torch_device.type == "cuda" and torch.cuda.is_available():
+        expect("dtype", torch.cuda.is_bf16_supported(), f"fp32 on {torch.cuda.get_device_name()}, which has no bf16")
     if settings.resume_from_checkpoint:
         raise UserError(
             "Expected `resume_from_checkpoint: False`, got True: this version cannot resume a run; to train on "

@@ -75,9 +75,10 @@ def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], clip: float | None) -> Tensor:
-    """The 2-norm of all gradients over all processes (0-d); with ``clip`` they are scaled down to that norm."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    """The 2-norm of all gradients over all processes (0-d, fp32); with ``clip`` they are scaled down to that norm."""
+    # torch.nn.utils.get_total_norm would sum bf16 gradients in bf16
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if clip is not None:
