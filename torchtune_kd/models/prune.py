@@ -56,8 +56,9 @@ def _measure(args: argparse.Namespace) -> torch.Tensor:
     tokenizer = _component(args.tokenizer)(str(args.tokenizer_path or args.checkpoint_dir / "tokenizer.json"))
     if not args.text.is_file():
         raise ValueError(f"Expected a calibration text, but {args.text} does not exist; check the path.")
-    batches = text_batches(tokenizer, args.text.read_text(encoding="utf-8"))
     model = _component(args.model)()
+    text = args.text.read_text(encoding="utf-8")
+    batches = text_batches(tokenizer, text, seq_len=min(256, model.max_seq_len))
     with tempfile.TemporaryDirectory() as unused:  # the checkpointer creates its output folder
         checkpointer = FullModelHFCheckpointer(
             checkpoint_dir=str(args.checkpoint_dir),
