@@ -15,8 +15,9 @@ from . import _metrics
 from ._divergences import Distributions, divergence
 from ._objective import Objective
 
-# Elements of one temporary. CPU: 1 MiB of fp32 each, seven of them; other devices: enough to fill the device.
-_BLOCK_ELEMENTS = {"cpu": 2**18}
+# Elements of one temporary. CPU: 2 MiB of fp32 each, seven of them, which a last-level cache holds, and few enough
+# blocks for the cost of waking threads to stay small; other devices: enough to fill the device.
+_BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**25
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 import torchtune_kd.kernels as kernels
 from torchtune_kd.kernels import DIVERGENCES, METRICS, linear_kd_loss, softmax_kd_loss
 

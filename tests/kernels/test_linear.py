@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from torchtune_kd.kernels import METRICS, Objective, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._linear import chunk_size
 
@@ -266,7 +267,7 @@ def test_without_grad_no_gradient_is_computed():
 def test_one_chunk_of_logits_per_model_and_blocks_beside(trainable):
     recorder = record(trainable, metrics=True)
     vocabulary_wide = [shape for shape in recorder.allocated if shape and shape[-1] == V and len(shape) == 2]
-    assert [shape for shape in vocabulary_wide if shape[0] > 32] == [(CHUNK, V), (CHUNK, V)]
+    assert [shape for shape in vocabulary_wide if shape[0] > CHUNK // 2] == [(CHUNK, V), (CHUNK, V)]
     assert max(rows for rows, *_ in recorder.products if rows != V) <= CHUNK
 
 

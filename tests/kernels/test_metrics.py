@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from torchtune_kd.kernels import METRICS, _block, linear_kd_loss, softmax_kd_loss
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, softmax_kd_loss
 
 BETAS = st.floats(0, 1, width=16)

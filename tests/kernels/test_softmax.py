@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from torchtune_kd.kernels import Objective, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

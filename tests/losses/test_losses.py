@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from torchtune_kd.kernels import DIVERGENCES, linear_kd_loss, softmax_kd_loss
 
 from torchtune_kd import losses
+from torchtune_kd.kernels import DIVERGENCES, linear_kd_loss, softmax_kd_loss
 
 NAMES = ["ForwardKL", "ReverseKL", "SymmetricKL", "JSD", "SkewForwardKL", "SkewReverseKL", "TVD"]
 DEFAULT_BETA = {"SymmetricKL": 0.5, "JSD": 0.5, "SkewForwardKL": 0.1, "SkewReverseKL": 0.1}

@@ -67,9 +67,7 @@ class KDLoss(nn.Module):
             "scale_by_temperature_squared": self.scale_by_temperature_squared,
         }
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
-    ) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """The loss of whole logits.
 
         Args:
@@ -136,14 +134,8 @@ class KDWithChunkedOutputLoss(KDLoss):
             ignore_index=ignore_index,
             scale_by_temperature_squared=scale_by_temperature_squared,
         )
-        if (
-            isinstance(num_output_chunks, bool)
-            or not isinstance(num_output_chunks, int)
-            or num_output_chunks < 1
-        ):
-            raise ValueError(
-                f"num_output_chunks must be a whole number above 0, but got {num_output_chunks!r}"
-            )
+        if isinstance(num_output_chunks, bool) or not isinstance(num_output_chunks, int) or num_output_chunks < 1:
+            raise ValueError(f"num_output_chunks must be a whole number above 0, but got {num_output_chunks!r}")
         self.num_output_chunks = num_output_chunks
 
     def forward(
@@ -170,9 +162,7 @@ class KDWithChunkedOutputLoss(KDLoss):
         """
         sizes = _chunk_sizes(student_logits, teacher_logits, labels)
         total = 0.0
-        for student, teacher, chunk in zip(
-            student_logits, teacher_logits, labels.split(sizes, dim=1), strict=True
-        ):
+        for student, teacher, chunk in zip(student_logits, teacher_logits, labels.split(sizes, dim=1), strict=True):
             total = total + super().forward(student, teacher, chunk, normalize=False)
         if not normalize:
             return total
@@ -200,9 +190,7 @@ def _chunk_sizes(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: T
             )
     shapes = [[list(chunk.shape[:-1]) for chunk in chunks] for chunks in (student, teacher)]
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"student and teacher chunks must have one [B, S] each, but got {shapes[0]} and {shapes[1]}"
-        )
+        raise ValueError(f"student and teacher chunks must have one [B, S] each, but got {shapes[0]} and {shapes[1]}")
     sizes = [size for _, size in shapes[0]]
     if labels.dim() != 2 or labels.shape[1] != sum(sizes):
         raise ValueError(f"labels must be [B, {sum(sizes)}] to fit the chunks, but got {list(labels.shape)}")

@@ -31,9 +31,7 @@ class _SymmetricSettings:
 
     divergence = "symmetric_kl"
 
-    def __init__(
-        self, *args: Any, sym_kd_ratio: float | None = None, beta: float | None = None, **kwargs: Any
-    ):
+    def __init__(self, *args: Any, sym_kd_ratio: float | None = None, beta: float | None = None, **kwargs: Any):
         if sym_kd_ratio is not None and beta is not None:
             raise ValueError(
                 f"beta and sym_kd_ratio are two names of one setting, but got beta={beta} and "
