@@ -18,10 +18,10 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
 from torchtune_kd.kernels import Objective
 from torchtune_kd.kernels._block import BlockLoss, Plan, rows_per_block
 from torchtune_kd.kernels._linear import chunk_size
-
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.training import Settings, UserError, World, build_kd_loss, build_optimizer, read_settings
 from torchtune_kd.training.metrics import training_metrics

@@ -20,10 +20,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 from statistics import median
 
-from benchmarks._measure import describe_machine
 from omegaconf import DictConfig, OmegaConf
-from torchtune_kd.models.pruning import prune_checkpoint, select_layers
 
+from benchmarks._measure import describe_machine
+from torchtune_kd.models.pruning import prune_checkpoint, select_layers
 from torchtune_kd.models.smollm2 import fetch_smollm2
 from torchtune_kd.training.errors import one_sentence
 
@@ -126,10 +126,8 @@ def run(side: str, folder: Path, cfg: DictConfig) -> dict:
     log = Path(cfg.output_dir) / "log.txt"
     log.unlink(missing_ok=True)
     recipe = stock_recipe() if side == "stock" else our_recipe()
-    worker = Path(__file__).with_name("_recipe_worker.py")
-    result = subprocess.run(
-        [sys.executable, worker, recipe, config_file, output_file], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks._recipe_worker", recipe, config_file, output_file]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"The {side} recipe ended with {result.returncode}:\n{result.stderr[-3000:]}")
     steps = [
@@ -151,7 +149,9 @@ def run(side: str, folder: Path, cfg: DictConfig) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default 3)")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps per run, the first not counted (default 5)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="optimizer steps per run, the first not counted (default 5)"
+    )
     parser.add_argument("--output", type=Path, help="write all numbers as JSON")
     args = parser.parse_args(argv)
     if args.pairs < 1 or args.steps < 2:
@@ -166,7 +166,9 @@ def main(argv: list[str] | None = None) -> None:
         prune_checkpoint(teacher, folder / "student", select_layers(30, 15, "even"))
         write_rows(folder / "rows.jsonl", BATCH * args.steps)
         print(f"\n{'':6}{'stock':>24}{'torchtune-kd':>26}{'ratio':>20}")
-        print(f"{'pair':6}{'tokens/s':>12}{'added MiB':>12}{'tokens/s':>14}{'added MiB':>12}{'speed':>10}{'memory':>10}")
+        print(
+            f"{'pair':6}{'tokens/s':>12}{'added MiB':>12}{'tokens/s':>14}{'added MiB':>12}{'speed':>10}{'memory':>10}"
+        )
         for index in range(args.pairs):
             order = ("stock", "ours") if index % 2 == 0 else ("ours", "stock")
             pair = {
@@ -177,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
             _print_row(str(index + 1), pair)
     summary = {
         side: {
-            key: median(pair[side][key] for pair in pairs) for key in ("tokens_per_second", "added_bytes", "loaded_bytes")
+            key: median(pair[side][key] for pair in pairs)
+            for key in ("tokens_per_second", "added_bytes", "loaded_bytes")
         }
         for side in ("stock", "ours")
     }
@@ -193,7 +196,8 @@ def _print_row(name: str, pair: dict) -> None:
     print(
         f"{name:6}{stock['tokens_per_second']:12.1f}{stock['added_bytes'] / 2**20:12.0f}"
         f"{ours['tokens_per_second']:14.1f}{ours['added_bytes'] / 2**20:12.0f}"
-        f"{ours['tokens_per_second'] / stock['tokens_per_second']:9.2f}x{ours['added_bytes'] / stock['added_bytes']:9.2f}x",
+        f"{ours['tokens_per_second'] / stock['tokens_per_second']:9.2f}x"
+        f"{ours['added_bytes'] / stock['added_bytes']:9.2f}x",
         flush=True,
     )
 

@@ -86,7 +86,7 @@ class BlockLoss:
         self._has_ce = objective.kd_ratio < 1.0
         self._kd_value = self._has_kd or "kd_loss" in wanted
         # what has to be known at T = 1
-        self._both_at_1 = bool(wanted & {"kl", "acceptance_rate"})
+        self._both_at_1 = bool(wanted & {"kl", "acceptance_rate"}) or ("top1_agreement" in wanted and not self._has_kd)
         self._student_at_1 = self._has_ce or self._both_at_1 or bool(wanted & {"class_loss", "student_entropy"})
         self._teacher_at_1 = self._both_at_1 or bool(wanted & {"teacher_class_loss", "teacher_entropy"})
         # log q, q, scratch, then the teacher's, then the gradient
@@ -120,12 +120,13 @@ class BlockLoss:
         dist = Distributions(log_p, log_q, p, q)
         temperature, at_1 = objective.temperature, objective.temperature == 1.0
 
-        loss, kd_loss = None, None
+        loss = kd_loss = kl = None
         if self._kd_value:
             _softmax(student, temperature, log_q, q)
             _softmax(teacher, temperature, log_p, p)
             kd_grad = grad if self._has_kd else None
             kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
+            kl = kd_loss.clone() if at_1 and objective.divergence == "forward_kl" else None
             kd_loss.mul_(objective.divergence_scale)
             if self._has_kd:
                 loss = kd_loss * objective.kd_ratio
@@ -156,8 +157,8 @@ class BlockLoss:
             "class_loss": lambda: class_loss,
             "teacher_class_loss": lambda: _cross_entropy(log_p, labels),
             "kd_loss": lambda: kd_loss,
-            "kl": lambda: _metrics.kl(dist, r, x),
-            "top1_agreement": lambda: _metrics.top1_agreement(student, teacher),
+            "kl": lambda: kl if kl is not None else _metrics.kl(dist, r, x),
+            "top1_agreement": lambda: _metrics.top1_agreement(dist),
             "student_entropy": lambda: _metrics.entropy(log_q, q, x),
             "teacher_entropy": lambda: _metrics.entropy(log_p, p, x),
             "acceptance_rate": lambda: _metrics.acceptance_rate(dist, x),
