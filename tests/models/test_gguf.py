@@ -1,6 +1,7 @@
 """GGUF conversion against a forward pass written here, once for each of the two rotary orders."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def _write_gguf(path: Path, weights: dict[str, Tensor], *, arch: str = "llama", 
     writer.add_rope_freq_base(BASE)
     writer.add_layer_norm_rms_eps(EPS)
     writer.add_tokenizer_model(fields.get("tokenizer_model", "gpt2"))
-    writer.add_tokenizer_pre(fields.get("pre", "smollm"))
+    if fields.get("pre", "smollm"):
+        writer.add_tokenizer_pre(fields.get("pre", "smollm"))
     writer.add_token_list(TOKENS)
     control, user_defined, normal = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.NORMAL
     kinds = [control] * len(SPECIAL) + [normal] * (len(TOKENS) - len(SPECIAL) - 1) + [user_defined]
@@ -72,6 +74,8 @@ def _write_gguf(path: Path, weights: dict[str, Tensor], *, arch: str = "llama", 
     writer.add_chat_template(TEMPLATE)
     if "rope_scaling" in fields:
         writer.add_rope_scaling_type(fields["rope_scaling"])
+    if "split_count" in fields:
+        writer.add_uint16("split.count", fields["split_count"])
     for name, weight in weights.items():
         if quantise and name.endswith(quantise):
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -258,6 +262,9 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"rope_scaling": gguf.RopeScalingType.YARN}, r"plain rotary embeddings, but .*m\.gguf scales them"),
         ({"tokenizer_model": "llama"}, r"byte-level BPE tokenizer .* holds 'llama'"),
         ({"pre": "qwen2"}, "split as 'qwen2'; use the publisher's own"),
+        ({"pre": "default"}, "split as 'default'; use the publisher's own"),
+        ({"pre": None}, "split as None; use the publisher's own"),
+        ({"split_count": 3}, r"in one piece, but .*m\.gguf is one of 3 parts; merge them"),
     ],
 )
 def test_unsupported_files(tmp_path: Path, options: dict, message: str) -> None:
@@ -267,10 +274,43 @@ def test_unsupported_files(tmp_path: Path, options: dict, message: str) -> None:
     assert not (tmp_path / "hf").exists()
 
 
-def test_unknown_tensor(tmp_path: Path) -> None:
-    weights = _weights(tied=True) | {"blk.0.attn_q.bias": torch.zeros(WIDTH)}
-    with pytest.raises(ValueError, match=r"holds the tensor 'blk\.0\.attn_q\.bias'"):
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", f"blk.{LAYERS}.ffn_up.weight"])
+def test_unknown_tensor(tmp_path: Path, name: str) -> None:
+    weights = _weights(tied=True) | {name: torch.zeros(WIDTH)}
+    with pytest.raises(ValueError, match=f"holds the tensor '{re.escape(name)}', which is no part .* of 2 layers"):
         gguf_to_hf(_write_gguf(tmp_path / "m.gguf", weights), tmp_path / "hf")
+
+
+@pytest.mark.parametrize("lost", ["blk.1.", "blk.0.ffn_up.weight", "token_embd.weight"])
+def test_missing_tensors(tmp_path: Path, lost: str) -> None:
+    weights = {name: weight for name, weight in _weights(tied=False).items() if not name.startswith(lost)}
+    count = {"blk.1.": 9}.get(lost, 1)
+    with pytest.raises(ValueError, match=f"Expected 21 tensors for the 2 layers .* but {count} are missing.*'{lost}"):
+        gguf_to_hf(_write_gguf(tmp_path / "m.gguf", weights), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_padded_embedding(tmp_path: Path) -> None:
+    weights = _weights(tied=True)
+    weights["token_embd.weight"] = F.pad(weights["token_embd.weight"], (0, 0, 0, 64 - len(TOKENS) % 64))
+    rows = len(weights["token_embd.weight"])
+    path = _write_gguf(tmp_path / "m.gguf", weights, quantise="token_embd.weight")
+    folder = gguf_to_hf(path, tmp_path / "hf")
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == rows > len(TOKENS)
+    assert len(load_file(folder / "model.safetensors")["model.embed_tokens.weight"]) == rows
+
+    weights["token_embd.weight"] = weights["token_embd.weight"][: len(TOKENS) - 1]
+    path = _write_gguf(tmp_path / "less.gguf", weights)
+    with pytest.raises(ValueError, match=f"each of the {len(TOKENS)} tokens in .*, but got {len(TOKENS) - 1}"):
+        gguf_to_hf(path, tmp_path / "less")
+
+
+def test_the_file_itself_is_never_replaced(tmp_path: Path) -> None:
+    path = _write_gguf(tmp_path / "m.gguf", _weights(tied=True))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"does not hold the source .*m\.gguf"):
+        gguf_to_hf(path, tmp_path, overwrite=True)
+    assert path.is_file()
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

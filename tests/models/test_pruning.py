@@ -19,6 +19,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from torchtune_kd.models import (
     layer_influence,
+    prune,
     prune_checkpoint,
     removal_influence,
     select_layers,
@@ -241,8 +242,9 @@ def test_nothing_is_replaced_unasked(teacher: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
     prune_checkpoint(teacher, folder, [0, 1], overwrite=True)
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
-    with pytest.raises(ValueError, match="another output folder than the checkpoint's own"):
-        prune_checkpoint(teacher, teacher, [0], overwrite=True)
+    for output in (teacher, tmp_path):
+        with pytest.raises(ValueError, match="does not hold the source"):
+            prune_checkpoint(teacher, output, [0], overwrite=True)
     assert {entry.name for entry in tmp_path.iterdir()} == {"teacher", "student"}
 
 
@@ -302,12 +304,31 @@ def test_command_line(teacher: Path, tmp_path: Path, monkeypatch, capsys) -> Non
         expected = select_layers(LAYERS, 2, strategy, measure(model, batches))
         assert json.loads((output / "config.json").read_text())["pruned_from"]["layers"] == expected
 
-    with pytest.raises(SystemExit) as stop:
-        main([*common, "--output-dir", str(tmp_path / "even"), "--strategy", "even"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(prune, "_measure", lambda _: pytest.fail("measured although the output folder is taken"))
+        main([*common, "--output-dir", str(tmp_path / "even"), "--strategy", "removal", *measured])
     assert "already holds files" in str(stop.value)
+    with pytest.raises(SystemExit) as stop:
+        main([*common, "--output-dir", str(text / "below a file"), "--strategy", "even"])
+    assert str(stop.value).startswith("error: [Errno ")
     with pytest.raises(SystemExit) as stop:
         main([*common, "--output-dir", str(tmp_path / "x"), "--strategy", "removal"])
     assert "needs --model, --tokenizer, --text" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([*common, "--output-dir", str(tmp_path / "x"), "--strategy", "removal", *measured, "--model", "no.such"])
     assert "'no.such' cannot be imported" in str(stop.value)
+
+
+def test_command_line_measures_the_files_of_the_index(teacher: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "pruning_builders", SimpleNamespace(tiny_model=_model))
+    (tmp_path / "text.txt").write_text("one two three " * 40)
+    options = ["--checkpoint-dir", str(teacher), "--num-layers", "2", "--strategy", "removal"]
+    options += ["--model", "pruning_builders.tiny_model", "--text", str(tmp_path / "text.txt")]
+    options += ["--tokenizer", "torchtune_kd.models.smollm2.smollm2_tokenizer"]
+    main([*options, "--output-dir", str(tmp_path / "whole")])
+    expected = capsys.readouterr().out.replace("whole", "sharded")
+    _shard(teacher, 2)
+    # the index leaves this one out; in a plain listing it comes last and overrides
+    save_file({"model.norm.weight": torch.full((64,), float("nan"))}, teacher / "stray.safetensors")
+    main([*options, "--output-dir", str(tmp_path / "sharded")])
+    assert capsys.readouterr().out == expected

@@ -32,14 +32,14 @@ def prune_checkpoint(
         checkpoint_dir (str | Path): Hugging Face folder with ``config.json`` and safetensors, one file or shards.
         output_dir (str | Path): Folder to write.
         layers (Sequence[int]): Layers to keep, counted from 0, in ascending order.
-        overwrite (bool): Replace ``output_dir`` if it holds something. Default False.
+        overwrite (bool): Replace ``output_dir`` if it holds a checkpoint. Default False.
 
     Returns:
         Path: ``output_dir``.
 
     Raises:
-        ValueError: If a file is missing, ``layers`` does not fit the checkpoint, or ``output_dir`` holds something
-            and ``overwrite`` is False.
+        ValueError: If a file is missing, ``layers`` does not fit the checkpoint, or ``output_dir`` holds a checkpoint
+            and ``overwrite`` is False, or holds ``checkpoint_dir``, the current folder or anything else.
     """
     source, output_dir, layers = Path(checkpoint_dir), Path(output_dir), list(layers)
     config = read_config(source)
@@ -48,9 +48,7 @@ def prune_checkpoint(
         raise ValueError(
             f"Expected ascending layers between 0 and {num_layers - 1}, each once, but got {layers}; correct the list."
         )
-    if source.resolve() == output_dir.resolve():
-        raise ValueError(f"Expected another output folder than the checkpoint's own, {source}; choose one.")
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, source, overwrite=overwrite)
     shards = _kept_tensors(source, layers, num_layers)
 
     config["num_hidden_layers"] = len(layers)
@@ -58,7 +56,7 @@ def prune_checkpoint(
         config["layer_types"] = [config["layer_types"][layer] for layer in layers]
     earlier = {"pruned_from": config["pruned_from"]} if "pruned_from" in config else {}
     config["pruned_from"] = {"num_hidden_layers": num_layers, "layers": layers, **earlier}
-    with complete_folder(output_dir, overwrite=overwrite) as folder:
+    with complete_folder(output_dir, source, overwrite=overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_shards(shards, folder)
         _copy_tokenizer(source, folder)
@@ -78,8 +76,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _kept_tensors(folder: Path, layers: list[int], num_layers: int) -> dict[Path, dict[str, str]]:
-    """Return for each safetensors file the kept tensors: old name to new name."""
+def safetensors_files(folder: Path) -> list[Path]:
+    """Return the files of a Hugging Face folder that hold its weights, or raise a ValueError if one is missing."""
     files = sorted(folder.glob("*.safetensors"))
     if (folder / _INDEX_FILE).is_file():  # it says which files belong to the model
         names = set(json.loads((folder / _INDEX_FILE).read_text())["weight_map"].values())
@@ -90,9 +88,14 @@ def _kept_tensors(folder: Path, layers: list[int], num_layers: int) -> dict[Path
             f"Expected {missing[0] if missing else 'safetensors files'} in {folder}, but there is none; "
             "fetch the checkpoint again or convert it to safetensors."
         )
+    return files
+
+
+def _kept_tensors(folder: Path, layers: list[int], num_layers: int) -> dict[Path, dict[str, str]]:
+    """Return for each safetensors file the kept tensors: old name to new name."""
     new_index = {str(old): str(new) for new, old in enumerate(layers)}
     shards, found = {}, set()
-    for file in files:
+    for file in safetensors_files(folder):
         with safe_open(file, framework="pt") as tensors:
             kept = {}
             for key in tensors.keys():  # noqa: SIM118, a safetensors handle is no mapping

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +28,9 @@ _TUNE_NAMES = {
     "blk.{}.ffn_up.weight": "layers.{}.mlp.w3.weight",
 }
 # Names of `tokenizer.ggml.pre` whose splitting the `tokenizers` package reproduces with its own parts,
-# and whether single digits are split off before the byte-level step.
-_SPLITS_DIGITS = {"default": False, "gpt-2": False, "smollm": True, "starcoder": True}
+# and whether single digits are split off before the byte-level step. "default" stands for a splitting that the
+# converter did not know.
+_SPLITS_DIGITS = {"gpt-2": False, "smollm": True, "starcoder": True}
 _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 _ORIGIN = "converted_from"  # key of config.json that records the source
 
@@ -53,18 +53,19 @@ def gguf_to_hf(
     ``tokenizer_config.json``, ``special_tokens_map.json``.
 
     Args:
-        gguf_path (str | Path): GGUF file of architecture "llama" without RoPE scaling, with a byte-level BPE
-            tokenizer ("gpt2") inside.
+        gguf_path (str | Path): Complete GGUF file of architecture "llama" without RoPE scaling, with a byte-level
+            BPE tokenizer ("gpt2") inside.
         output_dir (str | Path): Folder to write.
         dtype (torch.dtype): dtype of the written weights. Default ``torch.bfloat16``.
-        overwrite (bool): Replace ``output_dir`` if it holds something else. Default False.
+        overwrite (bool): Replace ``output_dir`` if it holds another checkpoint. Default False.
 
     Returns:
         Path: ``output_dir``.
 
     Raises:
         ValueError: If the file is missing, no GGUF file, or of a kind that is not supported, or if
-            ``output_dir`` holds something else and ``overwrite`` is False.
+            ``output_dir`` holds another checkpoint and ``overwrite`` is False, or holds ``gguf_path``, the current
+            folder or anything else.
         ImportError: If the package ``gguf`` is not installed.
     """
     gguf = import_gguf()
@@ -74,20 +75,23 @@ def gguf_to_hf(
     origin = {"file": gguf_path.name, "sha256": file_sha256(gguf_path), "dtype": _dtype_name(dtype)}
     if _read_origin(output_dir) == origin:
         return output_dir
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, gguf_path, overwrite=overwrite)
 
     try:
         reader = gguf.GGUFReader(gguf_path)
     except ValueError as error:
         raise ValueError(f"{gguf_path} is not a readable GGUF file ({error}); fetch it again.") from error
     fields = {name: _field_value(gguf, field) for name, field in reader.fields.items()}
-    config = _model_config(gguf_path, fields, {tensor.name for tensor in reader.tensors}, dtype)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _check_kind(gguf_path, fields, tensors)
+    names = _tune_names(gguf_path, fields, tensors)
+    config = _model_config(gguf_path, fields, tensors, dtype)
     tokenizer = _build_tokenizer(gguf_path, fields)
-    weights = _read_weights(gguf, gguf_path, reader, config, dtype)
+    weights = _read_weights(gguf, tensors, names, config, dtype)
 
     special = _special_tokens(fields)
     token_ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items() if name != "unk_token"}
-    with complete_folder(output_dir, overwrite=overwrite) as folder:
+    with complete_folder(output_dir, gguf_path, overwrite=overwrite) as folder:
         _write_json(folder / "config.json", {**config, **token_ids, _ORIGIN: origin})
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids})
         _write_json(folder / "special_tokens_map.json", special)
@@ -150,22 +154,61 @@ def _require(path: Path, fields: dict[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def _model_config(path: Path, fields: dict[str, Any], tensors: set[str], dtype: torch.dtype) -> dict[str, Any]:
+def _check_kind(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> None:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
             f"Expected a GGUF file of architecture 'llama', but {path} holds {architecture!r}; "
             "only Llama-architecture models can be converted."
         )
-    scaled = fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors
-    if scaled:
+    num_parts = fields.get("split.count", 1)
+    if num_parts > 1:
+        raise ValueError(
+            f"Expected a GGUF file in one piece, but {path} is one of {num_parts} parts; "
+            "merge them with `llama-gguf-split --merge`."
+        )
+    if fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
         raise ValueError(
             f"Expected plain rotary embeddings, but {path} scales them; "
             "convert a model without RoPE scaling, or use the publisher's own Hugging Face folder."
         )
+
+
+def _tune_names(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
+    """Return torchtune's name of each tensor, after a check that they are those of the whole model."""
+    layers = range(_require(path, fields, "llama.block_count"))
+    names = {}
+    for name, tune_name in _TUNE_NAMES.items():
+        indices = layers if "{}" in name else ("",)
+        names |= {name.format(index): tune_name.format(index) for index in indices}
+    if "output.weight" not in tensors:  # tied to the embedding
+        del names["output.weight"]
+    unknown = [name for name in tensors if name not in names]
+    if unknown:
+        raise ValueError(
+            f"{path} holds the tensor {unknown[0]!r}, which is no part of a dense Llama model of {len(layers)} layers; "
+            "mixtures of experts and models with biases cannot be converted."
+        )
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"Expected {len(names)} tensors for the {len(layers)} layers that {path} announces, but {len(missing)} are "
+            f"missing, first {missing[0]!r}; fetch the whole file again."
+        )
+    return names
+
+
+def _model_config(path: Path, fields: dict[str, Any], tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     width = _require(path, fields, "llama.embedding_length")
     heads = _require(path, fields, "llama.attention.head_count")
     head_dim = fields.get("llama.attention.key_length", width // heads)
+    num_tokens = len(_require(path, fields, "tokenizer.ggml.tokens"))
+    vocab_size = tensors["token_embd.weight"].shape[-1].item()  # more rows than tokens is padding
+    if vocab_size < num_tokens:
+        raise ValueError(
+            f"Expected an embedding row for each of the {num_tokens} tokens in {path}, but got {vocab_size}; "
+            "fetch another file."
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -176,7 +219,7 @@ def _model_config(path: Path, fields: dict[str, Any], tensors: set[str], dtype: 
         "num_attention_heads": heads,
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "vocab_size": len(_require(path, fields, "tokenizer.ggml.tokens")),
+        "vocab_size": vocab_size,
         "max_position_embeddings": _require(path, fields, "llama.context_length"),
         # metadata floats are fp32: 1e-5 arrives as 9.99999975e-06
         "rms_norm_eps": float(f"{_require(path, fields, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
@@ -191,20 +234,12 @@ def _model_config(path: Path, fields: dict[str, Any], tensors: set[str], dtype: 
 
 
 def _read_weights(
-    gguf: ModuleType, path: Path, reader: Any, config: dict[str, Any], dtype: torch.dtype
+    gguf: ModuleType, tensors: dict[str, Any], names: dict[str, str], config: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     tune_weights = {}
-    for tensor in reader.tensors:
-        layer = re.search(r"\d+", tensor.name)
-        index = layer.group() if layer else ""
-        pattern = tensor.name.replace(f".{index}.", ".{}.", 1) if layer else tensor.name
-        if pattern not in _TUNE_NAMES:
-            raise ValueError(
-                f"{path} holds the tensor {tensor.name!r}, which is no part of a dense Llama model; "
-                "mixtures of experts and models with biases cannot be converted."
-            )
+    for name, tensor in tensors.items():
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        tune_weights[_TUNE_NAMES[pattern].format(index)] = torch.from_numpy(values.copy()).to(dtype)
+        tune_weights[names[name]] = torch.from_numpy(values.copy()).to(dtype)
     return tune_to_hf(
         tune_weights,
         num_heads=config["num_attention_heads"],
@@ -218,7 +253,7 @@ def _build_tokenizer(path: Path, fields: dict[str, Any]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     kind = _require(path, fields, "tokenizer.ggml.model")
-    split = fields.get("tokenizer.ggml.pre", "default")
+    split = fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in _SPLITS_DIGITS:
         raise ValueError(
             f"Expected a byte-level BPE tokenizer ('gpt2', split as one of {', '.join(_SPLITS_DIGITS)}), but "

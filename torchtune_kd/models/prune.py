@@ -10,13 +10,9 @@ import torch
 from torchtune.config._utils import _get_component_from_path
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
-from torchtune_kd.models.pruning import (
-    MEASURES,
-    prune_checkpoint,
-    read_config,
-    select_layers,
-    text_batches,
-)
+from torchtune_kd.models._folders import check_output_dir
+from torchtune_kd.models._kept_layers import prune_checkpoint, read_config, safetensors_files
+from torchtune_kd.models.pruning import MEASURES, select_layers, text_batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,10 +20,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     try:
         num_layers = read_config(args.checkpoint_dir)["num_hidden_layers"]
+        check_output_dir(args.output_dir, args.checkpoint_dir, overwrite=args.overwrite)  # measuring may take minutes
         influence = _measure(args) if args.strategy in MEASURES else None
         layers = select_layers(num_layers, args.num_layers, args.strategy, influence)
         folder = prune_checkpoint(args.checkpoint_dir, args.output_dir, layers, overwrite=args.overwrite)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{folder}: kept {len(layers)} of {num_layers} layers: {' '.join(map(str, layers))}")
 
@@ -62,7 +59,7 @@ def _measure(args: argparse.Namespace) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as unused:  # the checkpointer creates its output folder
         checkpointer = FullModelHFCheckpointer(
             checkpoint_dir=str(args.checkpoint_dir),
-            checkpoint_files=[file.name for file in sorted(args.checkpoint_dir.glob("*.safetensors"))],
+            checkpoint_files=[file.name for file in safetensors_files(args.checkpoint_dir)],
             model_type=args.model_type,
             output_dir=unused,
         )

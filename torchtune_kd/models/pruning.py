@@ -13,13 +13,12 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from torchtune_kd.models._kept_layers import prune_checkpoint, read_config
+from torchtune_kd.models._kept_layers import prune_checkpoint
 
 __all__ = [
     "MEASURES",
     "layer_influence",
     "prune_checkpoint",
-    "read_config",
     "removal_influence",
     "select_layers",
     "text_batches",
