@@ -1,4 +1,4 @@
-"""The public functions and the checks of their arguments.
+"""The public functions.
 
 Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
 """
@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from ._block import Plan
+from ._checks import (
+    check_backend,
+    check_choice,
+    check_head,
+    check_labels,
+    check_rows,
+    check_teacher,
+    check_teacher_present,
+)
 from ._eager import runs_eagerly
 from ._linear import LinearKD
 from ._metrics import needs_teacher, resolve_metrics
@@ -17,7 +26,6 @@ from ._softmax import SoftmaxKD
 from ._vocab import shared_vocab
 
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "torch")
 
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
 
@@ -63,6 +71,8 @@ def softmax_kd_loss(
     fp64 where an input is fp64. The gradient, to the student alone, is computed together with the loss; it
     is not twice differentiable. Without a valid token the loss is 0 and so is the gradient. An id at -inf in
     both models contributes nothing; where D is +inf the value is +inf and the gradient stays finite.
+    Gradients of logits are rounded to the student's dtype before the incoming gradient multiplies them: in
+    fp16 those below 6e-8 are 0, whatever the loss is scaled by; train in bf16 or fp32.
     Vocabularies that differ by less than 1024 ids are cut to the shared prefix. Inside ``torch.compile`` the
     call runs eagerly.
 
@@ -75,7 +85,7 @@ def softmax_kd_loss(
             for the device).
         divergence (str): D, one of :data:`DIVERGENCES`.
         beta (float | None): in [0, 1]; None takes the default of the table.
-        temperature (float): T > 0.
+        temperature (float): T in [0.001, 1000].
         kd_ratio (float): α in [0, 1]. At 1 no cross-entropy is computed.
         ignore_index (int): label of tokens that do not count.
         reduction (str): "mean" over valid tokens, "sum", or "none" (the labels' shape, 0 at ignored tokens).
@@ -93,23 +103,23 @@ def softmax_kd_loss(
         ValueError: on unknown or unusable arguments.
     """
     objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_backend(backend)
-    _check_rows("student_logits", student_logits, "V", labels)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_backend(backend)
+    check_rows("student_logits", student_logits, "V", labels)
     if labels is None and kd_ratio != 1.0:
         raise ValueError(f"kd_ratio={kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1")
     metrics = resolve_metrics(return_metrics, teacher_logits is not None, labels is not None)
-    _check_teacher_present("teacher_logits", teacher_logits, objective)
+    check_teacher_present("teacher_logits", teacher_logits, objective)
     vocab = student_logits.shape[-1]
     has_teacher = needs_teacher(objective.kd_ratio, metrics)
     if not has_teacher:
         teacher_logits = None
     else:
-        _check_teacher("teacher_logits", teacher_logits, student_logits)
+        check_teacher("teacher_logits", teacher_logits, student_logits)
         vocab = shared_vocab(vocab, teacher_logits.shape[-1])
     flat_labels = None
     if labels is not None:
-        flat_labels = _check_labels(labels, vocab, ignore_index).to(student_logits.device, non_blocking=True)
+        flat_labels = check_labels(labels, vocab, ignore_index).to(student_logits.device, non_blocking=True)
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
@@ -134,6 +144,7 @@ def linear_kd_loss(
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float | None = None,
     temperature: float = 1.0,
@@ -150,9 +161,9 @@ def linear_kd_loss(
     Ignored tokens are dropped before the matrix products. The rest is worked through in chunks: at most one
     chunk of logits of each model exists at a time, and the student's is overwritten by its gradient.
     Gradients are computed for those of `student_hidden`, `student_weight` and `student_bias` that require
-    one (none for a frozen head, none at all under ``no_grad``); a head's is accumulated in fp32. Logits are
-    rounded to the models' dtype, as a linear layer's are; the loss arithmetic is that of
-    :func:`softmax_kd_loss`. Under autocast the products run in autocast's dtype.
+    one (none for a frozen head, none at all under ``no_grad``); a head's is accumulated over chunks in fp32.
+    Logits are rounded to the models' dtype, as a linear layer's are; the loss arithmetic and its limits are
+    those of :func:`softmax_kd_loss`. Under autocast the products run in autocast's dtype, except fp64 ones.
 
     Args:
         student_hidden (Tensor): last hidden states ``[N, D]`` or ``[B, S, D]``, bf16, fp16, fp32 or fp64.
@@ -162,17 +173,19 @@ def linear_kd_loss(
         teacher_weight (Tensor | None): ``[V, D]`` of the teacher.
         labels (Tensor): ``[N]`` or ``[B, S]``, integers in [0, V) or `ignore_index`. May stay on the CPU
             while the rest is on a device: then finding the valid tokens does not wait for it.
-        student_bias (Tensor | None): ``[V]``.
+        student_bias (Tensor | None): ``[V]`` floating; used, like the next, in the dtype of the products.
+        teacher_bias (Tensor | None): ``[V]`` of the teacher.
         divergence (str): see :func:`softmax_kd_loss`, as for all arguments down to
             `scale_by_temperature_squared`.
         beta (float | None): parameter of the divergence.
-        temperature (float): T > 0.
+        temperature (float): T in [0.001, 1000].
         kd_ratio (float): α in [0, 1].
         ignore_index (int): label of tokens that do not count.
         reduction (str): "mean", "sum" or "none". "none" with a trainable head computes its products twice.
         scale_by_temperature_squared (bool): multiply D by T².
         chunk_tokens (int | None): tokens per chunk; None chooses them so that both chunks of logits take at
-            most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens).
+            most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens). The loss arithmetic needs
+            another 14 MiB on a CPU and 224 MiB elsewhere.
         backend (str): "auto" or "torch".
         return_metrics (bool | Sequence[str]): see :func:`softmax_kd_loss`.
 
@@ -183,33 +196,34 @@ def linear_kd_loss(
         ValueError: on unknown or unusable arguments.
     """
     objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_backend(backend)
-    if chunk_tokens is not None and not (isinstance(chunk_tokens, int) and chunk_tokens > 0):
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_backend(backend)
+    whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
+    if chunk_tokens is not None and not (whole and chunk_tokens > 0):
         raise ValueError(f"chunk_tokens must be a whole number above 0 or None, but got {chunk_tokens!r}")
     if labels is None:
         raise ValueError("linear_kd_loss needs labels [N] to know the valid tokens, but got None")
-    _check_rows("student_hidden", student_hidden, "D", labels)
+    check_rows("student_hidden", student_hidden, "D", labels)
     teacher_given = teacher_hidden is not None and teacher_weight is not None
     metrics = resolve_metrics(return_metrics, teacher_given, True)
-    _check_teacher_present("teacher_hidden", teacher_hidden, objective)
-    _check_teacher_present("teacher_weight", teacher_weight, objective)
+    check_teacher_present("teacher_hidden", teacher_hidden, objective)
+    check_teacher_present("teacher_weight", teacher_weight, objective)
     has_teacher = needs_teacher(objective.kd_ratio, metrics)
     if not has_teacher:
-        teacher_hidden = teacher_weight = None
-    student_hidden, student_weight = _check_head("student", student_hidden, student_weight)
+        teacher_hidden = teacher_weight = teacher_bias = None
+    student_hidden, student_weight, student_bias = check_head("student", student_hidden, student_weight, student_bias)
     vocab = student_weight.shape[0]
-    if student_bias is not None:
-        if student_bias.shape != (vocab,):
-            raise ValueError(f"student_bias must be [V] = [{vocab}], but got {list(student_bias.shape)}")
-        student_bias = student_bias.to(student_weight.dtype)
     if has_teacher:
-        _check_teacher("teacher_hidden", teacher_hidden, student_hidden)
-        _check_teacher("teacher_weight", teacher_weight, None)
-        teacher_hidden, teacher_weight = _check_head("teacher", teacher_hidden, teacher_weight)
+        check_teacher("teacher_hidden", teacher_hidden, student_hidden)
+        for name, tensor in (("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
+            if tensor is not None:
+                check_teacher(name, tensor, None)
+        teacher_hidden, teacher_weight, teacher_bias = check_head(
+            "teacher", teacher_hidden, teacher_weight, teacher_bias
+        )
         teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
         vocab = shared_vocab(vocab, teacher_weight.shape[0])
-    flat_labels = _check_labels(labels, vocab, ignore_index)
+    flat_labels = check_labels(labels, vocab, ignore_index)
 
     trainable = (t for t in (student_hidden, student_weight, student_bias) if t is not None)
     want_grad = torch.is_grad_enabled() and any(t.requires_grad for t in trainable)
@@ -225,6 +239,7 @@ def linear_kd_loss(
             student_bias,
             teacher_hidden,
             teacher_weight,
+            teacher_bias,
             flat_labels,
             plan,
             chunk_tokens,
@@ -240,85 +255,3 @@ def _run(function: type, plan: Plan, shape: torch.Size, return_metrics: object, 
     metrics = dict(zip(plan.metrics, sums.unbind(), strict=True))
     metrics["num_tokens"] = count.float()
     return loss, metrics
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
-
-
-def _check_backend(backend: str) -> None:
-    if backend == "triton":
-        raise ValueError("backend='triton' is not part of this version; use 'torch' or 'auto'")
-    _check_choice("backend", backend, BACKENDS)
-
-
-def _check_rows(name: str, tensor: Tensor, width: str, labels: Tensor | None) -> None:
-    """2-D or 3-D, floating, not empty in its last dimension, and with one label per row."""
-    if tensor.dim() not in (2, 3) or tensor.shape[-1] == 0:
-        raise ValueError(f"{name} must be [N, {width}] or [B, S, {width}], but got {list(tensor.shape)}")
-    _check_floating(name, tensor)
-    if labels is not None and labels.shape != tensor.shape[:-1]:
-        raise ValueError(
-            f"labels must have one entry per row of {name}, {list(tensor.shape[:-1])}, but got {list(labels.shape)}"
-        )
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor, but got {tensor.dtype}")
-
-
-def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    """Flat int64 labels ``[N]``."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, but got {labels.dtype}")
-    labels = labels.reshape(-1).long()
-    if labels.device.type == "cpu":
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if wrong.any():
-            raise ValueError(
-                f"labels must lie in [0, {vocab}) or equal ignore_index={ignore_index}, "
-                f"but one is {labels[wrong][0].item()}"
-            )
-    return labels
-
-
-def _check_teacher_present(name: str, tensor: Tensor | None, objective: Objective) -> None:
-    if tensor is None and objective.kd_ratio > 0.0:
-        raise ValueError(f"kd_ratio={objective.kd_ratio} needs a teacher, but {name} is None; pass it or kd_ratio=0")
-
-
-def _check_teacher(name: str, tensor: Tensor, like: Tensor | None) -> None:
-    """Floating, frozen, and with the leading shape and device of `like`."""
-    _check_floating(name, tensor)
-    if tensor.requires_grad:
-        raise ValueError(f"{name} must not require grad, the teacher is not trained; pass {name}.detach()")
-    if like is not None and (tensor.shape[:-1] != like.shape[:-1] or tensor.shape[-1] == 0):
-        raise ValueError(
-            f"{name} must have the student's leading shape {list(like.shape[:-1])}, but got {list(tensor.shape)}"
-        )
-    if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} must be on the student's device {like.device}, but is on {tensor.device}")
-
-
-def _check_head(model: str, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and head in one dtype: autocast's where it is on, otherwise the one they share."""
-    _check_floating(f"{model}_weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{model}_weight must be [V, {hidden.shape[-1]}] to fit {model}_hidden, but got {list(weight.shape)}"
-        )
-    if hidden.device != weight.device:
-        raise ValueError(
-            f"{model}_weight must be on the device of {model}_hidden, {hidden.device}, but is on {weight.device}"
-        )
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), weight.to(dtype)
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"{model}_hidden and {model}_weight must have one dtype, but got {hidden.dtype} and "
-            f"{weight.dtype}; convert one of them or use torch.autocast"
-        )
-    return hidden, weight

@@ -16,10 +16,9 @@ from ._divergences import Distributions, divergence
 from ._objective import Objective
 
 # Elements of one temporary. CPU: 2 MiB of fp32 each, seven of them, which a last-level cache holds, and few enough
-# blocks for the cost of waking threads to stay small; other devices: enough to fill the device.
+# blocks for the cost of waking threads to stay small; other devices: 32 MiB each, enough to fill the device.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**25
-
+_BLOCK_ELEMENTS_ELSEWHERE = 2**23
 
 _LOG2_E = math.log2(math.e)
 
@@ -38,6 +37,11 @@ class Plan(NamedTuple):
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether reading a value of a tensor there does not make the host wait for queued work."""
+    return device.type == "cpu"
 
 
 def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:

@@ -11,15 +11,18 @@ b - a``. The masses cancel exactly in real numbers; in floating point they also 
 of a normaliser that is rounded, which is what makes a KL of 1e-3 and less come out right in fp32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Stand for infinity where it would meet a probability of 0 or make a gradient infinite. In fp32 neither is
-# reached by two ids that both have a probability.
-_MAX_LOG_RATIO = 80.0
+# Stands for a ratio x/0. In fp32 no two ids that both have a probability reach it.
 _MAX_RATIO = 1e30
+# By how much the log-ratio that stands for +inf in a gradient exceeds the row's largest finite one.
+_BEYOND_FINITE = 80.0
+# Below this weight of its first member log(mixture/member) is taken where 1 + (difference) would cancel.
+_SMALL_WEIGHT = 0.01
 _INF = float("inf")
 
 
@@ -37,8 +40,8 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
 
     An id at -inf in both models contributes nothing. Where the mathematics says +inf (forward KL with p > 0
     and q = 0, reverse KL with q > 0 and p = 0) the value is +inf; the gradient is then that of the forward
-    KL's finite limit, q - p, and for the reverse KL that of a log-ratio of 80: finite, and it points where
-    the limit points.
+    KL's finite limit, q - p, and for the reverse KL that of a log-ratio 80 above the row's largest finite one
+    (or above 0): finite, and it points where the limit points.
 
     Args:
         name (str): the divergence.
@@ -92,7 +95,9 @@ def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Te
     if beta < 1.0:
         value.add_((_expect(dist.q, r, out=x) - mass).clamp_(min=0.0), alpha=1.0 - beta)
         if grad is not None:
-            r.nan_to_num_(nan=0.0, posinf=_MAX_LOG_RATIO, neginf=-_MAX_LOG_RATIO)
+            largest = torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0, out=x).amax(-1, keepdim=True)
+            # where r is -inf q is 0, and any finite number will do
+            r.nan_to_num_(nan=0.0).clamp_(max=largest.add_(_BEYOND_FINITE))
             grad.mul_(beta).add_(_centred(dist.q, r, x), alpha=1.0 - beta)
     return value
 
@@ -109,20 +114,35 @@ def _tvd(dist: Distributions, x: Tensor, grad: Tensor | None) -> Tensor:
 
 
 # The three below mix m = a·p + (1-a)·q and start from `d` = q - p. With the relative difference d/p,
-# log(p/m) = -log1p((1-a)·d/p) and log(q/m) = -log1p(-a·d/q): no logarithm of a rounded m, and 0 where p = q.
+# log(m/p) = log1p((1-a)·d/p) and log(m/q) = log1p(-a·d/q): no logarithm of a rounded m, and 0 where p = q.
 
 
-def _relative(d: Tensor, to: Tensor, out: Tensor) -> Tensor:
-    """d/to ``[n, V]`` with 0/0 = 0, and large but finite where only `to` is 0."""
+def _log_mixture(weight: float, slope: float, d: Tensor, other: Tensor, to: Tensor, out: Tensor) -> Tensor:
+    """log(m/to) ``[n, V]`` of the mixture m = weight·to + (1-weight)·other, finite, and 0 where both are 0.
+
+    Args:
+        weight (float): share of `to`, above 0.
+        slope (float): m = to + slope·d, so that |slope| is 1 - weight.
+        d (Tensor): ±(other - to); may be `out`.
+        other (Tensor): the second distribution.
+        to (Tensor): the first one.
+        out (Tensor): receives the result.
+    """
     torch.div(d, to, out=out)
-    return out.nan_to_num_(nan=0.0, posinf=_MAX_RATIO, neginf=-_MAX_RATIO)
+    out.nan_to_num_(nan=0.0, posinf=_MAX_RATIO, neginf=-_MAX_RATIO).mul_(slope)
+    if weight >= _SMALL_WEIGHT:
+        return out.log1p_()
+    # where `other` is far below `to`, 1 + (m/to - 1) cancels down to `weight` and less; m/to is at least that
+    cancels = out < -0.5
+    direct = torch.div(other, to).mul_(1.0 - weight).add_(weight).log_().clamp_(min=math.log(weight))
+    return torch.where(cancels, direct, out.log1p_(), out=out)
 
 
 def _jsd(beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
     """β·KL(p‖m) + (1-β)·KL(q‖m), m = βp + (1-β)q; h = (1-β)·log(q/m). Agarwal et al. 2024 (GKD)."""
-    _relative(d, dist.p, out=x).mul_(1.0 - beta).log1p_()  # -log(p/m)
+    _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=x)
     value = -beta * (x.mul_(dist.p).sum(-1) - (1.0 - beta) * mass).clamp_(max=0.0)
-    _relative(d, dist.q, out=d).mul_(-beta).log1p_().neg_()  # log(q/m)
+    _log_mixture(1.0 - beta, -beta, d, dist.p, dist.q, out=d).neg_()  # log(q/m)
     value += (1.0 - beta) * (torch.mul(d, dist.q, out=x).sum(-1) - beta * mass).clamp_(min=0.0)
     if grad is not None:
         grad.copy_(_centred(dist.q, d, x)).mul_(1.0 - beta)
@@ -133,11 +153,15 @@ def _skew_forward_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(p‖m), m = βp + (1-β)q; h = -(1-β)·p/m. Ko et al. 2024 (DistiLLM)."""
-    _relative(d, dist.p, out=d).mul_(1.0 - beta)  # m/p - 1
-    value = ((1.0 - beta) * mass - torch.log1p(d, out=x).mul_(dist.p).sum(-1)).clamp_(min=0.0)
+    _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=d)
+    value = ((1.0 - beta) * mass - d.mul_(dist.p).sum(-1)).clamp_(min=0.0)
     if grad is not None:
-        d.div_(torch.add(d, 1.0, out=x))  # 1 - p/m
-        grad.copy_(_centred(dist.q, d, x)).mul_(1.0 - beta)
+        # q·h as p·(q/m), which cannot overflow. q/0 comes at β = 1 alone, where the gradient is 0 times this.
+        torch.div(dist.q, torch.lerp(dist.q, dist.p, beta, out=x), out=x)
+        x.nan_to_num_(nan=0.0, posinf=0.0).mul_(dist.p)
+        # divided by Σ q, so that both terms are equal to the last bit where p = q
+        mean = x.sum(-1, keepdim=True) / dist.q.sum(-1, keepdim=True)
+        torch.mul(dist.q, mean, out=grad).sub_(x).mul_(1.0 - beta)
     return value
 
 
@@ -145,12 +169,11 @@ def _skew_reverse_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(q‖m), m = (1-β)p + βq; h = log(q/m) - β·q/m. Ko et al. 2024 (DistiLLM)."""
-    _relative(d, dist.q, out=d).mul_(beta - 1.0)  # m/q - 1
-    torch.log1p(d, out=x).neg_()  # log(q/m)
+    _log_mixture(beta, beta - 1.0, d, dist.p, dist.q, out=d).neg_()  # log(q/m)
+    value = (torch.mul(d, dist.q, out=x).sum(-1) - (1.0 - beta) * mass).clamp_(min=0.0)
     if grad is not None:
-        grad.copy_(x)
-    value = (x.mul_(dist.q).sum(-1) - (1.0 - beta) * mass).clamp_(min=0.0)
-    if grad is not None:
-        d.div_(torch.add(d, 1.0, out=x))  # 1 - q/m
-        _centred(dist.q, grad.add_(d, alpha=beta), x)
+        torch.div(dist.q, torch.lerp(dist.p, dist.q, beta, out=x), out=x)
+        x.mul_(beta).nan_to_num_(nan=0.0, posinf=1.0)  # β·q/m is at most 1
+        grad.copy_(d).sub_(x).add_(beta)  # + β: 0 where p = q
+        _centred(dist.q, grad, x)
     return value

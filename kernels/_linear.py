@@ -25,6 +25,7 @@ class Heads(NamedTuple):
     bias: Tensor | None  # [V']
     teacher_hidden: Tensor | None  # [N, D]
     teacher_weight: Tensor | None  # [V', D]
+    teacher_bias: Tensor | None  # [V']
 
 
 class Wants(NamedTuple):
@@ -39,7 +40,7 @@ class Gradients(NamedTuple):
     """Gradients of the summed loss, not yet scaled; None where not wanted."""
 
     hidden: Tensor | None  # [N, D] in the dtype of the hidden states
-    weight: Tensor | None  # [V', D] in fp32, or in the weight's dtype when one chunk made it
+    weight: Tensor | None  # [V', D] in fp32 (fp64), or in bf16 when one chunk made it
     bias: Tensor | None  # [V'] in the working dtype
 
 
@@ -58,12 +59,13 @@ class LinearKD(torch.autograd.Function):
         bias: Tensor | None,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
         labels: Tensor,
         plan: Plan,
         chunk_tokens: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
-        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight)
+        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
         index, labels = _valid(labels, plan.objective.ignore_index, hidden.device)
         ctx.wants = Wants(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
         ctx.late = plan.reduction == "none" and (ctx.wants.weight or ctx.wants.bias)
@@ -80,9 +82,9 @@ class LinearKD(torch.autograd.Function):
             (hidden.dtype, weight.dtype),
         )
         if ctx.late:
-            # the rest needs no gradient and may come from inference mode, which cannot be saved for backward
-            ctx.fixed = (teacher_hidden, teacher_weight, index, labels)
-            ctx.save_for_backward(hidden, weight, bias)
+            # a tensor from inference mode cannot be saved, its copy can
+            saved = (*heads, index, labels)
+            ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in saved))
         else:
             ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(metrics, count)
@@ -92,15 +94,15 @@ class LinearKD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if grad_loss is None:
             return None, None, None, *nothing
         scale = gradient_scale(grad_loss, ctx.plan.reduction, ctx.count)
         if ctx.late:
-            *teacher, index, labels = ctx.fixed
-            heads = Heads(*ctx.saved_tensors, *teacher)
+            *heads, index, labels = ctx.saved_tensors
             plan = ctx.plan._replace(metrics=())
-            _, grads = _walk(heads, index, labels, plan, ctx.chunk_tokens, ctx.wants, row_scale=scale)
+            with torch.autocast(labels.device.type, enabled=False):
+                _, grads = _walk(Heads(*heads), index, labels, plan, ctx.chunk_tokens, ctx.wants, row_scale=scale)
             scale = torch.ones_like(ctx.count, dtype=grad_loss.dtype)
         else:
             grads = Gradients(*ctx.saved_tensors)
@@ -152,6 +154,7 @@ def _walk(
     hidden, device, vocab, n_valid = heads.hidden, heads.hidden.device, plan.vocab, len(labels)
     weight, bias = heads.weight[:vocab], None if heads.bias is None else heads.bias[:vocab]
     teacher_weight = None if heads.teacher_weight is None else heads.teacher_weight[:vocab]
+    teacher_bias = None if heads.teacher_bias is None else heads.teacher_bias[:vocab]
     dtype = working_dtype(hidden, heads.teacher_hidden)
     plan = plan._replace(want_grad=any(wants))
     rows = Rows.zeros(hidden.shape[0], plan, dtype, device)
@@ -179,7 +182,7 @@ def _walk(
         student_logits = _logits(h, weight, bias, student_buffer[:size])
         teacher_logits = None
         if teacher_buffer is not None:
-            teacher_logits = _logits(heads.teacher_hidden[pick], teacher_weight, None, teacher_buffer[:size])
+            teacher_logits = _logits(heads.teacher_hidden[pick], teacher_weight, teacher_bias, teacher_buffer[:size])
 
         for block in row_blocks(size, vocab, device):
             where = slice(start + block.start, start + block.stop)  # positions among the n valid tokens
@@ -213,7 +216,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 class _HeadGradient:
-    """Sum over chunks of gradient.T @ hidden ``[V', D]``, in fp32 as soon as there are two chunks."""
+    """Sum over chunks of gradient.T @ hidden ``[V', D]``, in fp32 (fp64) as soon as there are two chunks.
+
+    A bf16 product is rounded once. In fp16 a sum over tokens soon leaves the range: there the factors are
+    made fp32.
+    """
 
     def __init__(self, weight: Tensor, vocab: int) -> None:
         self._weight, self._vocab = weight, vocab
@@ -222,20 +229,24 @@ class _HeadGradient:
 
     def add(self, grad: Tensor, hidden: Tensor, last: bool) -> None:
         """Add one chunk: gradient ``[C, V]``, hidden states ``[C, D]``; `last` if no other follows."""
+        own = self._weight.dtype
         if self._sum is None:
-            keep_dtype = last or self._weight.dtype in (torch.float32, torch.float64)
-            dtype = self._weight.dtype if keep_dtype else torch.float32
-            self._sum = torch.zeros_like(self._weight, dtype=dtype)
+            keep = own in (torch.float32, torch.float64) or (own == torch.bfloat16 and last)
+            self._sum = torch.zeros_like(self._weight, dtype=own if keep else torch.float32)
         into = self._sum[: self._vocab]
-        if into.dtype == grad.dtype:
+        if into.dtype == own:
             into.addmm_(grad.t(), hidden)
-            return
-        if self._product is None:
-            self._product = grad.new_empty(self._vocab, hidden.shape[1])
-        torch.mm(grad.t(), hidden, out=self._product)
-        # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
-        for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
-            into[rows] += self._product[rows]
+        elif own == torch.float16:
+            hidden = hidden.float()
+            for rows in row_blocks(self._vocab, len(grad), grad.device):
+                into[rows].addmm_(grad[:, rows].t().float(), hidden)
+        else:
+            if self._product is None:
+                self._product = grad.new_empty(self._vocab, hidden.shape[1])
+            torch.mm(grad.t(), hidden, out=self._product)
+            # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
+            for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
+                into[rows] += self._product[rows]
 
     def total(self) -> Tensor:
         """The sum, which is 0 if there was no chunk."""

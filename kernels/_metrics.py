@@ -24,6 +24,7 @@ _NEEDS = {
 
 METRICS = tuple(_NEEDS)
 _COUNT = "num_tokens"
+_RUN = 256  # ids per partial maximum
 
 
 def resolve_metrics(request: bool | Sequence[str], has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
@@ -54,7 +55,8 @@ def needs_teacher(kd_ratio: float, metrics: Sequence[str]) -> bool:
 
 def entropy(log_p: Tensor, p: Tensor, x: Tensor) -> Tensor:
     """-Σ p·log p ``[n]`` in nats; `x` is scratch ``[n, V]``."""
-    return -torch.mul(log_p, p, out=x).nan_to_num_(nan=0.0).sum(-1)
+    # a finite logarithm where p is 0, so that their product is 0 and only a NaN gives a NaN
+    return -torch.clamp(log_p, min=torch.finfo(log_p.dtype).min, out=x).mul_(p).sum(-1)
 
 
 def kl(dist: Distributions, r: Tensor, x: Tensor) -> Tensor:
@@ -68,7 +70,22 @@ def acceptance_rate(dist: Distributions, x: Tensor) -> Tensor:
 
 
 def top1_agreement(dist: Distributions) -> Tensor:
-    """1 where the id that the teacher ranks first is first for the student too, else 0 ``[n]``; any temperature."""
-    first = dist.log_p.argmax(-1, keepdim=True)
-    # a maximum costs a CPU a tenth of an argmax
-    return (dist.log_q.gather(-1, first) == dist.log_q.amax(-1, keepdim=True)).squeeze(-1)
+    """1 where both models rank the same id first, else 0 ``[n]``; any temperature. Of ties the first id counts."""
+    return _argmax(dist.log_p) == _argmax(dist.log_q)
+
+
+def _argmax(values: Tensor) -> Tensor:
+    """``values.argmax(-1)`` of ``[n, V]``, at a fifth of its time on a CPU, where it costs as much as ten maxima.
+
+    The first run of ids that holds the maximum is found first, then the id within it.
+    """
+    vocab = values.shape[-1]
+    run = min(_RUN, vocab)
+    whole = vocab // run * run
+    tops = values[:, :whole].unflatten(-1, (-1, run)).amax(-1)
+    if whole < vocab:
+        tops = torch.cat([tops, values[:, whole:].amax(-1, keepdim=True)], -1)
+    # the last run may be short: it is read together with ids before it, all of which are smaller
+    start = (tops.argmax(-1, keepdim=True) * run).clamp_(max=vocab - run)
+    within = values.gather(-1, start + torch.arange(run, device=values.device)).argmax(-1)
+    return start.squeeze(-1) + within

@@ -1,6 +1,5 @@
 """What is minimised: the settings of the objective and the checks they must pass."""
 
-import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -17,6 +16,9 @@ DEFAULT_BETA = {
 
 DIVERGENCES = tuple(DEFAULT_BETA)
 
+# Beyond them distributions are single ids or uniform; far beyond, logits/T and T² leave the range of fp32.
+TEMPERATURES = (1e-3, 1e3)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -25,7 +27,7 @@ class Objective:
     Args:
         divergence (str): one of :data:`DIVERGENCES`.
         beta (float | None): parameter of the divergence; None takes its default.
-        temperature (float): T, divides both models' logits inside D.
+        temperature (float): T in [0.001, 1000], divides both models' logits inside D.
         kd_ratio (float): α, weight of the divergence against the cross-entropy.
         ignore_index (int): label of the tokens that do not count.
         scale_by_temperature_squared (bool): multiply D by T².
@@ -53,8 +55,9 @@ class Objective:
             raise ValueError(f"{self.divergence} has no beta, but got beta={self.beta}; leave beta out")
         elif not (_is_number(self.beta) and 0.0 <= self.beta <= 1.0):
             raise ValueError(f"beta must be a number in [0, 1], but got {self.beta!r}")
-        if not (_is_number(self.temperature) and math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be a finite number above 0, but got {self.temperature!r}")
+        low, high = TEMPERATURES
+        if not (_is_number(self.temperature) and low <= self.temperature <= high):
+            raise ValueError(f"temperature must be a number from {low:g} to {high:g}, but got {self.temperature!r}")
         if not (_is_number(self.kd_ratio) and 0.0 <= self.kd_ratio <= 1.0):
             raise ValueError(f"kd_ratio must be a number in [0, 1], but got {self.kd_ratio!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):

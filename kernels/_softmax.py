@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._block import BlockLoss, Plan, Rows, gradient_scale, row_blocks, rows_per_block, scaled, working_dtype
+from ._block import (
+    BlockLoss,
+    Plan,
+    Rows,
+    answers_at_once,
+    gradient_scale,
+    row_blocks,
+    rows_per_block,
+    scaled,
+    working_dtype,
+)
 
 
 class SoftmaxKD(torch.autograd.Function):
@@ -100,8 +110,8 @@ def _segment(
     rows: Rows,
 ) -> None:
     """Fill `rows` and `grad` for one 2-D segment: ``[n, V]``, labels and valid ``[n]``."""
-    index = None  # the rows to visit; elsewhere than on a CPU asking for it would wait for the device
-    if valid is not None and student.device.type == "cpu":
+    index = None  # the rows to visit; where asking for it would wait, all of them, and masks instead
+    if valid is not None and answers_at_once(student.device):
         if not valid.all():
             index = valid.nonzero().squeeze(-1)
             if grad is not None:

@@ -93,6 +93,22 @@ def test_bad_settings_are_refused_at_construction(name, make, kwargs, message):
         make(name)(**kwargs)
 
 
+@pytest.mark.parametrize("make", [whole, chunked])
+def test_an_unknown_setting_names_the_component_and_the_nearest(name, make):
+    component = make(name)
+    with pytest.raises(ValueError, match=f"{component.__name__} has no setting temperture; did you mean temperature"):
+        component(temperture=2.0)
+    with pytest.raises(ValueError, match=rf"{component.__name__} has no setting alpha; it has .*, temperature"):
+        component(alpha=0.5)
+
+
+def test_unknown_settings_are_compared_with_those_of_subclasses_too():
+    with pytest.raises(ValueError, match="did you mean num_output_chunks"):
+        losses.JSDWithChunkedOutputLoss(num_output_chunk=4)
+    with pytest.raises(ValueError, match="did you mean sym_kd_ratio"):
+        losses.SymmetricKLLoss(sym_ratio=0.5)
+
+
 def test_beta_is_refused_where_there_is_none():
     for name in set(NAMES) - set(DEFAULT_BETA):
         with pytest.raises(ValueError, match="has no beta"):
@@ -162,14 +178,24 @@ def test_no_valid_token_gives_a_connected_zero(name):
         assert not grad_of(loss, student).any()
 
 
+def test_missing_labels_are_refused(name):
+    student, teacher, _ = make_logits()
+    with pytest.raises(ValueError, match=r"labels \[N\] or \[B, S\] are needed"):
+        whole(name)()(student, teacher, None)
+    with pytest.raises(ValueError, match=r"labels must be a tensor \[B, 13\].* but got NoneType"):
+        chunked(name)()(student.chunk(2, 1), teacher.chunk(2, 1), None)
+
+
 def test_chunks_that_do_not_fit_are_refused():
     student, teacher, labels = make_logits()
     loss = losses.ForwardKLWithChunkedOutputLoss(2)
     with pytest.raises(ValueError, match="must be a list of chunks"):
         loss(student, teacher, labels)
+    with pytest.raises(ValueError, match="must be a list of chunks"):
+        loss([None], [None], labels)
     with pytest.raises(ValueError, match=r"one \[B, S\] each"):
         loss(student.chunk(2, 1), teacher.chunk(3, 1), labels)
-    with pytest.raises(ValueError, match=r"labels must be \[B, 13\]"):
+    with pytest.raises(ValueError, match=r"labels must be a tensor \[B, 13\]"):
         loss(student.chunk(2, 1), teacher.chunk(2, 1), labels[:, 1:])
 
 

@@ -3,8 +3,10 @@
 Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
+import inspect
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class KDLoss(nn.Module):
 
     Args:
         beta (float | None): parameter of the divergence in [0, 1]; None takes its default.
-        temperature (float): T > 0, divides both models' logits.
+        temperature (float): T in [0.001, 1000], divides both models' logits.
         ignore_index (int): label of the tokens that do not count.
         scale_by_temperature_squared (bool): multiply by T² (Hinton et al. 2015), which keeps the size of the
             gradient comparable across temperatures.
@@ -31,7 +33,7 @@ class KDLoss(nn.Module):
         divergence (str): name of D, as :func:`torchtune_kd.kernels.softmax_kd_loss` knows it.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is unknown or out of range.
     """
 
     divergence: ClassVar[str]
@@ -43,8 +45,10 @@ class KDLoss(nn.Module):
         temperature: float = 1.0,
         ignore_index: int = -100,
         scale_by_temperature_squared: bool = True,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        self._refuse(unknown)
         objective = Objective(
             divergence=self.divergence,
             beta=beta,
@@ -56,6 +60,17 @@ class KDLoss(nn.Module):
         self.temperature = objective.temperature
         self.ignore_index = objective.ignore_index
         self.scale_by_temperature_squared = objective.scale_by_temperature_squared
+
+    def _refuse(self, unknown: dict[str, Any]) -> None:
+        if not unknown:
+            return
+        own = type(self).__mro__[: type(self).__mro__.index(nn.Module)]
+        parameters = (p for cls in own for p in inspect.signature(cls).parameters.values())
+        known = sorted({p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)})
+        name = next(iter(unknown))
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}" if near else f"it has {', '.join(known)}"
+        raise ValueError(f"{type(self).__name__} has no setting {name}; {hint}")
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments that make the functions of :mod:`torchtune_kd.kernels` compute this loss."""
@@ -83,6 +98,8 @@ class KDLoss(nn.Module):
         Raises:
             ValueError: if shapes, dtypes or vocabularies do not fit.
         """
+        if labels is None:
+            raise ValueError("labels [N] or [B, S] are needed to know the valid tokens, but got None")
         reduction = "mean" if normalize else "sum"
         return softmax_kd_loss(student_logits, teacher_logits, labels, reduction=reduction, **self.settings())
 
@@ -111,7 +128,7 @@ class KDWithChunkedOutputLoss(KDLoss):
     Args:
         num_output_chunks (int): chunks the sequence is cut into; must equal that of the cross-entropy loss.
         beta (float | None): as in :class:`KDLoss`, like the arguments that follow.
-        temperature (float): T > 0.
+        temperature (float): T in [0.001, 1000].
         ignore_index (int): label of the tokens that do not count.
         scale_by_temperature_squared (bool): multiply by T².
 
@@ -127,12 +144,14 @@ class KDWithChunkedOutputLoss(KDLoss):
         temperature: float = 1.0,
         ignore_index: int = -100,
         scale_by_temperature_squared: bool = True,
+        **unknown: Any,
     ) -> None:
         super().__init__(
             beta=beta,
             temperature=temperature,
             ignore_index=ignore_index,
             scale_by_temperature_squared=scale_by_temperature_squared,
+            **unknown,
         )
         if isinstance(num_output_chunks, bool) or not isinstance(num_output_chunks, int) or num_output_chunks < 1:
             raise ValueError(f"num_output_chunks must be a whole number above 0, but got {num_output_chunks!r}")
@@ -183,7 +202,8 @@ def _chunk_sizes(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: T
         ValueError: if the two models' chunks differ in shape or do not cover the labels.
     """
     for name, chunks in (("student_logits", student), ("teacher_logits", teacher)):
-        if isinstance(chunks, Tensor) or not chunks or any(chunk.dim() != 3 for chunk in chunks):
+        listed = isinstance(chunks, (list, tuple)) and len(chunks) > 0
+        if not listed or any(not isinstance(chunk, Tensor) or chunk.dim() != 3 for chunk in chunks):
             raise ValueError(
                 f"{name} must be a list of chunks [B, S/num_chunks, V] for a chunked loss; call "
                 f"model.set_num_output_chunks, or use the loss without WithChunkedOutput for whole logits"
@@ -192,6 +212,7 @@ def _chunk_sizes(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: T
     if shapes[0] != shapes[1]:
         raise ValueError(f"student and teacher chunks must have one [B, S] each, but got {shapes[0]} and {shapes[1]}")
     sizes = [size for _, size in shapes[0]]
-    if labels.dim() != 2 or labels.shape[1] != sum(sizes):
-        raise ValueError(f"labels must be [B, {sum(sizes)}] to fit the chunks, but got {list(labels.shape)}")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[1] != sum(sizes):
+        found = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor [B, {sum(sizes)}] to fit the chunks, but got {found}")
     return sizes

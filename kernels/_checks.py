@@ -1,0 +1,116 @@
+"""Checks of the public functions' arguments, each a ValueError of one sentence.
+
+Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._block import answers_at_once
+from ._objective import Objective
+
+BACKENDS = ("auto", "torch")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
+
+
+def check_backend(backend: str) -> None:
+    if backend == "triton":
+        raise ValueError("backend='triton' is not part of this version; use 'torch' or 'auto'")
+    check_choice("backend", backend, BACKENDS)
+
+
+def check_rows(name: str, tensor: Tensor, width: str, labels: Tensor | None) -> None:
+    """2-D or 3-D, floating, not empty in its last dimension, and with one label per row."""
+    check_tensor(name, tensor)
+    if tensor.dim() not in (2, 3) or tensor.shape[-1] == 0:
+        raise ValueError(f"{name} must be [N, {width}] or [B, S, {width}], but got {list(tensor.shape)}")
+    check_floating(name, tensor)
+    if labels is not None:
+        check_tensor("labels", labels)
+    if labels is not None and labels.shape != tensor.shape[:-1]:
+        raise ValueError(
+            f"labels must have one entry per row of {name}, {list(tensor.shape[:-1])}, but got {list(labels.shape)}"
+        )
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, but got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, but got {tensor.dtype}")
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """Flat int64 labels ``[N]``."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, but got {labels.dtype}")
+    labels = labels.reshape(-1).long()
+    if answers_at_once(labels.device):
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        if wrong.any():
+            raise ValueError(
+                f"labels must lie in [0, {vocab}) or equal ignore_index={ignore_index}, "
+                f"but one is {labels[wrong][0].item()}"
+            )
+    return labels
+
+
+def check_teacher_present(name: str, tensor: Tensor | None, objective: Objective) -> None:
+    if tensor is None and objective.kd_ratio > 0.0:
+        raise ValueError(f"kd_ratio={objective.kd_ratio} needs a teacher, but {name} is None; pass it or kd_ratio=0")
+
+
+def check_teacher(name: str, tensor: Tensor, like: Tensor | None) -> None:
+    """Floating, frozen, and with the leading shape and device of `like`."""
+    check_floating(name, tensor)
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require grad, the teacher is not trained; pass {name}.detach()")
+    if like is not None and (tensor.shape[:-1] != like.shape[:-1] or tensor.shape[-1] == 0):
+        raise ValueError(
+            f"{name} must have the student's leading shape {list(like.shape[:-1])}, but got {list(tensor.shape)}"
+        )
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must be on the student's device {like.device}, but is on {tensor.device}")
+
+
+def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, head and bias in one dtype: autocast's where it is on, otherwise the one the first two share."""
+    check_floating(f"{model}_weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{model}_weight must be [V, {hidden.shape[-1]}] to fit {model}_hidden, but got {list(weight.shape)}"
+        )
+    if bias is not None:
+        check_floating(f"{model}_bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{model}_bias must be [V] = [{weight.shape[0]}], but got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{model}_{name} must be on the device of {model}_hidden, {hidden.device}, but is on {tensor.device}"
+            )
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{model}_hidden and {model}_weight must have one dtype, but got {hidden.dtype} and "
+            f"{weight.dtype}; convert one of them or use torch.autocast"
+        )
+    return hidden, weight, None if bias is None else bias.to(weight.dtype)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As autocast casts the operands of a linear layer: fp64 stays what it is."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
