@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from tiny import make_config
 from torch.profiler import ProfilerActivity, profile
 from torchao.dtypes.nf4tensor import to_nf4
-from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 
+from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 from torchtune_kd.training import accumulate_gradients
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -78,7 +78,7 @@ def test_interpolated_names_are_read(tmp_path):
     cfg.optimizer.lr = "${my_lr}"
     recipe = KDRecipeSingleDevice(cfg)
     recipe.setup(cfg)
-    assert recipe._optimizer.param_groups[0]["lr"] == 1e-3
+    assert recipe._run.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without CUDA")

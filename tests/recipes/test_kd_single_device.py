@@ -48,9 +48,9 @@ def test_every_kind_of_student_learns_and_its_checkpoint_is_its_weights(tmp_path
         merged = config.instantiate(OmegaConf.create(model_section("full", STUDENT)))
     merged.load_state_dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
     tokens = torch.arange(3, 35).unsqueeze(0)
-    recipe._student.decoder.eval()
+    recipe._run.student.decoder.eval()
     with torch.no_grad():
-        ours = recipe._student.decoder.output(recipe._student.decoder(tokens)).float()
+        ours = recipe._run.student.decoder.output(recipe._run.student.decoder(tokens)).float()
         saved = merged(tokens)
     # merging rounds W + BA once more, the adapter's own path does not
     tolerance = {"fp32": 1e-4, "bf16": 0.02}[dtype] * ours.abs().max()
@@ -126,7 +126,7 @@ def test_kd_ratio_0_needs_no_teacher(tmp_path):
     cfg = make_config(tmp_path, kd_ratio=0.0, max_steps_per_epoch=2)
     del cfg["teacher_model"], cfg["teacher_checkpointer"]
     recipe = run_in_process(cfg)
-    assert recipe._teacher is None
+    assert recipe._run.teacher is None
     step = read_log(cfg.output_dir)[0]
     assert step["loss"] == pytest.approx(step["class_loss"])
     assert "kl" not in step
@@ -150,7 +150,7 @@ def test_left_over_microbatches_are_a_shorter_step(tmp_path):
     for name in ("loss", "grad_norm", "kl"):
         assert steps[2][name] == pytest.approx(steps[0][name], rel=1e-5)
         assert steps[3][name] == pytest.approx(steps[1][name], rel=1e-5)
-    assert recipe._global_step == 4
+    assert recipe._run.global_step == 4
 
 
 def test_a_step_without_a_single_valid_token_changes_nothing(tmp_path):
@@ -287,7 +287,7 @@ def test_lora_on_the_output_head_trains_it(tmp_path):
     write_checkpoint(tmp_path / "untied", untied, seed=3)
     cfg.checkpointer = checkpointer_section(tmp_path / "untied")
     recipe = run_in_process(cfg)
-    assert recipe._student.decoder.output.lora_b.weight.abs().max() > 0
+    assert recipe._run.student.decoder.output.lora_b.weight.abs().max() > 0
     values = losses(cfg.output_dir)
     assert values[6] < values[0]  # the same rows, an epoch later
 

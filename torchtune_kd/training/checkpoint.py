@@ -1,6 +1,7 @@
 """What is saved at the end of an epoch: merged weights and, for a student with adapters, these alone too."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -25,9 +26,6 @@ def save_epoch(
     student: Student, checkpointer: Any, cfg: DictConfig, settings: Settings, world: World, epoch: int
 ) -> None:
     """Write ``epoch_<epoch>`` with torchtune's checkpointer: all processes gather, rank 0 writes."""
-    if epoch == 0 and world.is_rank_zero:
-        for stale in epoch_folders(output_folder(cfg, settings)):  # only where overwrite_output_dir allowed it
-            shutil.rmtree(stale)
     weights = full_state_dict(student.decoder, world)
     if world.is_rank_zero:
         content: dict[str, Any] = {}
@@ -37,13 +35,21 @@ def save_epoch(
             content[training.ADAPTER_CONFIG] = adapter
             weights = get_merged_lora_ckpt(weights, rank=adapter["r"], alpha=adapter["lora_alpha"])
         content[training.MODEL_KEY] = weights
+        stale = _set_aside(output_folder(cfg, settings)) if epoch == 0 else []
         checkpointer.save_checkpoint(
             content,
             epoch=epoch,
             intermediate_checkpoint=False,
             adapter_only=settings.save_adapter_weights_only,
         )
+        for folder in stale:
+            shutil.rmtree(folder)
     world.barrier()
+
+
+def _set_aside(output: Path) -> list[Path]:
+    """Rename the epochs of an earlier run, which are there only where ``overwrite_output_dir`` allowed it."""
+    return [folder.rename(folder.with_name(f"replaced_{folder.name}")) for folder in epoch_folders(output)]
 
 
 def full_state_dict(decoder: nn.Module, world: World) -> dict[str, Tensor]:

@@ -14,16 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
-from torchtune.data import padded_collate_packed, padded_collate_sft
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed, padded_collate_sft
 from torchtune.datasets import ConcatDataset, PackedDataset
+from tqdm import tqdm
 
 from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.settings import Settings, build
 from torchtune_kd.training.world import World
 
 Batch = dict[str, Any]
-
-LENGTHS_LOOKED_AT = 10_000  # rows whose length is checked before training; the others when they come up
 
 
 def build_loaders(
@@ -67,7 +66,9 @@ def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, 
             dataset = build(cfg, name, tokenizer)
     if len(dataset) == 0:
         raise UserError(f"Expected at least one sample in `{name}`, but it is empty: check its source and filters.")
-    _check_lengths(dataset, name, max_seq_len)
+    limit = getattr(tokenizer, "max_seq_len", None)
+    if limit is None or limit > max_seq_len:
+        _check_lengths(dataset, name, max_seq_len, world)
     return dataset
 
 
@@ -86,7 +87,8 @@ def build_loader(
 
     ``labels[b, i]`` is the token that follows ``tokens[b, i]``, or ``ignore_index``: where the dataset masks it, at
     the end of a row, and, in packed data, where the next token belongs to another document. The last batch may be
-    smaller; every sample of the dataset is seen once per epoch.
+    smaller; every sample of the dataset is seen once per epoch, and where it does not divide by the processes, the
+    batch of a process without a further sample is filled with one that has no valid label.
     """
     collate = functools.partial(
         collate_shifted,
@@ -95,8 +97,49 @@ def build_loader(
         packed=is_packed(dataset),
         max_seq_len=max_seq_len,
     )
-    sampler = StatefulDistributedSampler(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
-    return StatefulDataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+    sampler = _EachSampleOnce(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
+    return StatefulDataLoader(
+        _WithFiller(dataset),
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+class _EachSampleOnce(StatefulDistributedSampler):
+    """Yields ``_FILLER`` where the distributed sampler would repeat a sample to give every process as many."""
+
+    def __iter__(self) -> Iterator[int]:
+        indices = super().__iter__()
+        repeats_last = (self.num_samples - 1) * self.num_replicas + self.rank >= len(self.dataset)
+        current = next(indices, None)
+        while current is not None:
+            following = next(indices, None)
+            yield _FILLER if following is None and repeats_last else current
+            current = following
+
+
+class _WithFiller(Dataset):
+    """``dataset``, and at index ``_FILLER`` a sample without a valid label."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        if index != _FILLER:
+            return self._dataset[index]
+        sample = dict(self._dataset[0])
+        labels = sample["labels"]
+        masked = torch.full((len(labels),), CROSS_ENTROPY_IGNORE_IDX)
+        sample["labels"] = masked if isinstance(labels, Tensor) else masked.tolist()
+        return sample
+
+
+_FILLER = -1
 
 
 def is_packed(dataset: Dataset) -> bool:
@@ -110,10 +153,10 @@ def collate_shifted(samples: list[Batch], *, pad_id: int, ignore_index: int, pac
         raise UserError(_too_long("a sample of the dataset", longest, max_seq_len))
     if packed:
         batch = padded_collate_packed(samples)
-        if ignore_index != -100:  # torchtune pads packs with -100
-            batch["labels"] = batch["labels"].masked_fill(batch["labels"] == -100, ignore_index)
     else:
-        batch = padded_collate_sft(samples, padding_idx=pad_id, ignore_idx=ignore_index)
+        batch = padded_collate_sft(samples, padding_idx=pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
+    if ignore_index != CROSS_ENTROPY_IGNORE_IDX:  # torchtune's datasets mask and pad with its own
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == CROSS_ENTROPY_IGNORE_IDX, ignore_index)
     documents = [sample["seq_lens"].tolist() for sample in samples] if packed else None
     batch["labels"] = shift_labels(batch["labels"], documents, ignore_index)
     return batch
@@ -155,11 +198,10 @@ def attention_inputs(batch: Batch, move: Callable[[Any], Any]) -> dict[str, Any]
     return {name: move(batch[name]) for name in ("mask", "input_pos") if batch.get(name) is not None}
 
 
-def _check_lengths(dataset: Dataset, name: str, max_seq_len: int) -> None:
-    stride = -(-len(dataset) // LENGTHS_LOOKED_AT)
-    if isinstance(dataset, PackedDataset):  # every pack has the same length
-        stride = len(dataset)
-    for index in range(0, len(dataset), stride):
+def _check_lengths(dataset: Dataset, name: str, max_seq_len: int, world: World) -> None:
+    """Every row, each process its part; of packs the first, since they are all as long."""
+    rows = range(1) if isinstance(dataset, PackedDataset) else range(world.rank, len(dataset), world.size)
+    for index in tqdm(rows, desc=f"Lengths of {name}", leave=False, disable=not world.is_rank_zero or len(rows) < 5000):
         length = len(dataset[index]["tokens"])
         if length > max_seq_len:
             raise UserError(_too_long(f"sample {index} of `{name}`", length, max_seq_len))

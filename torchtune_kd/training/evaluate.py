@@ -5,20 +5,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from torchtune_kd.training.data import Batch
 from torchtune_kd.training.metrics import means
-from torchtune_kd.training.models import Student, Teacher
-from torchtune_kd.training.settings import Settings
+from torchtune_kd.training.models import Student, Teacher, reshard
 from torchtune_kd.training.step import add, forward
 from torchtune_kd.training.world import World
-
-
-def validation_due(step: int, total_steps: int, settings: Settings) -> bool:
-    """After every ``run_val_every_n_steps``-th step and after the last."""
-    every = settings.run_val_every_n_steps
-    return step == total_steps or (every is not None and step % every == 0)
 
 
 @torch.no_grad()
@@ -43,7 +35,6 @@ def evaluate(
         add(sums, {"loss": loss, **batch_sums})
     if teacher is not None:
         teacher.release()
-    if isinstance(student, FSDPModule):
-        student.reshard()
+    reshard(student)
     student.train(was_training)
     return means(sums, world)

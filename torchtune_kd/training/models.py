@@ -16,6 +16,7 @@ import torchtune.modules.common_utils as common_utils
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
@@ -24,8 +25,15 @@ from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.training.errors import UserError
-from torchtune_kd.training.settings import Settings, build
+from torchtune_kd.training.settings import Settings, build, one_line
 from torchtune_kd.training.world import World
+
+
+class HostTensor:
+    """A tensor that FSDP2 leaves on the host; it moves every tensor among a root's arguments to the device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class Teacher(nn.Module):
@@ -50,8 +58,7 @@ class Teacher(nn.Module):
 
     def release(self) -> None:
         """End of a step: give the gathered parameters back."""
-        if isinstance(self, FSDPModule):
-            self.reshard()
+        reshard(self)
 
 
 class Student(nn.Module):
@@ -67,11 +74,12 @@ class Student(nn.Module):
         self.kd_ratio = kd_ratio
         self._objective = kd_loss.settings()
         self.offload_activations = contextlib.nullcontext()
+        self.keeps_layers_gathered = False  # between the microbatches of a step, under FSDP2
 
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        labels: HostTensor,
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
         metrics: tuple[str, ...],
@@ -81,8 +89,7 @@ class Student(nn.Module):
 
         Args:
             tokens (Tensor): [B, S] ids.
-            labels (Tensor): [B, S] next-token ids, already shifted, on the host; ``ignore_index`` where there is
-                none.
+            labels (HostTensor): [B, S] next-token ids, already shifted; ``ignore_index`` where there is none.
             teacher_hidden (Tensor | None): [B, S, D_t] last hidden states; None at kd_ratio 0.
             teacher_head (Tensor | None): [V_t, D_t]; None at kd_ratio 0.
             metrics (tuple[str, ...]): names out of ``torchtune_kd.kernels.METRICS``.
@@ -99,7 +106,7 @@ class Student(nn.Module):
             weight,
             teacher_hidden,
             teacher_head,
-            labels,
+            labels.tensor,
             student_bias=bias,
             kd_ratio=self.kd_ratio,
             reduction="sum",
@@ -146,25 +153,36 @@ def build_student(
         training.compile_model(decoder, verbose=world.is_rank_zero)
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(decoder, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    weights = {**weights, **_initial_adapters(decoder, settings.torch_dtype, seed)}
+    weights = {**weights, **_initial_adapters(decoder, weights, settings.torch_dtype, seed)}
     if world.sharded:
         _shard(student, settings, extra_layers=settings.custom_sharded_layers)
+        student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
         _load_sharded(decoder, weights, settings, world)
     else:
         decoder.load_state_dict(weights, strict=False)  # names and shapes were compared above
-    for module in decoder.modules():
-        if isinstance(module, DoRALinear):
-            module.initialize_dora_magnitude()
     student.offload_activations = training.get_act_offloading_ctx_manager(
         decoder, settings.enable_activation_offloading
     )
     return student
 
 
+def reshard(root: nn.Module) -> None:
+    """Give back every gathered parameter below ``root``, where it is sharded at all."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def load_weights(cfg_checkpointer: DictConfig, name: str) -> tuple[Any, dict[str, Tensor]]:
     """A checkpointer and the model weights that it reads, by torchtune's parameter names."""
     checkpointer = build({name: cfg_checkpointer}, name)
-    return checkpointer, checkpointer.load_checkpoint()[training.MODEL_KEY]
+    try:
+        return checkpointer, checkpointer.load_checkpoint()[training.MODEL_KEY]
+    except (ValueError, OSError, KeyError) as error:
+        folder = cfg_checkpointer.get("checkpoint_dir")
+        raise UserError(
+            f"The files of `{name}` in {folder} cannot be read, fetch them again: {one_line(error)}"
+        ) from error
 
 
 def check_weights(decoder: TransformerDecoder, weights: Mapping[str, Tensor], name: str) -> None:
@@ -206,8 +224,13 @@ def _build_decoder(cfg: DictConfig, name: str, settings: Settings, world: World)
         return build(cfg, name)
 
 
-def _initial_adapters(decoder: TransformerDecoder, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """LoRA's start, A Kaiming-uniform and B zero (Hu et al. 2021), drawn alike for every number of processes."""
+def _initial_adapters(
+    decoder: TransformerDecoder, weights: Mapping[str, Tensor], dtype: torch.dtype, seed: int
+) -> dict[str, Tensor]:
+    """LoRA's start, A Kaiming-uniform and B zero (Hu et al. 2021), drawn alike for every number of processes.
+
+    DoRA's magnitude starts as the norm of each row of the base weight (Liu et al. 2024), quantised where it will be.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, module in decoder.named_modules():
@@ -218,7 +241,10 @@ def _initial_adapters(decoder: TransformerDecoder, dtype: torch.dtype, seed: int
             state[f"{name}.lora_a.weight"] = a.to(dtype)
             state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=dtype)
             if isinstance(module, DoRALinear):
-                state[f"{name}.magnitude"] = torch.zeros(module.magnitude.shape, dtype=dtype)  # set after loading
+                base = weights[f"{name}.weight"].to(dtype)
+                if isinstance(module.weight, NF4Tensor):
+                    base = to_nf4(base).to(dtype)
+                state[f"{name}.magnitude"] = torch.linalg.norm(base, dim=1)
     return state
 
 

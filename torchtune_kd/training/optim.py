@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -23,9 +24,11 @@ def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, total_steps: int) 
     return build(cfg, "lr_scheduler", optimizer, num_training_steps=total_steps, last_epoch=-1)
 
 
-def build_profiler(cfg: DictConfig) -> Any:
+def build_profiler(cfg: DictConfig, device: torch.device) -> Any:
     """torchtune's profiler as the section ``profiler`` sets it; one that does nothing without that section."""
     if cfg.get("profiler") is None:
         return DummyProfiler()
-    profiler, _ = build(cfg, "profiler")
+    profiler, options = build(cfg, "profiler")
+    if options.get("profile_memory", False) and device.type == "cuda":
+        torch.cuda.memory._record_memory_history()  # torchtune's handler dumps the snapshot, but does not start it
     return profiler

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
@@ -55,8 +56,11 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
         try:
             model = build(cfg, name)
             unquantised = model
-        except AssertionError:  # torchao's own check of NF4 shapes, which names no layer
-            model, unquantised = None, build(cfg, name, quantize_base=False)
+        except AssertionError as error:  # torchao's own check of NF4 shapes, which names no layer
+            try:
+                model, unquantised = None, build(cfg, name, quantize_base=False)
+            except UserError:  # no such keyword, so it was another assertion
+                raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
     if model is None or any(isinstance(parameter, NF4Tensor) for parameter in model.parameters()):
         try:
             check_nf4_shapes(unquantised, world.size if world.sharded else 1)
@@ -112,6 +116,11 @@ def check_tokenizer_files(cfg: DictConfig) -> None:
 def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
     """The folder and the files that a checkpointer section names exist."""
     section = cfg[name]
+    for key in ("adapter_checkpoint", "recipe_checkpoint"):
+        if section.get(key) is not None:
+            raise UserError(
+                f"Expected `{name}.{key}: null`, since a run starts from whole weights: merge the adapter first."
+            )
     folder = section.get("checkpoint_dir")
     if folder is None:
         raise UserError(f"Expected `{name}.checkpoint_dir` in the config, but it is missing: add it.")
@@ -127,12 +136,21 @@ def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
 def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
     """A folder with the epochs of an earlier run is left alone unless ``overwrite_output_dir`` is set."""
     folder = output_folder(cfg, settings)
-    found = [path.name for path in epoch_folders(folder)]
+    epochs = epoch_folders(folder)
+    found = [path.name for path in epochs]
     if found and not settings.overwrite_output_dir:
         raise UserError(
             f"The output folder {folder} already holds a run ({', '.join(found)}): choose another `output_dir`, "
             "or set `overwrite_output_dir: True` to replace it when the first checkpoint is written."
         )
+
+    for name in _CHECKPOINTERS:
+        source = cfg.get(name, {}).get("checkpoint_dir")
+        if source is not None and any(Path(str(source)).resolve().is_relative_to(path.resolve()) for path in epochs):
+            raise UserError(
+                f"`{name}.checkpoint_dir` is {source}, which `overwrite_output_dir: True` would replace: "
+                "choose another `output_dir`."
+            )
 
 
 def output_folder(cfg: DictConfig, settings: Settings) -> Path:
@@ -154,6 +172,10 @@ def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:
     for name in names:
         if name not in modules:
             raise UserError(f"`custom_sharded_layers` names {name}, which `model` has not: delete it.")
+        if isinstance(modules[name], nn.ModuleList):
+            raise UserError(
+                f"`custom_sharded_layers` names {name}, a list of layers sharded anyway: delete that entry."
+            )
         if any(parameter is weight for parameter in modules[name].parameters()) or name == "output":
             raise UserError(
                 f"`custom_sharded_layers` names {name}, which holds the output head; the loss reads the head "

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import config, training
+from torchtune.training import metric_logging
 
-from torchtune_kd.losses import KDLoss
+from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
 from torchtune_kd.training.errors import UserError
 
 REQUIRED_COMPONENTS = (
@@ -132,7 +133,7 @@ def build(cfg: Mapping[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiate the component under ``cfg.<name>``; what it refuses becomes one sentence that names the section."""
     try:
         return config.instantiate(cfg[name], *args, **kwargs)
-    except (ValueError, TypeError, OSError) as error:  # OSError: a file that is not there
+    except (ValueError, TypeError, OSError, ImportError) as error:  # a file, or a logger's package, is not there
         raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
 
 
@@ -151,6 +152,7 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
             raise UserError(f"Expected `{name}` to be {expected}, got {getattr(settings, name)}: change it.")
 
     expect("kd_ratio", 0 <= settings.kd_ratio <= 1, "between 0 and 1")
+    expect("device", re.fullmatch(r"cpu|cuda(:\d+)?", settings.device) is not None, "cpu or cuda")
     expect("dtype", settings.dtype in ("fp32", "bf16"), "fp32 or bf16 (fp16 would need gradient scaling)")
     for name in ("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"):
         expect(name, getattr(settings, name) >= 1, "at least 1")
@@ -159,14 +161,23 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
     if settings.clip_grad_norm is not None:
         expect("clip_grad_norm", _positive(settings.clip_grad_norm), "a number above 0 or null")
     if settings.dtype == "bf16" and settings.torch_device.type == "cuda" and torch.cuda.is_available():
-        expect("dtype", torch.cuda.is_bf16_supported(), f"fp32 on {torch.cuda.get_device_name()}, which has no bf16")
+        expect(
+            "dtype",
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            f"fp32 on {torch.cuda.get_device_name()}, which has no bf16",
+        )
     if settings.resume_from_checkpoint:
         raise UserError(
             "Expected `resume_from_checkpoint: False`, got True: this version cannot resume a run; to train on "
             "from an epoch's weights, name its folder as `checkpointer.checkpoint_dir`."
         )
-    if settings.run_val_every_n_steps is not None and cfg.get("dataset_val") is None:
-        raise UserError("`run_val_every_n_steps` is set, but there is no `dataset_val`: add it or remove the key.")
+    for name in ("run_val_every_n_steps", "max_val_batches", "batch_size_val"):
+        if getattr(settings, name) is not None and cfg.get("dataset_val") is None:
+            raise UserError(f"`{name}` is set, but there is no `dataset_val`: add it or remove the key.")
+    if settings.fsdp_cpu_offload and settings.torch_device.type == "cpu":
+        raise UserError(
+            "`fsdp_cpu_offload: True` moves shards from GPU to host memory, but `device` is cpu: set it to False."
+        )
     if settings.enable_activation_offloading and settings.torch_device.type != "cuda":
         raise UserError(
             f"`enable_activation_offloading: True` moves activations from GPU to host memory, but `device` is "
@@ -223,7 +234,13 @@ def _sections(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 def _check_kd_loss(section: DictConfig) -> None:
     component = _component("kd_loss", section)
-    if not (inspect.isclass(component) and issubclass(component, KDLoss)):
+    if inspect.isclass(component) and issubclass(component, KDWithChunkedOutputLoss):
+        raise UserError(
+            f"`kd_loss._component_` is {section['_component_']}, which is for torchtune's own recipes; this one never "
+            f"holds full logits, so write {section['_component_'].replace('WithChunkedOutputLoss', 'Loss')} and "
+            "delete `kd_loss.num_output_chunks`."
+        )
+    if not (inspect.isclass(component) and issubclass(component, KDLoss)) or component is KDLoss:
         raise UserError(
             f"Expected a loss of torchtune_kd.losses under `kd_loss`, got {section['_component_']}: "
             "write for example `kd_loss._component_: torchtune_kd.losses.ForwardKLLoss`."
@@ -249,7 +266,7 @@ def _check_component(path: str, section: DictConfig) -> None:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have no signature
         return
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and component not in _SWALLOW_KEYS
     for key in section:
         if key == "_component_" or key in parameters:
             continue
@@ -258,6 +275,10 @@ def _check_component(path: str, section: DictConfig) -> None:
         raise UserError(
             f"Unknown key `{path}.{key}`: {section['_component_']} does not take it, {_nearest(key, parameters)}"
         )
+
+
+# torchtune's loggers that take any keyword and never read it
+_SWALLOW_KEYS = (metric_logging.DiskLogger, metric_logging.TensorBoardLogger)
 
 
 def _nearest(key: str, known: Any) -> str:

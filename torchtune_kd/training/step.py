@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtune_kd.training.data import Batch, attention_inputs
-from torchtune_kd.training.models import Student, Teacher
+from torchtune_kd.training.models import HostTensor, Student, Teacher
 from torchtune_kd.training.world import World
 
 
@@ -30,13 +30,13 @@ def forward(
     """Loss sum (0-d, with graph if gradients are on) and metric sums of one microbatch."""
 
     def move(value: Any) -> Any:
-        return value.to(world.device)
+        return value.to(world.device, non_blocking=True) if isinstance(value, Tensor) else value.to(world.device)
 
     tokens, attention = move(batch["tokens"]), attention_inputs(batch, move)
     teacher_hidden = teacher(tokens, **attention) if teacher is not None else None  # [B, S, D_t], all that is kept
     teacher_head = teacher.head() if teacher is not None else None
     # the labels stay on the host: finding the valid ones there waits for no device
-    return student(tokens, batch["labels"], teacher_hidden, teacher_head, metrics, **attention)
+    return student(tokens, HostTensor(batch["labels"]), teacher_hidden, teacher_head, metrics, **attention)
 
 
 def accumulate_gradients(
@@ -52,14 +52,14 @@ def accumulate_gradients(
     Returns:
         dict[str, Tensor]: sums over this process's tokens: ``loss``, the metrics asked for, ``num_tokens``.
     """
-    num_tokens = world.sum(torch.tensor(float(count_valid_tokens(step, ignore_index))))
+    num_tokens = world.sum(torch.full((), float(count_valid_tokens(step, ignore_index)), device=world.device))
     scale = world.size / num_tokens.clamp(min=1)  # no valid token anywhere: the loss sum is 0 and stays 0
     sums: dict[str, Tensor] = {}
     for index, batch in enumerate(step):
         if isinstance(student, FSDPModule):
             is_last = index + 1 == len(step)
             student.set_requires_gradient_sync(is_last)
-            student.set_reshard_after_backward(is_last, recurse=False)
+            student.set_reshard_after_backward(is_last, recurse=student.keeps_layers_gathered)
         loss, batch_sums = forward(student, teacher, batch, metrics, world)
         (loss * scale).backward()
         add(sums, {"loss": loss.detach(), **batch_sums})

@@ -27,8 +27,8 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum of ``tensor`` over all processes, on ``self.device``; no host synchronisation."""
-        tensor = tensor.to(self.device, copy=True)
+        """The elementwise sum of ``tensor``, which is on ``self.device``, over all processes."""
+        tensor = tensor.clone()
         if self.sharded:
             dist.all_reduce(tensor)
         return tensor
