@@ -1,11 +1,12 @@
 """SmolLM2 builders: sizes, rotary embeddings, adapters, and what NF4 cannot hold."""
 
+import inspect
 from functools import partial
 
 import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
-from torchtune.models.llama3_2 import lora_llama3_2
+from torchtune.models.llama3_2 import lora_llama3_2, lora_llama3_2_1b
 from torchtune.models.qwen2_5 import lora_qwen2_5_0_5b
 from torchtune.modules import RotaryPositionalEmbeddings, TiedLinear
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params
@@ -51,6 +52,20 @@ def test_adapters(size: str, use_dora: bool) -> None:
     # the rest is the full model, so a full checkpoint loads into it
     base = {name: p.shape for name, p in model.named_parameters() if name not in get_adapter_params(model)}
     assert base == {name: p.shape for name, p in full.named_parameters()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_lora_builders_name_their_arguments_as_torchtune_does(size: str) -> None:
+    build = _builder(f"lora_smollm2_{size}")
+    parameters = inspect.signature(build).parameters
+    stock = dict(inspect.signature(lora_llama3_2_1b).parameters)
+    del stock["tie_word_embeddings"]
+    assert [*parameters] == [*stock, "num_layers"]
+    assert all(parameters[name].default == stock[name].default for name in stock)
+    assert build.__name__ == f"lora_smollm2_{size}"
+    assert build.__doc__.startswith(f"Build SmolLM2 {size.replace('_', '.').upper()} with LoRA")
+    with pytest.raises(ValueError, match="apply_lora_to_output"):
+        build(ATTENTION, apply_lora_to_output=True, num_layers=1)
 
 
 @pytest.mark.parametrize("num_layers", [0, -1, 31])

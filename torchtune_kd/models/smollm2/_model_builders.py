@@ -4,7 +4,7 @@ They are Llama-architecture decoders with tied embeddings and plain rotary embed
 3.2 component builders make them; ``scale_factor=1`` switches Llama 3's RoPE scaling off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,112 +70,6 @@ def smollm2_1_7b(num_layers: int | None = None) -> TransformerDecoder:
     return llama3_2(**_config("1_7b", num_layers))
 
 
-def lora_smollm2_135m(
-    lora_attn_modules: Sequence[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-    num_layers: int | None = None,
-) -> TransformerDecoder:
-    """Build SmolLM2 135M with LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024).
-
-    Args:
-        lora_attn_modules (Sequence[str]): Attention projections to adapt, of ``q_proj``, ``k_proj``,
-            ``v_proj``, ``output_proj``.
-        apply_lora_to_mlp (bool): Adapt the MLP too. Default False.
-        apply_lora_to_output (bool): Must be False: the output is tied to the embedding.
-        lora_rank (int): Rank of each low-rank update. Default 8.
-        lora_alpha (float): The update is scaled by ``lora_alpha / lora_rank``. Default 16.
-        lora_dropout (float): Dropout probability in front of the update. Default 0.0.
-        use_dora (bool): Learn magnitude and direction apart. Default False.
-        quantize_base (bool): Hold the frozen weights in NF4. The 135M and 360M models have shapes that NF4
-            cannot hold, so this is an error there; SmolLM2 1.7B can be quantised. Default False.
-        num_layers (int | None): Number of layers, for a layer-pruned student. Default: all.
-
-    Returns:
-        TransformerDecoder: The model with adapters.
-
-    Raises:
-        ValueError: If ``num_layers`` is out of range, ``apply_lora_to_output`` is True, or ``quantize_base``
-            asks for a shape that NF4 cannot hold.
-    """
-    return _lora_smollm2(
-        "135m",
-        num_layers,
-        lora_attn_modules=lora_attn_modules,
-        apply_lora_to_mlp=apply_lora_to_mlp,
-        apply_lora_to_output=apply_lora_to_output,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_dora=use_dora,
-        quantize_base=quantize_base,
-    )
-
-
-def lora_smollm2_360m(
-    lora_attn_modules: Sequence[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-    num_layers: int | None = None,
-) -> TransformerDecoder:
-    """Build SmolLM2 360M with LoRA or DoRA. Arguments and errors: :func:`lora_smollm2_135m`."""
-    return _lora_smollm2(
-        "360m",
-        num_layers,
-        lora_attn_modules=lora_attn_modules,
-        apply_lora_to_mlp=apply_lora_to_mlp,
-        apply_lora_to_output=apply_lora_to_output,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_dora=use_dora,
-        quantize_base=quantize_base,
-    )
-
-
-def lora_smollm2_1_7b(
-    lora_attn_modules: Sequence[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-    num_layers: int | None = None,
-) -> TransformerDecoder:
-    """Build SmolLM2 1.7B with LoRA or DoRA. Arguments and errors: :func:`lora_smollm2_135m`."""
-    return _lora_smollm2(
-        "1_7b",
-        num_layers,
-        lora_attn_modules=lora_attn_modules,
-        apply_lora_to_mlp=apply_lora_to_mlp,
-        apply_lora_to_output=apply_lora_to_output,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_dora=use_dora,
-        quantize_base=quantize_base,
-    )
-
-
-qlora_smollm2_1_7b = partial(lora_smollm2_1_7b, quantize_base=True)
-qlora_smollm2_1_7b.__doc__ = """Build SmolLM2 1.7B with LoRA on NF4 weights (QLoRA, Dettmers et al. 2023).
-
-The 135M and 360M models have no such builder: NF4 cannot hold their shapes.
-"""
-
-
 def _config(size: str, num_layers: int | None) -> dict[str, Any]:
     config = _CONFIGS[size]
     if num_layers is None:
@@ -183,14 +77,75 @@ def _config(size: str, num_layers: int | None) -> dict[str, Any]:
     if not 1 <= num_layers <= config["num_layers"]:
         raise ValueError(
             f"Expected num_layers between 1 and {config['num_layers']}, the layers of SmolLM2 "
-            f"{size.replace('_', '.').upper()}, but got {num_layers}; choose a number in that range."
+            f"{_display_name(size)}, but got {num_layers}; choose a number in that range."
         )
     return {**config, "num_layers": num_layers}
 
 
-def _lora_smollm2(size: str, num_layers: int | None, *, quantize_base: bool, **lora: Any) -> TransformerDecoder:
-    lora["lora_attn_modules"] = list(lora["lora_attn_modules"])
-    build = partial(lora_llama3_2, **_config(size, num_layers), **lora)
-    if quantize_base:
-        check_nf4_build(partial(build, quantize_base=True))
-    return build(quantize_base=quantize_base)
+def _display_name(size: str) -> str:
+    return size.replace("_", ".").upper()
+
+
+def _lora_builder(size: str) -> Callable[..., TransformerDecoder]:
+    def build(
+        lora_attn_modules: Sequence[str],
+        apply_lora_to_mlp: bool = False,
+        apply_lora_to_output: bool = False,
+        lora_rank: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_dora: bool = False,
+        quantize_base: bool = False,
+        num_layers: int | None = None,
+    ) -> TransformerDecoder:
+        """Build SmolLM2 with LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024).
+
+        Args:
+            lora_attn_modules (Sequence[str]): Attention projections to adapt, of ``q_proj``, ``k_proj``,
+                ``v_proj``, ``output_proj``.
+            apply_lora_to_mlp (bool): Adapt the MLP too. Default False.
+            apply_lora_to_output (bool): Must be False: the output is tied to the embedding.
+            lora_rank (int): Rank of each low-rank update. Default 8.
+            lora_alpha (float): The update is scaled by ``lora_alpha / lora_rank``. Default 16.
+            lora_dropout (float): Dropout probability in front of the update. Default 0.0.
+            use_dora (bool): Learn magnitude and direction apart. Default False.
+            quantize_base (bool): Hold the frozen weights in NF4. The 135M and 360M models have shapes that NF4
+                cannot hold, so this is an error there; SmolLM2 1.7B can be quantised. Default False.
+            num_layers (int | None): Number of layers, for a layer-pruned student. Default: all.
+
+        Returns:
+            TransformerDecoder: The model with adapters.
+
+        Raises:
+            ValueError: If ``num_layers`` is out of range, ``apply_lora_to_output`` is True, or ``quantize_base``
+                asks for a shape that NF4 cannot hold.
+        """
+        lora = partial(
+            lora_llama3_2,
+            **_config(size, num_layers),
+            lora_attn_modules=list(lora_attn_modules),
+            apply_lora_to_mlp=apply_lora_to_mlp,
+            apply_lora_to_output=apply_lora_to_output,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_dora=use_dora,
+            quantize_base=quantize_base,
+        )
+        if quantize_base:
+            check_nf4_build(lora)
+        return lora()
+
+    build.__name__ = build.__qualname__ = f"lora_smollm2_{size}"
+    build.__doc__ = (build.__doc__ or "").replace("Build SmolLM2", f"Build SmolLM2 {_display_name(size)}")
+    return build
+
+
+lora_smollm2_135m = _lora_builder("135m")
+lora_smollm2_360m = _lora_builder("360m")
+lora_smollm2_1_7b = _lora_builder("1_7b")
+qlora_smollm2_1_7b = partial(lora_smollm2_1_7b, quantize_base=True)
+qlora_smollm2_1_7b.__doc__ = """Build SmolLM2 1.7B with LoRA on NF4 weights (QLoRA, Dettmers et al. 2023).
+
+The 135M and 360M models have no such builder: NF4 cannot hold their shapes.
+"""
