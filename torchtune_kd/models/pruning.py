@@ -69,15 +69,14 @@ def removal_influence(model: TransformerDecoder, batches: Iterable[Batch]) -> Te
     """
 
     def changes(h: Tensor, arguments: dict[str, Any]) -> Iterator[Tensor]:
-        def last(h: Tensor, first_layer: int) -> Tensor:
-            for layer in model.layers[first_layer:]:
+        states = [h]  # what each layer gets, then what the last one returns
+        for layer in model.layers:
+            states.append(layer(states[-1], **arguments))
+        complete = model.norm(states[-1])
+        for index, h in enumerate(states[:-1]):
+            for layer in model.layers[index + 1 :]:
                 h = layer(h, **arguments)
-            return model.norm(h)
-
-        complete = last(h, 0)
-        for index, layer in enumerate(model.layers):
-            yield _distance(complete, last(h, index + 1))
-            h = layer(h, **arguments)
+            yield _distance(complete, model.norm(h))
 
     return _mean_over_tokens(model, batches, changes)
 
