@@ -29,7 +29,7 @@ LORA = {
 
 
 def model_section(kind: str, sizes: dict[str, int], vocab: int = VOCAB, tied: bool = True, **more: Any) -> dict:
-    """YAML of a Llama-architecture model; ``kind`` is full, lora, dora or qlora."""
+    """YAML of a Llama-architecture model; ``kind`` is full, lora, dora, qlora or qdora."""
     section = {
         "_component_": f"torchtune.models.llama3_2.{'' if kind == 'full' else 'lora_'}llama3_2",
         "vocab_size": vocab,
@@ -39,7 +39,7 @@ def model_section(kind: str, sizes: dict[str, int], vocab: int = VOCAB, tied: bo
         **sizes,
     }
     if kind != "full":
-        section |= LORA | {"use_dora": kind == "dora", "quantize_base": kind == "qlora"}
+        section |= LORA | {"use_dora": kind.endswith("dora"), "quantize_base": kind.startswith("q")}
     return section | more
 
 

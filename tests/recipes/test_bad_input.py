@@ -2,6 +2,8 @@
 
 import json
 import re
+from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from tiny import (
     run_tune,
     write_rows,
 )
+from torchtune import config, training
 
 from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
-from torchtune_kd.training import UserError
+from torchtune_kd.training import UserError, read_settings
+from torchtune_kd.training.preflight import check_sharded_layers
 
 
 def refuse(cfg) -> str:
@@ -58,6 +62,14 @@ def refuse(cfg) -> str:
         ("checkpointer.checkpoint_files", ["model-00001.safetensors"], "model-00001.safetensors.*is not in"),
         ("teacher_checkpointer.checkpoint_dir", "/nowhere/teacher", "/nowhere/teacher.*does not exist"),
         ("save_adapter_weights_only", True, "full-weight"),
+        ("device", "gpu", "device.*cpu or cuda.*gpu"),
+        ("kd_loss._component_", "torchtune_kd.losses.KDLoss", "torchtune_kd.losses.ForwardKLLoss"),
+        ("kd_loss._component_", "torchtune_kd.losses.JSDWithChunkedOutputLoss", "write torchtune_kd.losses.JSDLoss"),
+        ("metric_logger.project", "x", "metric_logger.project"),
+        ("max_val_batches", 3, "max_val_batches.*dataset_val"),
+        ("batch_size_val", 3, "batch_size_val.*dataset_val"),
+        ("metric_logger", {"_component_": "torchtune.training.metric_logging.WandBLogger"}, "metric_logger.*wandb"),
+        ("checkpointer.adapter_checkpoint", "adapter_0.pt", "checkpointer.adapter_checkpoint: null"),
         ("dataset.data_files", "/nowhere/rows.jsonl", "section `dataset`.*/nowhere/rows.jsonl"),
         ("tokenizer.path", "/nowhere/tokenizer.json", "section `tokenizer`.*/nowhere/tokenizer.json"),
         ("optimizer", None, "section `optimizer`.*missing"),
@@ -132,6 +144,36 @@ def test_checkpoint_of_another_model(tmp_path):
     assert "output.weight" in refuse(cfg)
 
 
+def test_a_checkpoint_cut_short_by_a_broken_download(tmp_path):
+    cfg = make_config(tmp_path)
+    path = tmp_path / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    message = refuse(cfg)
+    assert "`teacher_checkpointer`" in message and str(tmp_path / "teacher") in message
+
+
+def test_keys_of_the_distributed_recipe(tmp_path):
+    cfg = make_config(tmp_path, fsdp_cpu_offload=True)
+    with pytest.raises(UserError, match="device` is cpu"):
+        read_settings(cfg, distributed=True)
+    for names, said in ((["layers"], "list of layers"), (["tok_embeddings"], "output head"), (["nothing"], "has not")):
+        model = config.instantiate(cfg.model)
+        with pytest.raises(UserError, match=said):
+            check_sharded_layers(model, names)
+
+
+def test_every_stock_config_moves_over_by_the_three_lines_of_the_readme():
+    """Delete the two lines of `loss`, change the one that names the KD loss."""
+    folder = Path(str(distribution("torchtune").locate_file("recipes/configs")))
+    paths = [path for path in folder.rglob("*.yaml") if "_KD_" in path.name]
+    assert len(paths) >= 4
+    for path in paths:
+        cfg = OmegaConf.load(path)
+        del cfg["loss"]
+        cfg.kd_loss._component_ = "torchtune_kd.losses.ForwardKLLoss"
+        read_settings(cfg, distributed="distributed" in path.name)
+
+
 def test_empty_dataset(tmp_path):
     cfg = make_config(tmp_path)
     cfg.dataset = {"_component_": "tiny.empty_dataset"}
@@ -162,6 +204,31 @@ def test_a_finished_run_is_not_written_over(tmp_path):
     cfg.overwrite_output_dir, cfg.epochs = True, 1
     run_in_process(cfg)
     assert [path.name for path in (tmp_path / "out").glob("epoch_*")] == ["epoch_0"]  # no stale epoch_1
+
+
+def test_the_checkpoint_a_run_starts_from_is_not_replaced(tmp_path):
+    cfg = make_config(tmp_path, max_steps_per_epoch=1)
+    run_in_process(cfg)
+    cfg.overwrite_output_dir = True
+    cfg.checkpointer.checkpoint_dir = str(tmp_path / "out" / "epoch_0")
+    cfg.checkpointer.checkpoint_files = [path.name for path in (tmp_path / "out" / "epoch_0").glob("*.safetensors")]
+    assert "would replace" in refuse(cfg)
+
+
+def test_a_save_that_fails_keeps_the_old_run(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path, max_steps_per_epoch=1)
+    run_in_process(cfg)
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "out" / "epoch_0").iterdir() if path.is_file()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.FullModelHFCheckpointer, "save_checkpoint", full_disk)
+    cfg.overwrite_output_dir = True
+    with pytest.raises(OSError, match="No space"):
+        run_in_process(cfg)
+    kept = tmp_path / "out" / "replaced_epoch_0"
+    assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == saved
 
 
 def test_the_user_sees_one_sentence_and_no_traceback(tmp_path):

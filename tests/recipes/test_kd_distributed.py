@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from tiny import make_config, read_log, run_in_process, run_tune
+from tiny import ROWS, make_config, read_log, run_in_process, run_tune
 
 RECIPE = "torchtune_kd/kd_distributed"
 NAMES = ("loss", "class_loss", "kd_loss", "kl", "grad_norm", "top1_agreement", "acceptance_rate", "lr")
@@ -21,14 +21,20 @@ def assert_same_steps(actual, expected, rel):
             assert step[name] == pytest.approx(other[name], rel=rel), (step["step"], name)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dora", "qlora"])
+# 25 rows: the last one has no partner. Every second row is one character, so with batch 2 the first process holds
+# two rows without a valid token while the other holds two long ones.
+UNEVEN = [row for long in ROWS[1:14] for row in ("a", long)][:25]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora", "qlora", "qdora"])
 def test_two_processes_give_the_numbers_of_one(tmp_path, kind):
-    """2 processes x batch 2 against one x batch 4; ROWS hold very different numbers of valid tokens."""
+    """2 processes x batch 2 against one x batch 4."""
+    rows = UNEVEN if kind == "full" else ROWS
     common = {
         "max_steps_per_epoch": 5,
         "clip_grad_norm": 1.0,
         "run_val_every_n_steps": 5,
-        "max_val_batches": 2,
+        "rows": rows,
     }
     one = make_config(tmp_path, kind, output_dir=str(tmp_path / "one"), batch_size=4, **common)
     two = make_config(tmp_path, kind, output_dir=str(tmp_path / "two"), batch_size=2, **common)
@@ -48,6 +54,23 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, kind):
         assert merged[1][name].sub(weight).abs().max() <= 1e-4, name
 
 
+def test_accumulation_checkpointing_and_gathered_layers_change_no_number_either(tmp_path):
+    one = make_config(tmp_path, output_dir=str(tmp_path / "one"), batch_size=4, max_steps_per_epoch=5)
+    two = make_config(
+        tmp_path,
+        output_dir=str(tmp_path / "two"),
+        batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps_per_epoch=5,
+        enable_activation_checkpointing=True,
+        fsdp_reshard_after_forward=False,
+        custom_sharded_layers=["norm"],
+    )
+    run_in_process(one)
+    run_tune(two, RECIPE, nproc=2)
+    assert_same_steps(read_log(two.output_dir), read_log(one.output_dir), rel=1e-4)
+
+
 def test_one_process_and_accumulation_give_the_numbers_of_the_single_device_recipe(tmp_path):
     single = make_config(tmp_path, output_dir=str(tmp_path / "single"), batch_size=4, max_steps_per_epoch=5)
     one = make_config(
@@ -62,9 +85,10 @@ def test_one_process_and_accumulation_give_the_numbers_of_the_single_device_reci
     assert_same_steps(read_log(one.output_dir), read_log(single.output_dir), rel=1e-4)
 
 
-def test_gradients_are_reduced_once_per_step_and_heads_gathered_once(tmp_path):
+@pytest.mark.parametrize("reshard", [True, False])
+def test_gradients_are_reduced_once_per_step_and_heads_gathered_once(tmp_path, reshard):
     """Three microbatches: one reduce-scatter per FSDP group (a layer, the rest), in the last backward alone."""
-    cfg = make_config(tmp_path)
+    cfg = make_config(tmp_path, fsdp_reshard_after_forward=reshard)
     OmegaConf.save(cfg, tmp_path / "config.yaml")
     worker = Path(__file__).parents[1] / "training" / "fsdp_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
@@ -74,9 +98,12 @@ def test_gradients_are_reduced_once_per_step_and_heads_gathered_once(tmp_path):
     counts = json.loads((tmp_path / "counts.json").read_text())
     reduced, gathered = (sum(n for op, n in counts.items() if k in op) for k in ("reduce_scatter", "allgather"))
     assert reduced == 2, counts
-    # student: the rest once, its layer in forward and backward of 3 microbatches;
-    # teacher: the rest once, its 2 layers in the forward of 3 microbatches
-    assert gathered == (1 + 1 * 2 * 3) + (1 + 2 * 3), counts
+    if reshard:
+        # student: the rest once, its layer in forward and backward of 3 microbatches;
+        # teacher: the rest once, its 2 layers in the forward of 3 microbatches
+        assert gathered == (1 + 1 * 2 * 3) + (1 + 2 * 3), counts
+    else:  # every group once
+        assert gathered == (1 + 1) + (1 + 2), counts
 
 
 def test_started_without_a_launcher_says_so(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import make_config, read_log, run_tune
+from tiny import ROWS, make_config, read_log, run_in_process, run_tune
 from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss as StockForwardKL
 
 from torchtune_kd import losses
@@ -30,13 +30,25 @@ def stock_config(folder, **overrides):
 
 
 def test_our_chunked_loss_trains_in_the_stock_recipe(tmp_path):
-    cfg = stock_config(tmp_path)
+    cfg = stock_config(tmp_path, rows=ROWS[4:8] * 4, optimizer__lr=1e-2)  # the same batch in each of four steps
     cfg.kd_loss = {"_component_": "torchtune_kd.losses.ForwardKLWithChunkedOutputLoss", "temperature": 2.0}
-    # two steps of one batch each, then the same again: every row has the same length here
+    cfg.kd_ratio = 1.0
     run_tune(cfg, STOCK)
-    steps = read_log(cfg.output_dir)
-    assert len(steps) == 4
-    assert all(step["kd_loss"] > 0 for step in steps)
+    values = [step["kd_loss"] for step in read_log(cfg.output_dir)]
+    assert len(values) == 4
+    assert values[0] == values[1] > values[2] > values[3] > 0  # the first step of the warm-up has rate 0
+
+
+def test_a_merged_checkpoint_of_ours_trains_on_in_the_stock_recipe(tmp_path):
+    ours = make_config(tmp_path, "lora", output_dir=str(tmp_path / "ours"), max_steps_per_epoch=1)
+    run_in_process(ours)
+    cfg = stock_config(tmp_path, output_dir=str(tmp_path / "stock"))
+    cfg.kd_loss = {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}
+    folder = tmp_path / "ours" / "epoch_0"
+    cfg.checkpointer.checkpoint_dir = str(folder)
+    cfg.checkpointer.checkpoint_files = [path.name for path in folder.glob("model-*.safetensors")]
+    run_tune(cfg, STOCK)
+    assert len(read_log(cfg.output_dir)) == 4
 
 
 def test_the_stock_recipe_takes_the_same_steps_with_our_loss_at_temperature_1(tmp_path):

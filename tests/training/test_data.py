@@ -1,11 +1,14 @@
 """Labels, packing and the grouping of microbatches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchtune.datasets import PackedDataset
 
-from torchtune_kd.training.data import collate_shifted, microbatches, shift_labels
+from torchtune_kd.training.data import build_loader, collate_shifted, microbatches, shift_labels
 from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.world import World
 
 IGNORE = -100
 
@@ -64,6 +67,38 @@ def test_split_documents_go_on_in_the_next_pack():
         [packs[i] for i in range(len(packs))], pad_id=0, ignore_index=IGNORE, packed=True, max_seq_len=4
     )
     assert pairs(batch) == [(1, 2), (2, 3), (5, 6), (6, 7), (7, 8)]  # 3|4 is a border, 4|5 two packs
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1])
+def test_labels_that_the_dataset_masks_are_ignored(ignore_index):
+    samples = [{"tokens": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}, {"tokens": [5], "labels": [5]}]
+    batch = collate_shifted(samples, pad_id=0, ignore_index=ignore_index, packed=False, max_seq_len=8)
+    assert batch["labels"].tolist() == [[ignore_index, 3, 4, ignore_index], [ignore_index] * 4]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(5, 2), (6, 2), (7, 3), (2, 4)])
+def test_every_sample_is_seen_once_on_any_number_of_processes(rows, size, shuffle):
+    dataset = Documents([[10 * row, 10 * row + 1] for row in range(rows)])
+    seen, batches = [], []
+    for rank in range(size):
+        loader = build_loader(
+            dataset,
+            SimpleNamespace(pad_id=0),
+            batch_size=2,
+            shuffle=shuffle,
+            ignore_index=IGNORE,
+            max_seq_len=8,
+            seed=3,
+            world=World(torch.device("cpu"), rank, size),
+        )
+        loader.sampler.set_epoch(1)
+        mine = list(loader)
+        assert len(mine) == len(loader)
+        batches.append(len(mine))
+        seen += [pair for batch in mine for pair in pairs(batch)]
+    assert sorted(seen) == [(10 * row, 10 * row + 1) for row in range(rows)]
+    assert len(set(batches)) == 1
 
 
 def test_masked_labels_stay_masked():
