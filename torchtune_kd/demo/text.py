@@ -18,7 +18,7 @@ Documents = dict[str, str]  # name: text
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _WORD = re.compile(r"\s*\S+|\s+$")  # with the space in front: no token of a byte-level BPE spans two of them
 _REPEAT_LENGTH = 40  # characters from which an equal paragraph counts as a repeat, not as a phrase
-_NUM_DOCUMENTS = 50  # that a single file is cut into, about
+_NUM_DOCUMENTS = 100  # that a single file is cut into, about
 _MIN_DOCUMENT = 1000  # characters of such a document
 _ROW_SHIFT = 0.618  # golden ratio: how far, in rows, each pass over the text moves its cuts
 
@@ -39,7 +39,7 @@ def reference_documents() -> Documents:
 
 
 def read_documents(file: Path) -> Documents:
-    """Cut a text file at blank lines into about 50 documents of at least 1000 characters."""
+    """Cut a text file at blank lines into about 100 documents of at least 1000 characters."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -79,7 +79,7 @@ def without_repeats(documents: Mapping[str, str]) -> Documents:
     return kept
 
 
-def split_documents(documents: Mapping[str, str], share: float = 0.1) -> Split:
+def split_documents(documents: Mapping[str, str], share: float = 0.05) -> Split:
     """Hold out whole documents, at most ``share`` of the characters; which ones follows from their text alone.
 
     Each takes at most half of what may still be held out, so that no single one rules the result.
@@ -98,8 +98,8 @@ def split_documents(documents: Mapping[str, str], share: float = 0.1) -> Split:
     if not held_out or not train:
         characters = sum(map(len, documents.values()))
         raise DemoError(
-            f"Expected enough text to hold a tenth of it out, but it has {characters} characters in {len(documents)} "
-            f"documents without repeats: give at least {20 * _MIN_DOCUMENT} characters under --text."
+            f"Expected enough text to hold a twentieth of it out, but it has {characters} characters in "
+            f"{len(documents)} documents without repeats: give at least {40 * _MIN_DOCUMENT} characters under --text."
         )
     return Split(train=train, held_out=held_out)
 
