@@ -23,8 +23,9 @@ from torchtune_kd.kernels import Objective
 from torchtune_kd.kernels._block import BlockLoss, Plan, rows_per_block
 from torchtune_kd.kernels._linear import chunk_size
 from torchtune_kd.models.output_head import output_head, skip_output_head
-from torchtune_kd.training import Settings, UserError, World, build_kd_loss, build_optimizer, read_settings
+from torchtune_kd.training import Settings, UserError, World, build_kd_loss, read_settings
 from torchtune_kd.training.metrics import training_metrics
+from torchtune_kd.training.optim import build_optimizer
 from torchtune_kd.training.preflight import on_meta
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -86,7 +87,8 @@ class Estimate:
             f"weights {_gib(self.teacher + self.student)} GiB, gradients and optimizer {_gib(trained)} GiB, loss "
             f"{_gib(self.loss)} GiB, activations about {_gib(self.activations)} GiB, together {_gib(self.total)} GiB: "
             + (f"one {self.fits} GPU{' each' * (self.processes > 1)}, " if self.on_gpu else "a CPU, ")
-            + f"with {_gib(self.host)} GiB of host memory to read the checkpoints"
+            + f"with {_gib(self.host)} GiB of host memory{' per process' * (self.processes > 1)} "
+            + "to read the checkpoints"
         )
 
 

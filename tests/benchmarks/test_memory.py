@@ -64,21 +64,21 @@ def test_estimate_is_what_a_step_takes(tmp_path, kind, checkpointing):
 
     recipe = KDRecipeSingleDevice(cfg)
     recipe.setup(cfg)
-    for model, expected in ((recipe._teacher, estimate.teacher), (recipe._student, estimate.student)):
+    for model, expected in ((recipe._run.teacher, estimate.teacher), (recipe._run.student, estimate.student)):
         tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if not n.endswith("theta"))]
         assert expected == sum(map(benchmark()._bytes, tensors))
-    batch = next(iter(recipe._loader))
+    batch = next(iter(recipe._run.loader))
     assert batch["tokens"].shape == (16, 64)
-    metrics = recipe._log.wants(1)
+    metrics = recipe._run.log.wants(1)
 
     def step() -> None:
-        accumulate_gradients(recipe._student, recipe._teacher, [batch], metrics, -100, recipe._world)
+        accumulate_gradients(recipe._run.student, recipe._run.teacher, [batch], metrics, -100, recipe._run.world)
 
     peak, left = allocated(step)
     assert estimate.gradients == left
     assert estimate.gradients + estimate.loss + estimate.activations == pytest.approx(peak, rel=0.12)
 
-    _, state = allocated(recipe._optimizer.step)
+    _, state = allocated(recipe._run.optimizer.step)
     assert estimate.optimizer == pytest.approx(state, rel=0.01)
     recipe.cleanup()
 

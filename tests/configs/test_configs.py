@@ -24,8 +24,8 @@ from torchtune.training import ModelType
 
 import torchtune_kd.losses
 from torchtune_kd.models.nf4 import check_nf4_shapes
-from torchtune_kd.training import UserError, World, build, build_kd_loss, build_lr_scheduler, build_optimizer
-from torchtune_kd.training.optim import build_profiler
+from torchtune_kd.training import UserError, World, build, build_kd_loss
+from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
 from torchtune_kd.training.preflight import check_vocabularies, on_meta
 from torchtune_kd.training.settings import COMPONENTS, Settings, read_settings
 
@@ -108,7 +108,7 @@ def test_everything_a_config_names_can_be_built(path):
     assert build_kd_loss(cfg).temperature == 2.0
     optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(2))])
     assert build_lr_scheduler(cfg, optimizer, total_steps=200).last_epoch == 0
-    assert build_profiler(cfg) is not None
+    assert build_profiler(cfg, torch.device("cpu")) is not None
 
 
 @each_config

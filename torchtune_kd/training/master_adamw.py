@@ -28,6 +28,7 @@ class MasterAdamW(Optimizer):
         betas (tuple[float, float]): Decay of the means of gradients and of their squares. Default (0.9, 0.999).
         eps (float): Added to the denominator. Default 1e-8.
         weight_decay (float): Decoupled weight decay. Default 1e-2.
+        fused (bool): Update each weight in one pass over memory, as in ``torch.optim.AdamW``. Default True.
 
     Raises:
         ValueError: for a value out of range.
@@ -40,6 +41,7 @@ class MasterAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        fused: bool = True,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -47,7 +49,8 @@ class MasterAdamW(Optimizer):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"Expected two betas of at least 0 and below 1, but got {list(betas)}; change them.")
         betas = tuple(betas)  # a list where it comes from YAML
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,7 +70,7 @@ class MasterAdamW(Optimizer):
                 [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
-                fused=True,
+                fused=group["fused"],
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

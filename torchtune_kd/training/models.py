@@ -52,9 +52,10 @@ class Teacher(nn.Module):
     def forward(self, tokens: Tensor, **attention: Any) -> Tensor:
         return self.decoder(tokens, **attention)
 
-    def head(self) -> Tensor:
-        """The head's weight [V, D]; valid after a forward and before :meth:`release`."""
-        return output_head(self.decoder)[0].detach()
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The head's weight [V, D] and bias [V] or None; valid after a forward and before :meth:`release`."""
+        weight, bias = output_head(self.decoder)
+        return weight.detach(), None if bias is None else bias.detach()
 
     def release(self) -> None:
         """End of a step: give the gathered parameters back."""
@@ -81,7 +82,7 @@ class Student(nn.Module):
         tokens: Tensor,
         labels: HostTensor,
         teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
+        teacher_head: tuple[Tensor, Tensor | None] | None,
         metrics: tuple[str, ...],
         **attention: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,7 +92,7 @@ class Student(nn.Module):
             tokens (Tensor): [B, S] ids.
             labels (HostTensor): [B, S] next-token ids, already shifted; ``ignore_index`` where there is none.
             teacher_hidden (Tensor | None): [B, S, D_t] last hidden states; None at kd_ratio 0.
-            teacher_head (Tensor | None): [V_t, D_t]; None at kd_ratio 0.
+            teacher_head (tuple[Tensor, Tensor | None] | None): weight [V_t, D_t] and bias [V_t]; None at kd_ratio 0.
             metrics (tuple[str, ...]): names out of ``torchtune_kd.kernels.METRICS``.
             **attention: ``mask`` and ``input_pos`` of packed data.
 
@@ -101,13 +102,15 @@ class Student(nn.Module):
         with self.offload_activations:
             hidden = self.decoder(tokens, **attention)
         weight, bias = output_head(self.decoder)
+        teacher_weight, teacher_bias = teacher_head or (None, None)
         return linear_kd_loss(
             hidden,
             weight,
             teacher_hidden,
-            teacher_head,
+            teacher_weight,
             labels.tensor,
             student_bias=bias,
+            teacher_bias=teacher_bias,
             kd_ratio=self.kd_ratio,
             reduction="sum",
             return_metrics=metrics,
