@@ -117,7 +117,9 @@ def _tvd(dist: Distributions, x: Tensor, grad: Tensor | None) -> Tensor:
 # log(m/p) = log1p((1-a)·d/p) and log(m/q) = log1p(-a·d/q): no logarithm of a rounded m, and 0 where p = q.
 
 
-def _log_mixture(weight: float, slope: float, d: Tensor, other: Tensor, to: Tensor, out: Tensor) -> Tensor:
+def _log_mixture(
+    weight: float, slope: float, d: Tensor, other: Tensor, to: Tensor, out: Tensor, rest: Tensor | None = None
+) -> Tensor:
     """log(m/to) ``[n, V]`` of the mixture m = weight·to + (1-weight)·other, finite, and 0 where both are 0.
 
     Args:
@@ -127,15 +129,21 @@ def _log_mixture(weight: float, slope: float, d: Tensor, other: Tensor, to: Tens
         other (Tensor): the second distribution.
         to (Tensor): the first one.
         out (Tensor): receives the result.
+        rest (Tensor | None): receives 1 - to/m ``[n, V]``.
     """
     torch.div(d, to, out=out)
     out.nan_to_num_(nan=0.0, posinf=_MAX_RATIO, neginf=-_MAX_RATIO).mul_(slope)
     if weight >= _SMALL_WEIGHT:
+        if rest is not None:
+            torch.div(out, torch.add(out, 1.0, out=rest), out=rest)
         return out.log1p_()
     # where `other` is far below `to`, 1 + (m/to - 1) cancels down to `weight` and less; m/to is at least that
     cancels = out < -0.5
     direct = torch.div(other, to).mul_(1.0 - weight).add_(weight).log_().clamp_(min=math.log(weight))
-    return torch.where(cancels, direct, out.log1p_(), out=out)
+    torch.where(cancels, direct, out.log1p_(), out=out)
+    if rest is not None:
+        torch.neg(out, out=rest).expm1_().neg_().clamp_(min=-_MAX_RATIO)
+    return out
 
 
 def _jsd(beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
@@ -153,15 +161,21 @@ def _skew_forward_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(p‖m), m = βp + (1-β)q; h = -(1-β)·p/m. Ko et al. 2024 (DistiLLM)."""
-    _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=d)
+    lopsided = beta >= 0.5
+    _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=d, rest=grad if lopsided else None)
     value = ((1.0 - beta) * mass - d.mul_(dist.p).sum(-1)).clamp_(min=0.0)
-    if grad is not None:
-        # q·h as p·(q/m), which cannot overflow. q/0 comes at β = 1 alone, where the gradient is 0 times this.
-        torch.div(dist.q, torch.lerp(dist.q, dist.p, beta, out=x), out=x)
-        x.nan_to_num_(nan=0.0, posinf=0.0).mul_(dist.p)
-        # divided by Σ q, so that both terms are equal to the last bit where p = q
-        mean = x.sum(-1, keepdim=True) / dist.q.sum(-1, keepdim=True)
-        torch.mul(dist.q, mean, out=grad).sub_(x).mul_(1.0 - beta)
+    if grad is None:
+        return value
+    # q·p/m as p·(q/m), which cannot overflow. q/0 comes at β = 1 alone, where the gradient is 0 times this.
+    m = torch.lerp(dist.p, dist.q, 1.0 - beta, out=x) if lopsided else torch.lerp(dist.q, dist.p, beta, out=x)
+    torch.div(dist.q, m, out=x).nan_to_num_(nan=0.0, posinf=0.0).mul_(dist.p)
+    # divided by Σ q, so that both terms are equal to the last bit where p = q
+    mean = x.sum(-1, keepdim=True) / dist.q.sum(-1, keepdim=True)
+    torch.mul(dist.q, mean, out=d).sub_(x)
+    if lopsided:  # p/m is close to 1 where the models are not far apart: in these rows 1 - p/m has more digits
+        close = torch.mul(dist.q, grad, out=x).sum(-1, keepdim=True) < 0.5
+        torch.where(close, _centred(dist.q, grad, x), d, out=d)
+    torch.mul(d, 1.0 - beta, out=grad)
     return value
 
 
@@ -169,11 +183,8 @@ def _skew_reverse_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(q‖m), m = (1-β)p + βq; h = log(q/m) - β·q/m. Ko et al. 2024 (DistiLLM)."""
-    _log_mixture(beta, beta - 1.0, d, dist.p, dist.q, out=d).neg_()  # log(q/m)
+    _log_mixture(beta, beta - 1.0, d, dist.p, dist.q, out=d, rest=grad).neg_()  # log(q/m), and 1 - q/m
     value = (torch.mul(d, dist.q, out=x).sum(-1) - (1.0 - beta) * mass).clamp_(min=0.0)
     if grad is not None:
-        torch.div(dist.q, torch.lerp(dist.p, dist.q, beta, out=x), out=x)
-        x.mul_(beta).nan_to_num_(nan=0.0, posinf=1.0)  # β·q/m is at most 1
-        grad.copy_(d).sub_(x).add_(beta)  # + β: 0 where p = q
-        _centred(dist.q, grad, x)
+        _centred(dist.q, grad.mul_(beta).add_(d), x)  # h + β, which is 0 where p = q
     return value

@@ -1,13 +1,16 @@
 """linear_kd_loss against the fp64 formula, and what it must not compute or hold."""
 
+import oracle
 import pytest
 import torch
+import torch.nn.functional as F
+from grid import GRID, VALUES, make_labels, masked, without_masked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtune_kd.kernels import METRICS, Objective, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._linear import chunk_size
 
-BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def make_inputs(n=21, v=60, d=8, teacher_d=12, dtype=F32, trainable=True, ignored=3):
@@ -24,6 +27,7 @@ def make_inputs(n=21, v=60, d=8, teacher_d=12, dtype=F32, trainable=True, ignore
         labels[::ignored] = -100
     inputs["labels"] = labels
     inputs["student_bias"] = torch.randn(v).to(dtype)
+    inputs["teacher_bias"] = torch.randn(v).to(dtype)
     inputs["student_hidden"].requires_grad_()
     if trainable:
         inputs["student_weight"].requires_grad_()
@@ -35,22 +39,147 @@ def leaves(inputs):
     return [t for t in inputs.values() if t.requires_grad]
 
 
-def logits(inputs, dtype):
-    """Both models' logits ``[N, V]`` in `dtype`, by plain matrix products."""
-    hidden, weight, bias = (inputs[name].to(dtype) for name in ("student_hidden", "student_weight", "student_bias"))
-    teacher_hidden, teacher_weight = (inputs[name].to(dtype) for name in ("teacher_hidden", "teacher_weight"))
-    return hidden @ weight.t() + bias, teacher_hidden @ teacher_weight.t()
+def logits(inputs, dtype=None):
+    """Both models' logits ``[N, V]`` by plain linear layers, in `dtype` or their own."""
+
+    def of(model):
+        factors = (inputs[f"{model}_{name}"] for name in ("hidden", "weight", "bias"))
+        return F.linear(*(x if dtype is None else x.to(dtype) for x in factors))
+
+    return of("student"), of("teacher")
 
 
 def gradients(loss, inputs):
     return torch.autograd.grad(loss, leaves(inputs), materialize_grads=True)
 
 
+def make_factors(kind, n, v, student_dtype, teacher_dtype, d=8):
+    """Inputs whose logits are those of the grid's kinds.
+
+    Hidden states and heads are multiples of 1/4: in every dtype their products are exact and so are the sums in
+    fp32, whatever their order, which leaves one rounding, the same in every implementation.
+    """
+
+    def quarters(*shape):
+        return torch.randn(*shape).mul(4).round() / 4
+
+    width = 2 * d if kind == "strided" else d
+    hidden, teacher_hidden = quarters(n, width), quarters(n, width)
+    weight, teacher_weight = quarters(v, width) / 2, quarters(v, width) / 2
+    if kind == "close":
+        teacher_hidden, teacher_weight = hidden + quarters(n, width) / 64, weight
+    if kind == "huge":
+        hidden, teacher_hidden = (torch.eye(d)[torch.randint(d, (n,))] for _ in range(2))
+        weight, teacher_weight = (torch.randint(-1, 2, (v, d)) * 1e4 for _ in range(2))
+    bias = torch.zeros(v)
+    if kind == "masked":
+        bias[masked(v)] = -torch.inf
+    inputs = {
+        "student_hidden": hidden,
+        "student_weight": weight,
+        "student_bias": bias,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "teacher_bias": bias,
+    }
+    for name, tensor in inputs.items():
+        dtype = student_dtype if name.startswith("student") else teacher_dtype
+        inputs[name] = tensor.to(dtype, copy=True)
+        if kind == "strided" and tensor.dim() == 2:
+            inputs[name] = inputs[name][:, ::2]
+    return inputs
+
+
+# A third of the cases each: chunks chosen, of 50 tokens (which do not divide 129), of one token.
+@pytest.mark.parametrize((*VALUES, "chunk_tokens"), [(*case, (None, 50, 1)[i % 3]) for i, case in enumerate(GRID)])
+def test_grid(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens):
+    inputs = make_factors(kind, n, v, *dtypes)
+    labels = make_labels(labels, n, v, kind)
+    names = ("student_hidden", "student_weight", "student_bias")
+    for name in names:
+        inputs[name].requires_grad_()
+    beta = Objective(divergence).beta
+
+    student, teacher = (z.detach() for z in logits(inputs))
+
+    def plain(dtype):
+        """Loss and gradient to the logits ``[N, V]``, from the logits as the models round them."""
+        z = student.to(dtype).requires_grad_()
+        s, t_, y = z, teacher.to(dtype), labels
+        if kind == "masked":
+            s, t_, y = without_masked(v, labels, s, t_)
+        loss = oracle.mean(s, t_, y, divergence, beta, t, kd_ratio)
+        return loss.detach(), torch.autograd.grad(loss, z)[0].double()
+
+    truth, g = plain(F64)
+    reference, reference_g = plain(F64 if F64 in dtypes else F32)
+    loss = linear_kd_loss(
+        **inputs, labels=labels, divergence=divergence, temperature=t, kd_ratio=kd_ratio, chunk_tokens=chunk_tokens
+    )
+    assert loss.dtype == reference.dtype
+    assert loss >= 0
+    assert abs(loss - truth) <= abs(reference - truth) + 2e-6 * max(1.0, truth.item())
+
+    # what rounding each gradient of a logit once, and each result once, can make of them
+    unit = {F64: 1e-12, F32: 4e-6, F16: 1e-3, BF16: 8e-3}[dtypes[0]]
+    slack = (reference_g - g).abs() + unit * g.abs()
+    if dtypes[0] == F16:  # the smallest number, times the tokens by which the stored gradient is divided later
+        slack += 6e-8 / max(1, int((labels != -100).sum()))
+    if divergence == "tvd":  # its gradient jumps where p = q, and there fp32 does not know the side
+        p, q = (torch.softmax(z.double() / t, -1) for z in (teacher, student))
+        slack += torch.where((p - q).abs() < 1e-6 * q, t * q, 0.0)
+    hidden, weight = (inputs[name].detach().double() for name in ("student_hidden", "student_weight"))
+    expected = {
+        "student_hidden": (g @ weight, slack @ weight.abs()),
+        "student_weight": (g.t() @ hidden, slack.t() @ hidden.abs()),
+        "student_bias": (g.sum(0), slack.sum(0)),
+    }
+    found = torch.autograd.grad(loss, [inputs[name] for name in names])
+    for grad, (right, bound) in zip(found, expected.values(), strict=True):
+        if (dtypes[0], kind) == (F16, "huge") and grad is found[0]:
+            continue  # a token's gradient, of the order of the logits times the head's 1e4, has no place in fp16
+        assert (grad.double() - right).norm() <= (bound + unit * right.abs()).norm() + 1e-9
+
+
+@pytest.mark.parametrize("t", [0.5, 1.0, 8.0])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype):
+    inputs = make_inputs(v=300, dtype=dtype)
+    for name in ("hidden", "weight", "bias"):
+        inputs[f"teacher_{name}"] = inputs[f"student_{name}"].detach().clone()
+    loss = linear_kd_loss(**inputs, divergence=divergence, beta=beta, temperature=t, chunk_tokens=5)
+    assert 0 <= loss <= 1e-6
+    assert not any(grad.any() for grad in gradients(loss, inputs))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 128, 2048])
+def test_an_fp16_head_gradient_that_leaves_the_range_before_it_is_divided(chunk_tokens):
+    """2048 tokens of one kind: the sum of their contributions is 2048 times the mean, beyond 65504."""
+    n, v, d = 2048, 5, 4
+    teacher = torch.randn(d)
+    inputs = {
+        "student_hidden": torch.full((n, d), 60.0),
+        "student_weight": torch.zeros(v, d),
+        "teacher_hidden": teacher.expand(n, d),
+        "teacher_weight": torch.randn(v, d) * 5,
+    }
+    inputs = {name: tensor.half() for name, tensor in inputs.items()}
+    inputs["student_weight"].requires_grad_()
+    labels = torch.zeros(n).long()
+    z = inputs["student_hidden"].double() @ inputs["student_weight"].double().t()
+    truth = oracle.mean(z, F.linear(inputs["teacher_hidden"], inputs["teacher_weight"]).double(), labels, "forward_kl")
+    (right,) = torch.autograd.grad(truth, inputs["student_weight"])
+    assert (right.double() * n).abs().max() > 65504
+    loss = linear_kd_loss(**inputs, labels=labels, chunk_tokens=chunk_tokens)
+    (grad,) = torch.autograd.grad(loss, inputs["student_weight"])
+    assert (grad.double() - right.double()).abs().max() <= 2e-3 * right.abs().max()
+
+
 # One chunk, chunks that do not divide the 14 valid tokens, one token per chunk; T on both sides of 1.
 @pytest.mark.parametrize(
     ("chunk_tokens", "t", "kd_ratio"), [(None, 1.0, 1.0), (4, 2.0, 0.3), (1, 0.5, 0.5), (5, 8.0, 0.0)]
 )
-def test_value_and_gradients(oracle, divergence, beta, chunk_tokens, t, kd_ratio):
+def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio):
     inputs = make_inputs()
     truth = oracle.mean(*logits(inputs, F64), inputs["labels"], divergence, beta, t, kd_ratio)
     loss = linear_kd_loss(
@@ -63,19 +192,20 @@ def test_value_and_gradients(oracle, divergence, beta, chunk_tokens, t, kd_ratio
         assert (ours - right).abs().max() <= 1e-5 * right.abs().max() + 1e-8
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
-def test_bf16_is_as_right_as_plain_torch(oracle, divergence, chunk_tokens):
-    inputs = make_inputs(n=48, v=1000, d=64, teacher_d=96, dtype=BF16)
+def test_low_precision_is_as_right_as_plain_torch(divergence, chunk_tokens, dtype):
+    inputs = make_inputs(n=48, v=1000, d=64, teacher_d=96, dtype=dtype)
     beta = Objective(divergence).beta
     kwargs = {"divergence": divergence, "beta": beta, "temperature": 2.0, "kd_ratio": 0.5}
     truth = oracle.mean(*logits(inputs, F64), inputs["labels"], **kwargs)
-    plain = oracle.mean(*(z.float() for z in logits(inputs, BF16)), inputs["labels"], **kwargs)
+    plain = oracle.mean(*(z.float() for z in logits(inputs, dtype)), inputs["labels"], **kwargs)
     loss = linear_kd_loss(**inputs, chunk_tokens=chunk_tokens, **kwargs)
-    # logits are rounded to bf16 in both; the rest of the error is theirs alone
+    # logits are rounded in both; the rest of the error is theirs alone
     assert abs(loss - truth) <= 1.1 * abs(plain - truth) + 2e-3 * truth
     triples = zip(gradients(loss, inputs), gradients(plain, inputs), gradients(truth, inputs), strict=True)
     for ours, theirs, right in triples:
-        assert ours.dtype == BF16
+        assert ours.dtype == dtype
         right = right.double()
         assert (ours - right).norm() <= 1.1 * (theirs - right).norm() + 2e-3 * right.norm()
 
@@ -122,7 +252,8 @@ def test_head_gradient_is_accumulated_in_fp32():
     inputs = make_inputs(n=300, v=40, d=8, dtype=BF16, ignored=0)
     exact = {name: t.detach().double() if t.is_floating_point() else t for name, t in inputs.items()}
     exact["student_weight"].requires_grad_()
-    (right,) = torch.autograd.grad(linear_kd_loss(**exact, reduction="sum"), exact["student_weight"])
+    truth = oracle.tokens(*logits(exact, F64), inputs["labels"], "forward_kl").sum()
+    (right,) = torch.autograd.grad(truth, exact["student_weight"])
     for chunk_tokens in (300, 1):
         loss = linear_kd_loss(**inputs, reduction="sum", chunk_tokens=chunk_tokens)
         (grad,) = torch.autograd.grad(loss, inputs["student_weight"])
@@ -149,10 +280,10 @@ def test_no_valid_token_gives_a_connected_zero(n, reduction):
         assert grad.isfinite().all()
 
 
-def test_kd_ratio_0_touches_no_teacher(oracle):
+def test_kd_ratio_0_touches_no_teacher():
     inputs = make_inputs()
     truth = oracle.mean(*logits(inputs, F64), inputs["labels"], "forward_kl", kd_ratio=0.0)
-    inputs["teacher_hidden"] = inputs["teacher_weight"] = None
+    inputs["teacher_hidden"] = inputs["teacher_weight"] = inputs["teacher_bias"] = None
     assert linear_kd_loss(**inputs, kd_ratio=0.0).item() == pytest.approx(truth.item(), rel=1e-5)
 
 
@@ -169,6 +300,7 @@ def test_padded_vocabularies(divergence):
         assert torch.allclose(ours[: len(right)], right, atol=1e-6)
         assert not ours[len(right) :].any()
     wide = dict(inputs, teacher_weight=torch.cat([inputs["teacher_weight"], torch.randn(4, 12)]))
+    wide["teacher_bias"] = torch.cat([inputs["teacher_bias"], torch.randn(4)])
     assert torch.equal(linear_kd_loss(**wide, divergence=divergence, kd_ratio=0.5), cut)
 
 
@@ -202,6 +334,49 @@ def test_autocast_runs_the_products_in_its_dtype():
         assert grad.dtype == F32
 
 
+def test_autocast_leaves_fp64_alone_as_a_linear_layer_does():
+    inputs = make_inputs(dtype=F64)
+    with torch.autocast("cpu", dtype=BF16):
+        loss = linear_kd_loss(**inputs)
+    assert torch.equal(loss, linear_kd_loss(**inputs))
+    inputs["student_weight"] = inputs["student_weight"].detach().float()
+    with torch.autocast("cpu", dtype=BF16), pytest.raises(ValueError, match="must have one dtype"):
+        linear_kd_loss(**inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_inside_autocast_is_the_one_outside(reduction):
+    inputs = make_inputs()
+    loss = linear_kd_loss(**inputs, reduction=reduction).sum()
+    outside = torch.autograd.grad(loss, leaves(inputs), retain_graph=True)
+    with torch.autocast("cpu", dtype=BF16):
+        inside = gradients(loss, inputs)
+    for ours, right in zip(inside, outside, strict=True):
+        assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("name", ["teacher_hidden", "teacher_weight", "teacher_bias", "labels"])
+def test_what_backward_reads_again_must_not_change_meanwhile(name):
+    """Reduction "none" with a trainable head walks the chunks once more in backward."""
+    inputs = make_inputs(ignored=0)
+    loss = linear_kd_loss(**inputs, reduction="none", kd_ratio=0.5).sum()
+    inputs[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(loss, inputs)
+
+
+def test_changing_an_inference_tensor_meanwhile_changes_nothing():
+    inputs = make_inputs(ignored=0)
+    expected = gradients(linear_kd_loss(**inputs, reduction="none").sum(), inputs)
+    with torch.inference_mode():
+        inputs["teacher_hidden"] = inputs["teacher_hidden"].clone()
+    loss = linear_kd_loss(**inputs, reduction="none").sum()
+    with torch.inference_mode():
+        inputs["teacher_hidden"].zero_()
+    for ours, right in zip(gradients(loss, inputs), expected, strict=True):
+        assert torch.equal(ours, right)
+
+
 class Recorder(TorchDispatchMode):
     """Matrix products as (rows, inner, columns), and every allocation's number of elements."""
 
@@ -225,7 +400,7 @@ N, V, D, TEACHER_D, CHUNK = 600, 8192, 16, 24, 128
 
 def record(trainable, grad=True, metrics=("num_tokens",)):
     inputs = make_inputs(N, V, D, TEACHER_D, trainable=trainable, ignored=2)
-    inputs.pop("student_bias")
+    inputs["student_bias"] = inputs["teacher_bias"] = None
     with Recorder() as recorder, torch.set_grad_enabled(grad):
         loss, _ = linear_kd_loss(**inputs, chunk_tokens=CHUNK, kd_ratio=0.5, return_metrics=metrics)
         if grad:

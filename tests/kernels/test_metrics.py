@@ -1,5 +1,6 @@
 """The metrics against their definitions, and what asking for them costs."""
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def tensors():
 # without T².
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("t", "scale"), [(0.5, True), (1.0, True), (4.0, True), (4.0, False)])
-def test_values(oracle, tensors, divergence, t, scale, kd_ratio):
+def test_values(tensors, divergence, t, scale, kd_ratio):
     student, teacher, labels = tensors
     kwargs = {"divergence": divergence, "temperature": t, "scale_by_temperature_squared": scale}
     beta = {"symmetric_kl": 0.5, "jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}.get(divergence)
@@ -109,6 +110,33 @@ def test_metrics_with_masked_ids_are_finite(tensors):
     assert all(value.isfinite() for value in metrics.values())
 
 
+@pytest.mark.parametrize("name", set(METRICS) - {"top1_agreement"})
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_nan_logits_are_not_hidden(tensors, model, name):
+    student, teacher, labels = (x.detach().clone() for x in tensors)
+    (student if model == "student" else teacher)[1, 3] = torch.nan
+    _, metrics = softmax_kd_loss(student, teacher, labels, return_metrics=[name])
+    reads_other_model_alone = name in ("class_loss", "student_entropy", "teacher_class_loss", "teacher_entropy") and (
+        (model == "student") == name.startswith("teacher")
+    )
+    assert metrics[name].isnan() != reads_other_model_alone
+
+
+# V: one run of ids and less, whole runs, and a shorter one at the end.
+@pytest.mark.parametrize("v", [1, 7, 256, 257, 512, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("t", "kd_ratio"), [(1.0, 1.0), (3.0, 0.5), (2.0, 0.0)])
+def test_of_ties_the_first_id_counts(v, dtype, t, kd_ratio):
+    """Few distinct values, so that most rows of either model have several largest ids."""
+    student, teacher = torch.randint(0, 4, (2, 200, v)).to(dtype).unbind()
+    teacher = teacher.where(torch.rand(200, 1) < 0.5, student)
+    labels = torch.zeros(200).long()
+    _, metrics = softmax_kd_loss(
+        student, teacher, labels, temperature=t, kd_ratio=kd_ratio, return_metrics=["top1_agreement"]
+    )
+    assert metrics["top1_agreement"] == (student.argmax(-1) == teacher.argmax(-1)).sum()
+
+
 def test_sums_of_parts_add_up(tensors):
     student, teacher, labels = tensors
     _, whole = softmax_kd_loss(student, teacher, labels, return_metrics=True)
@@ -128,6 +156,8 @@ def test_sums_of_parts_add_up(tensors):
         ({"temperature": 2.0, "return_metrics": True}, 4),
         ({"kd_ratio": 0.0}, 1),
         ({"return_metrics": ["top1_agreement"]}, 2),
+        ({"kd_ratio": 0.0, "return_metrics": ["top1_agreement"]}, 2),
+        ({"temperature": 2.0, "return_metrics": ["top1_agreement"]}, 2),
     ],
 )
 def test_only_what_is_asked_for_is_computed(tensors, monkeypatch, kwargs, softmaxes):

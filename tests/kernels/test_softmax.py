@@ -1,39 +1,18 @@
 """softmax_kd_loss against the fp64 formula, in value and gradient."""
 
+import oracle
 import pytest
 import torch
+from grid import GRID, VALUES, make_labels, masked, without_masked
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtune_kd.kernels import Objective, softmax_kd_loss
+from torchtune_kd.kernels import Objective, _checks, _softmax, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# V: 1 (one id, nothing to learn), 7 (odd, below a vector register), 1000 (no power of two), 4096 (several blocks
-# of rows). N: 0, 1, 3, and 129 (one more than a multiple of any block). T: below, at and above 1. Pairwise rather
-# than the full product: every two values of different columns that can interact meet once.
-GRID = [
-    # V, N, T, kd_ratio, labels, student, teacher, logits
-    (1, 3, 1.0, 0.3, "all", F32, F32, "normal"),
-    (1, 129, 8.0, 1.0, "some", BF16, BF16, "normal"),
-    (7, 0, 2.0, 0.3, "all", F32, F32, "normal"),
-    (7, 129, 0.5, 1.0, "some", F64, F64, "normal"),
-    (7, 1, 8.0, 0.3, "all", F16, F16, "huge"),
-    (1000, 129, 1.0, 0.3, "some", BF16, BF16, "strided"),
-    (1000, 3, 2.0, 1.0, "all", F32, F32, "masked"),
-    (1000, 1, 0.5, 0.3, "all", F32, BF16, "huge"),
-    (1000, 129, 8.0, 0.0, "some", F32, F32, "normal"),
-    (1000, 3, 1.0, 0.3, "none", F32, F32, "normal"),
-    (1000, 129, 2.0, 1.0, "none", BF16, F32, "normal"),
-    (4096, 3, 1.0, 1.0, "some", BF16, F32, "close"),
-    (4096, 129, 2.0, 0.3, "some", BF16, BF16, "normal"),
-    (4096, 3, 0.5, 0.3, "all", F16, F16, "strided"),
-    (4096, 1, 8.0, 1.0, "all", F32, F32, "masked"),
-    (4096, 0, 1.0, 1.0, "none", BF16, BF16, "normal"),
-    (4096, 3, 2.0, 0.3, "some", F64, F32, "huge"),
-]
-
 
 def make_logits(kind, n, v, student_dtype, teacher_dtype):
-    """Student and teacher logits ``[N, V]``; see the names in GRID."""
+    """Student and teacher logits ``[N, V]``; see the kinds of the grid."""
     scale = {"normal": 2.0, "strided": 2.0, "masked": 2.0, "close": 2.0, "huge": 1.0}[kind]
     width = 2 * v if kind == "strided" else v
     student, teacher = torch.randn(2, n, width).mul_(scale)
@@ -45,17 +24,8 @@ def make_logits(kind, n, v, student_dtype, teacher_dtype):
     if kind == "strided":
         student, teacher = student[:, ::2], teacher[:, ::2]
     if kind == "masked":  # the same ids in both models
-        student[:, v // 3 : v // 2] = teacher[:, v // 3 : v // 2] = -torch.inf
+        student[:, masked(v)] = teacher[:, masked(v)] = -torch.inf
     return student, teacher
-
-
-def make_labels(kind, n, v):
-    labels = torch.randint(0, v, (n,))
-    if kind == "none":
-        labels[:] = -100
-    elif kind == "some":
-        labels[torch.arange(n) % 3 != 1] = -100
-    return labels
 
 
 def gradient(loss, *inputs):
@@ -66,40 +36,88 @@ def worst(a, b):
     return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
 
 
-@pytest.mark.parametrize(("v", "n", "t", "kd_ratio", "labels", "s_dtype", "t_dtype", "kind"), GRID)
-def test_value_and_gradient(oracle, divergence, beta, v, n, t, kd_ratio, labels, s_dtype, t_dtype, kind):
-    student, teacher = make_logits(kind, n, v, s_dtype, t_dtype)
-    labels = make_labels(labels, n, v)
-    if kind == "masked":  # a valid label has a probability
-        labels = labels.where((labels < v // 3) | (labels >= v // 2), 0)
-        keep = torch.ones(v, dtype=torch.bool)
-        keep[v // 3 : v // 2] = False
+def check(divergence, beta, v, n, t, kd_ratio, labels, dtypes, kind):
+    """Loss and gradient of one case of the grid against the formula in fp64."""
+    student, teacher = make_logits(kind, n, v, *dtypes)
+    labels = make_labels(labels, n, v, kind)
     student.requires_grad_()
 
     def plain(dtype):
-        """The oracle's formula in `dtype`; an id at -inf in both models is one that does not exist."""
-        s, t_ = student.to(dtype), teacher.to(dtype)
-        y = labels
+        s, t_, y = student.to(dtype), teacher.to(dtype), labels
         if kind == "masked":
-            s, t_ = s[:, keep], t_[:, keep]
-            y = labels.where(labels < v // 3, labels - (v // 2 - v // 3)).where(labels >= 0, -100)
+            s, t_, y = without_masked(v, labels, s, t_)
         loss = oracle.mean(s, t_, y, divergence, beta, t, kd_ratio)
         if not loss.requires_grad:  # skew_forward_kl at beta 1 does not depend on the student
             return loss, torch.zeros_like(student)
         return loss, gradient(loss, student)[0]
 
     truth, true_grad = plain(F64)
-    reference, reference_grad = plain(F64 if F64 in (s_dtype, t_dtype) else F32)
+    reference, reference_grad = plain(F64 if F64 in dtypes else F32)
     loss = softmax_kd_loss(student, teacher, labels, divergence=divergence, beta=beta, temperature=t, kd_ratio=kd_ratio)
     (grad,) = gradient(loss, student)
 
     assert loss.dtype == reference.dtype
-    assert grad.dtype == s_dtype
+    assert grad.dtype == dtypes[0]
     assert loss >= 0
     assert worst(loss, truth) <= worst(reference, truth) + 2e-6 * max(1.0, truth.item())
     largest = true_grad.double().abs().max().item() if n else 0.0
-    rounding = {F64: 1e-12, F32: 4e-6, F16: 1e-3, BF16: 8e-3}[s_dtype]
+    rounding = {F64: 1e-12, F32: 4e-6, F16: 1e-3, BF16: 8e-3}[dtypes[0]]
     assert worst(grad, true_grad) <= worst(reference_grad, true_grad) + rounding * largest + 1e-9
+
+
+@pytest.mark.parametrize(VALUES.keys(), GRID)
+def test_value_and_gradient(divergence, beta, v, n, t, kd_ratio, labels, dtypes, kind):
+    check(divergence, beta, v, n, t, kd_ratio, labels, dtypes, kind)
+
+
+# The cases with tokens that are ignored, of which masks and indices make different things.
+@pytest.mark.parametrize(VALUES.keys(), [case for case in GRID if case[4] != "all"])
+def test_value_and_gradient_with_masks_instead_of_indices(
+    monkeypatch, divergence, v, n, t, kd_ratio, labels, dtypes, kind
+):
+    """The way that other devices go."""
+    monkeypatch.setattr(_softmax, "answers_at_once", lambda device: False)
+    check(divergence, Objective(divergence).beta, v, n, t, kd_ratio, labels, dtypes, kind)
+
+
+class Waits(TorchDispatchMode):
+    """Operations that make the host wait for a device: those that read values or whose result's size is one."""
+
+    def __init__(self):
+        self.found, self.seen = [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.seen.add(name)
+        by_mask = any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for index in arg
+        )
+        if by_mask or name in ("nonzero", "_local_scalar_dense", "item", "is_nonzero", "equal", "masked_select"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_masks_do_not_wait_for_the_device(monkeypatch, divergence):
+    student, teacher = torch.randn(5, 40, requires_grad=True), torch.randn(5, 40)
+    labels = torch.tensor([1, -100, 0, 4, -100])
+
+    def run():
+        with Waits() as waits:
+            loss, _ = softmax_kd_loss(
+                student, teacher, labels, divergence=divergence, temperature=2.0, kd_ratio=0.5, return_metrics=True
+            )
+            loss.backward()
+        return waits
+
+    assert {"nonzero", "_local_scalar_dense"} <= set(run().found)  # what a CPU may do
+    for module in (_softmax, _checks):
+        monkeypatch.setattr(module, "answers_at_once", lambda device: False)
+    waits = run()
+    assert not waits.found
+    assert "masked_fill_" in waits.seen
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
@@ -112,7 +130,7 @@ def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, 
     assert not grad.any()
 
 
-def test_small_divergence_from_bf16_is_right(divergence, oracle):
+def test_small_divergence_from_bf16_is_right(divergence):
     """A KL of about 0.002; one peer is 36 % off here."""
     teacher = (3 * torch.randn(64, 4096)).bfloat16()
     student = (teacher.float() + 0.06 * torch.randn(64, 4096)).bfloat16().requires_grad_()
@@ -128,13 +146,58 @@ def test_small_divergence_from_bf16_is_right(divergence, oracle):
         assert 0.001 < truth < 0.003
 
 
-def test_small_divergence_in_fp32_keeps_its_digits(divergence, oracle):
+def test_small_divergence_in_fp32_keeps_its_digits(divergence):
     """KL of about 1e-6: a difference of rounded log-sums would have no digit left."""
     teacher = 3 * torch.randn(16, 4096)
     student = teacher + 0.0015 * torch.randn(16, 4096)
     beta = Objective(divergence).beta
     truth = oracle.mean(student.double(), teacher.double(), torch.zeros(16).long(), divergence, beta)
     assert softmax_kd_loss(student, teacher, divergence=divergence).item() == pytest.approx(truth.item(), rel=0.01)
+
+
+# Both ends, to where fp32 no longer tells them from 0 and 1 and beyond; the formula in fp64 goes no further.
+@pytest.mark.parametrize("from_end", [1e-3, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("near_0", [True, False])
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("divergence_of_two", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_every_beta_is_right(divergence_of_two, spread, near_0, from_end):
+    beta = from_end if near_0 else 1 - from_end
+    student, teacher = (spread * torch.randn(2, 32, 50)).unbind()
+    student.requires_grad_()
+    truth = oracle.mean(student.double(), teacher.double(), torch.zeros(32).long(), divergence_of_two, beta)
+    (true_grad,) = gradient(truth, student)
+    loss = softmax_kd_loss(student, teacher, divergence=divergence_of_two, beta=beta)
+    (grad,) = gradient(loss, student)
+    # all are at least of the first order in the distance from the end, two of them of the second
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-3, abs=1e-6 * from_end)
+    assert (grad - true_grad).norm() <= 1e-3 * true_grad.norm() + 1e-6 * from_end
+
+
+@pytest.mark.parametrize("beta_of_two", [1e-300, 1e-40, 1 - 1e-16])
+@pytest.mark.parametrize("divergence_of_two", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_no_beta_gives_infinity_where_the_mixture_has_all_ids(divergence_of_two, beta_of_two):
+    student, teacher = (100 * torch.randn(2, 32, 50)).unbind()
+    student.requires_grad_()
+    loss = softmax_kd_loss(student, teacher, divergence=divergence_of_two, beta=beta_of_two)
+    assert 0 <= loss < 1000
+    assert gradient(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gradients_of_distant_models_are_as_right_as_those_of_plain_torch(divergence, beta, dtype):
+    """Where the student is sure of an id that the teacher rules out, terms of h near a constant would cancel."""
+    student, teacher = (12 * torch.randn(2, 64, 200)).to(dtype).unbind()
+    student.requires_grad_()
+    labels = torch.zeros(64).long()
+
+    def plain(dtype):
+        loss = oracle.mean(student.to(dtype), teacher.to(dtype), labels, divergence, beta)
+        return gradient(loss, student)[0].double() if loss.requires_grad else torch.zeros(64, 200, dtype=F64)
+
+    truth, reference = plain(F64), plain(F32)
+    (grad,) = gradient(softmax_kd_loss(student, teacher, divergence=divergence, beta=beta), student)
+    rounding = {F32: 1e-6, BF16: 4e-3}[dtype]
+    assert (grad - truth).norm() <= 2 * (reference - truth).norm() + rounding * truth.norm()
 
 
 def test_gradcheck(divergence, beta):
@@ -151,7 +214,7 @@ def test_gradcheck(divergence, beta):
         assert torch.autograd.gradcheck(loss, student)
 
 
-def test_id_masked_in_the_student_only(divergence, beta, oracle):
+def test_id_masked_in_the_student_only(divergence, beta):
     """+inf where D needs log(p/0); else the limit, which a logit of -1000 reaches in fp64."""
     student, teacher = torch.randn(2, 6, 50)
     student[:, 7] = -torch.inf
@@ -171,7 +234,7 @@ def test_id_masked_in_the_student_only(divergence, beta, oracle):
         assert not grad[:, 7].any()
 
 
-def test_id_masked_in_the_teacher_only(divergence, beta, oracle):
+def test_id_masked_in_the_teacher_only(divergence, beta):
     student = torch.randn(6, 50, requires_grad=True)
     teacher = torch.randn(6, 50)
     teacher[:, 7] = -torch.inf
@@ -189,6 +252,19 @@ def test_id_masked_in_the_teacher_only(divergence, beta, oracle):
         assert loss.item() == pytest.approx(limit.item(), rel=1e-5, abs=1e-6)
         limit_grad = gradient(limit, student)[0] if limit.requires_grad else torch.zeros(6, 50)
         assert worst(grad, limit_grad) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+def test_an_id_the_teacher_forbids_is_pushed_off_harder_than_one_it_finds_unlikely(dtype):
+    student = torch.zeros(1, 3, dtype=dtype, requires_grad=True)
+    for unlikely in (-10.0, -1e3, -3e4):
+        teacher = torch.tensor([[0.0, unlikely, -torch.inf]], dtype=dtype)
+        loss = softmax_kd_loss(student, teacher, divergence="reverse_kl")
+        (grad,) = gradient(loss, student)
+        assert loss == torch.inf
+        assert grad.isfinite().all()
+        assert grad[0, 0] < 0 < grad[0, 2]
+        assert grad[0, 1] < grad[0, 2] or (unlikely == -3e4 and grad[0, 1] == grad[0, 2])  # rounded
 
 
 def test_label_without_probability_has_infinite_cross_entropy():
@@ -283,6 +359,43 @@ def test_gradient_survives_a_second_backward_and_an_incoming_scale():
 
 def gradient_of(loss, student, scale, retain):
     return torch.autograd.grad(loss, student, torch.tensor(scale), retain_graph=retain)[0].clone()
+
+
+class Allocations(TorchDispatchMode):
+    """Shapes of the tensors that are made."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func._schema.is_mutable and not func.is_view:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+# N is several blocks of rows.
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("torch_tells", [True, False])
+def test_backward_scales_in_place_where_torch_tells_that_the_graph_goes(monkeypatch, torch_tells, dtype, reduction):
+    if not torch_tells:
+        monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    n, v = 300, 8192
+    student, teacher = torch.randn(2, n, v).to(dtype).unbind()
+    student.requires_grad_()
+
+    def run(retain):
+        loss = softmax_kd_loss(student, teacher, reduction=reduction).sum()
+        with Allocations() as allocations:
+            (grad,) = torch.autograd.grad(2 * loss, student, retain_graph=retain)
+        return grad, (n, v) in allocations.shapes
+
+    gone, second_tensor = run(retain=False)
+    kept, another = run(retain=True)
+    assert torch.equal(gone, kept)
+    assert another
+    assert second_tensor is not torch_tells
 
 
 def test_twice_in_one_graph_and_under_checkpoint():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 
@@ -76,6 +77,35 @@ def test_settings_reach_both_functions_of_the_kernels(name):
     assert torch.equal(from_logits, softmax_kd_loss(student, teacher, labels, divergence=loss.divergence, **kwargs))
     from_hidden = linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, labels, **loss.settings())
     assert torch.allclose(from_logits, from_hidden)
+
+
+# Each setting away from its default in turn: what a component drops on the way shows here.
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"temperature": 8.0}, {"temperature": 0.5, "scale_by_temperature_squared": False}, {"beta": 0.3}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradient(name, dtype, kwargs):
+    if "beta" in kwargs and name not in DEFAULT_BETA:
+        pytest.skip("has no beta")
+    student, teacher, labels = make_logits()
+    student, teacher = student.detach().to(dtype).requires_grad_(), teacher.to(dtype)
+    truth = oracle.mean(
+        student.double(),
+        teacher.double(),
+        labels,
+        whole(name).divergence,
+        kwargs.get("beta", DEFAULT_BETA.get(name)),
+        kwargs.get("temperature", 1.0),
+        scale=kwargs.get("scale_by_temperature_squared", True),
+    )
+    right = grad_of(truth, student).double()
+    unit = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    for loss in (
+        whole(name)(**kwargs)(student, teacher, labels),
+        chunked(name)(num_output_chunks=4, **kwargs)(student.chunk(4, 1), teacher.chunk(4, 1), labels),
+    ):
+        assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+        assert (grad_of(loss, student) - right).norm() <= unit * right.norm()
 
 
 @pytest.mark.parametrize("make", [whole, chunked])
