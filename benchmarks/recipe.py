@@ -23,6 +23,7 @@ from statistics import median
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks._measure import describe_machine
+from benchmarks._recipe_parts import print_parts
 from torchtune_kd.models.pruning import prune_checkpoint, select_layers
 from torchtune_kd.models.smollm2 import fetch_smollm2
 from torchtune_kd.training.errors import one_sentence
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=5, help="optimizer steps per run, the first not counted (default 5)"
     )
+    parser.add_argument("--parts", action="store_true", help="also time the parts of one of our steps")
     parser.add_argument("--output", type=Path, help="write all numbers as JSON")
     args = parser.parse_args(argv)
     if args.pairs < 1 or args.steps < 2:
@@ -177,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             pairs.append(pair)
             _print_row(str(index + 1), pair)
+        if args.parts:
+            print_parts(make_config("ours", folder, teacher, folder / "student", args.steps))
     summary = {
         side: {
             key: median(pair[side][key] for pair in pairs)

@@ -1,0 +1,60 @@
+"""Where the time of one of our steps goes: what both recipes share, and what the loss adds."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from omegaconf import DictConfig
+
+import torchtune_kd.training as kd
+from torchtune_kd.kernels import linear_kd_loss
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.training.metrics import training_metrics
+
+ROUNDS = 3
+
+
+def print_parts(cfg: DictConfig) -> None:
+    """Print the seconds (best of three) of the parts of a step of the run that ``cfg`` describes."""
+    settings = kd.read_settings(cfg, distributed=False)
+    run = kd.set_up(cfg, settings, kd.single_process(settings.device))
+    batch = next(iter(run.loader))
+    tokens, labels, decoder = batch["tokens"], batch["labels"], run.student.decoder
+    with torch.no_grad():
+        hidden, teacher_hidden = decoder(tokens), run.teacher(tokens)
+    weight, teacher_weight = output_head(decoder)[0].detach(), run.teacher.head()[0]
+    student_rows, teacher_rows = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
+    logits = student_rows @ weight.t()
+
+    def bodies() -> None:
+        run.teacher(tokens)
+        decoder(tokens).backward(torch.ones_like(hidden))
+
+    def products() -> None:
+        torch.mm(student_rows, weight.t(), out=logits)
+        torch.mm(teacher_rows, teacher_weight.t(), out=logits)
+        torch.mm(logits, weight)
+
+    def loss(metrics: tuple[str, ...]) -> None:
+        leaf = hidden.detach().requires_grad_()
+        arguments = (leaf, weight, teacher_hidden, teacher_weight, labels)
+        linear_kd_loss(*arguments, kd_ratio=settings.kd_ratio, return_metrics=metrics)[0].backward()
+
+    print("\nSeconds of one of our steps (best of three):")
+    for name, part in (
+        ("teacher forward, student forward and backward, without heads (both recipes)", bodies),
+        ("the three matrix products between hidden states and logits", products),
+        ("linear_kd_loss with these products", lambda: loss(())),
+        ("linear_kd_loss with these products and all logged metrics", lambda: loss(training_metrics(settings))),
+    ):
+        print(f"{_best(part):8.2f}  {name}", flush=True)
+    run.log.close()
+
+
+def _best(part: Callable[[], object]) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        part()
+        times.append(time.perf_counter() - start)
+    return min(times)
