@@ -161,21 +161,17 @@ def _skew_forward_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
     """KL(p‖m), m = βp + (1-β)q; h = -(1-β)·p/m. Ko et al. 2024 (DistiLLM)."""
-    lopsided = beta >= 0.5
-    _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=d, rest=grad if lopsided else None)
+    _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=d)
     value = ((1.0 - beta) * mass - d.mul_(dist.p).sum(-1)).clamp_(min=0.0)
     if grad is None:
         return value
+    # lerp from the larger share: in fp32 1 - (a weight near 1) has lost digits
+    m = torch.lerp(dist.q, dist.p, beta, out=x) if beta < 0.5 else torch.lerp(dist.p, dist.q, 1.0 - beta, out=x)
     # q·p/m as p·(q/m), which cannot overflow. q/0 comes at β = 1 alone, where the gradient is 0 times this.
-    m = torch.lerp(dist.p, dist.q, 1.0 - beta, out=x) if lopsided else torch.lerp(dist.q, dist.p, beta, out=x)
     torch.div(dist.q, m, out=x).nan_to_num_(nan=0.0, posinf=0.0).mul_(dist.p)
     # divided by Σ q, so that both terms are equal to the last bit where p = q
     mean = x.sum(-1, keepdim=True) / dist.q.sum(-1, keepdim=True)
-    torch.mul(dist.q, mean, out=d).sub_(x)
-    if lopsided:  # p/m is close to 1 where the models are not far apart: in these rows 1 - p/m has more digits
-        close = torch.mul(dist.q, grad, out=x).sum(-1, keepdim=True) < 0.5
-        torch.where(close, _centred(dist.q, grad, x), d, out=d)
-    torch.mul(d, 1.0 - beta, out=grad)
+    torch.mul(dist.q, mean, out=grad).sub_(x).mul_(1.0 - beta)
     return value
 
 
