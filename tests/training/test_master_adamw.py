@@ -27,10 +27,11 @@ def weight_in(dtype):
     return torch.nn.Parameter(torch.randn(64, 32, generator=generator).bfloat16().to(dtype))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_it_is_adamw_on_fp32_weights_rounded_once(dtype):
+def test_it_is_adamw_on_fp32_weights_rounded_once(dtype, fused):
     ours, plain = weight_in(dtype), weight_in(torch.float32)
-    train(ours, MasterAdamW([ours], **OPTIONS), gradients(20))
+    train(ours, MasterAdamW([ours], fused=fused, **OPTIONS), gradients(20))
     train(plain, torch.optim.AdamW([plain], **OPTIONS), gradients(20))
     torch.testing.assert_close(ours, plain.to(dtype), rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-6)
 

@@ -1,6 +1,7 @@
 """The demo from beginning to end: teacher, text, student, training, measurements, report."""
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -28,6 +29,7 @@ from torchtune_kd.training import UserError
 
 TEACHER_LAYERS, STUDENT_LAYERS = 30, 15
 VALIDATIONS = 3  # while training; one more before it
+CALIBRATION_ROWS = 2  # of 256 tokens of training text, to choose layers by
 NEW_TOKENS = 32  # of a continuation
 TIMED_TOKENS = 48
 QUESTION = "What is the capital of France?"  # far from the training text
@@ -75,6 +77,7 @@ class Demo:
         self.tokenizer: SmolLM2Tokenizer = smollm2_tokenizer(self.teacher_dir)
         self.overrides = self._overrides()
         self.config: DictConfig = train.read_config(self.overrides)
+        self.dtype = torch.float32 if self.config.dtype == "fp32" else torch.bfloat16
         self.row_length = self.config.tokenizer.max_seq_len - 1  # torchtune's text datasets cut there
         self._detail(f"in {self.teacher_dir}")
 
@@ -101,8 +104,9 @@ class Demo:
     def make_student(self) -> None:
         strategy, influence = self.args.strategy, None
         if strategy in MEASURES:
-            model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, torch.float32)
-            influence = MEASURES[strategy](model, text_batches(self.tokenizer, text.joined(self.split.train)))
+            model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, self.dtype)
+            batches = text_batches(self.tokenizer, text.joined(self.split.train), num_sequences=CALIBRATION_ROWS)
+            influence = MEASURES[strategy](model, batches)
         layers = select_layers(TEACHER_LAYERS, STUDENT_LAYERS, strategy, influence)
         prune_checkpoint(self.teacher_dir, self.output.untrained, layers)
         self.results["layers"] = {
@@ -142,13 +146,12 @@ class Demo:
         }
 
     def measure(self) -> None:
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config.dtype]
         folders = {
             "teacher": (self.teacher_dir, TEACHER_LAYERS),
             "untrained": (self.output.untrained, STUDENT_LAYERS),
             "trained": (self.output.trained, STUDENT_LAYERS),
         }
-        models = {name: generate.load_model(folder, layers, dtype) for name, (folder, layers) in folders.items()}
+        models = {name: generate.load_model(folder, layers, self.dtype) for name, (folder, layers) in folders.items()}
         prompts = {prompt: prompt for prompt in held_out_prompts(self.split.held_out, 2)} | {
             QUESTION: CHAT.format(QUESTION)
         }
@@ -226,6 +229,7 @@ class Demo:
 
     def _choose_steps(self) -> int:
         pace = budget.measure_pace(self.config)
+        gc.collect()  # its models hold references to themselves, and the training process needs the memory
         elapsed = time.perf_counter() - self._start
         steps = budget.steps_that_fit(pace, elapsed, (VALIDATIONS + 1) * self.validation_batches)
         self._detail(f"a step takes {pace.step:.2g} s here: {steps} steps (--steps sets another number)")
