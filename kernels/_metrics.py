@@ -3,6 +3,7 @@
 Legend: n rows of a block, V vocabulary; p teacher, q student.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,6 @@ _NEEDS = {
 
 METRICS = tuple(_NEEDS)
 _COUNT = "num_tokens"
-_RUN = 256  # ids per partial maximum
 
 
 def resolve_metrics(request: bool | Sequence[str], has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def _argmax(values: Tensor) -> Tensor:
     The first run of ids that holds the maximum is found first, then the id within it.
     """
     vocab = values.shape[-1]
-    run = min(_RUN, vocab)
+    run = math.isqrt(vocab)  # ids per partial maximum
     whole = vocab // run * run
     tops = values[:, :whole].unflatten(-1, (-1, run)).amax(-1)
     if whole < vocab:

@@ -122,8 +122,8 @@ def test_nan_logits_are_not_hidden(tensors, model, name):
     assert metrics[name].isnan() != reads_other_model_alone
 
 
-# V: one run of ids and less, whole runs, and a shorter one at the end.
-@pytest.mark.parametrize("v", [1, 7, 256, 257, 512, 1000])
+# V: ids are searched in runs of sqrt(V): one of one id, whole ones, and a shorter one at the end.
+@pytest.mark.parametrize("v", [1, 7, 256, 257, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("t", "kd_ratio"), [(1.0, 1.0), (3.0, 0.5), (2.0, 0.0)])
 def test_of_ties_the_first_id_counts(v, dtype, t, kd_ratio):
