@@ -70,6 +70,7 @@ class KDRecipeDistributed(FTRecipeInterface):
     def cleanup(self) -> None:
         if self._run is not None:
             self._run.log.close()
+            self._run = None
         kd.leave_process_group()
 
 

@@ -1,5 +1,9 @@
 """What torchtune 0.6.1 lacks for distillation: SmolLM2, layer-pruned students, GGUF files, checks for NF4."""
 
+from torchtune_kd._versions import check_versions
+
+check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
+
 from torchtune_kd.models.gguf import gguf_to_hf
 from torchtune_kd.models.nf4 import check_nf4_build, check_nf4_shapes
 from torchtune_kd.models.output_head import output_head, skip_output_head

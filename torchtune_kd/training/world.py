@@ -1,6 +1,7 @@
 """The processes that take part in a run, and what they add up."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ def join_process_group(device: str, *, cpu_offload: bool = False) -> World:
 
 
 def leave_process_group() -> None:
+    """Close the process group, if there is one, after dropping what still holds it.
+
+    A sharded model that lives on until the interpreter ends would take gloo's threads with it, which aborts.
+    """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
