@@ -33,7 +33,9 @@ def test_a_failure_is_one_sentence_with_its_exit_code(tmp_path):
 
 def test_ctrl_c_ends_the_training_process_too(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from torchtune_kd.demo import train; "
+        # a shell that starts the tests in the background lets them ignore SIGINT, and children inherit that
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from pathlib import Path; from torchtune_kd.demo import train; "
         "train.run_training([sys.executable, '-c', "
         "'import os, time; print(os.getpid(), chr(13), flush=True); time.sleep(100)'], Path('tune.log'))"
     )
