@@ -38,4 +38,5 @@ with CountCollectives() as collectives:
     kd.accumulate_gradients(student, teacher, step, METRICS, loss.ignore_index, world)
 if world.is_rank_zero:
     Path(sys.argv[2]).write_text(json.dumps(collectives.counts))
+del student, teacher
 kd.leave_process_group()
