@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from tiny import TEACHER, model_section
 from torchtune import config
 
-from torchtune_kd.demo import generate
+from torchtune_kd.demo import generate, stages
 
 
 @pytest.fixture
@@ -34,3 +34,13 @@ def test_speed_counts_every_token(model, monkeypatch):
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
     generate.with_caches(model, 16)
     assert generate.tokens_per_second([model, model], [1, 2, 3], 8) == pytest.approx([80.0, 80.0])
+
+
+def test_prompts_are_the_beginnings_of_held_out_prose():
+    prose = "The {} method returns what it was given, and does so without\nlooking; " + "more words follow. " * 8
+    documents = {"long": f"Heading\n=======\n\n{prose.format('first')}\n\n   code\n\n{prose.format('second')}"}
+    one, two = stages.held_out_prompts(documents, 2)
+    assert one.startswith("The first method returns") and two.startswith("The second method returns")
+    documents["short"] = prose.format("third")
+    assert stages.held_out_prompts(documents, 2) == [one, one.replace("first", "third")]
+    assert stages.held_out_prompts({"table": "a b c d e f"}, 2) == ["a b c d e f", "d e f"]

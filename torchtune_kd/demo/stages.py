@@ -247,13 +247,16 @@ class Demo:
 
 
 def held_out_prompts(documents: text.Documents, count: int) -> list[str]:
-    """Beginnings of prose in the longest held-out documents that have some."""
-    prompts = []
+    """Beginnings of prose: one of each held-out document, longest first, then more of them, then of any words."""
+    firsts, others = [], []
     for name in sorted(documents, key=lambda name: (-len(documents[name]), name)):
-        match = next((p for p in documents[name].split("\n\n") if _PROSE.fullmatch(p)), None)
-        if match is not None:
-            prompts.append(" ".join(match.split()[:_PROMPT_WORDS]))
-    return prompts[:count] or [" ".join(text.joined(documents).split()[:_PROMPT_WORDS])]
+        prose = [paragraph for paragraph in documents[name].split("\n\n") if _PROSE.fullmatch(paragraph)]
+        firsts += prose[:1]
+        others += prose[1:]
+    words = text.joined(documents).split()
+    anywhere = [" ".join(words[i * len(words) // count :]) for i in range(count)]
+    prompts = dict.fromkeys(" ".join(found.split()[:_PROMPT_WORDS]) for found in [*firsts, *others, *anywhere])
+    return list(prompts)[:count]
 
 
 def faster_dtype() -> str:
