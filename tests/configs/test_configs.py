@@ -105,7 +105,8 @@ def test_everything_a_config_names_can_be_built(path):
     assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
     check_vocabularies(student, teacher, tokenizer=None)  # a tokenizer needs its file, which is fetched later
 
-    assert 1 < build_kd_loss(cfg).temperature <= 2
+    # the demo's config: the temperature its experiment log settled on
+    assert build_kd_loss(cfg).temperature == (1.5 if path.stem == "135M_to_15L_KD_full_single_device" else 2.0)
     optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(2))])
     assert build_lr_scheduler(cfg, optimizer, total_steps=200).last_epoch == 0
     assert build_profiler(cfg, torch.device("cpu")) is not None
