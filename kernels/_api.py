@@ -10,18 +10,20 @@ from torch import Tensor
 
 from ._block import Plan
 from ._checks import (
-    check_backend,
+    BACKENDS,
     check_choice,
     check_head,
     check_labels,
     check_rows,
     check_teacher,
     check_teacher_present,
+    resolve_backend,
 )
-from ._eager import runs_eagerly
 from ._linear import LinearKD
 from ._metrics import needs_teacher, resolve_metrics
 from ._objective import Objective
+from ._ops_linear import linear_kd_op
+from ._ops_softmax import softmax_kd_op
 from ._softmax import SoftmaxKD
 from ._vocab import shared_vocab
 
@@ -30,7 +32,6 @@ REDUCTIONS = ("mean", "sum", "none")
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
-@runs_eagerly
 def softmax_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -90,7 +91,8 @@ def softmax_kd_loss(
         ignore_index (int): label of tokens that do not count.
         reduction (str): "mean" over valid tokens, "sum", or "none" (the labels' shape, 0 at ignored tokens).
         scale_by_temperature_squared (bool): multiply D by T², which keeps gradients comparable across T.
-        backend (str): "auto" or "torch".
+        backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
+            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
         return_metrics (bool | Sequence[str]): True for all of :data:`METRICS` that the inputs define, or the
             names of some.
 
@@ -104,7 +106,7 @@ def softmax_kd_loss(
     """
     objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_backend(backend)
+    check_choice("backend", backend, BACKENDS)
     check_rows("student_logits", student_logits, "V", labels)
     if labels is None and kd_ratio != 1.0:
         raise ValueError(f"kd_ratio={kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1")
@@ -123,19 +125,12 @@ def softmax_kd_loss(
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
-    return _run(
-        SoftmaxKD,
-        plan,
-        student_logits.shape[:-1],
-        return_metrics,
-        student_logits,
-        teacher_logits,
-        flat_labels,
-        plan,
-    )
+    backend = resolve_backend(backend, student_logits, teacher_logits)
+    apply = softmax_kd_op if torch.compiler.is_compiling() else SoftmaxKD.apply
+    outputs = apply(student_logits, teacher_logits, flat_labels, plan, backend)
+    return _result(*outputs, plan, student_logits.shape[:-1], return_metrics)
 
 
-@runs_eagerly
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -186,7 +181,8 @@ def linear_kd_loss(
         chunk_tokens (int | None): tokens per chunk; None chooses them so that both chunks of logits take at
             most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens). The loss arithmetic needs
             another 14 MiB on a CPU and 224 MiB elsewhere.
-        backend (str): "auto" or "torch".
+        backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
+            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
         return_metrics (bool | Sequence[str]): see :func:`softmax_kd_loss`.
 
     Returns:
@@ -197,7 +193,7 @@ def linear_kd_loss(
     """
     objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_backend(backend)
+    check_choice("backend", backend, BACKENDS)
     whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
     if chunk_tokens is not None and not (whole and chunk_tokens > 0):
         raise ValueError(f"chunk_tokens must be a whole number above 0 or None, but got {chunk_tokens!r}")
@@ -228,12 +224,10 @@ def linear_kd_loss(
     trainable = (t for t in (student_hidden, student_weight, student_bias) if t is not None)
     want_grad = torch.is_grad_enabled() and any(t.requires_grad for t in trainable)
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
+    backend = resolve_backend(backend, student_hidden, teacher_hidden)
+    apply = linear_kd_op if torch.compiler.is_compiling() else LinearKD.apply
     with torch.autocast(student_hidden.device.type, enabled=False):
-        return _run(
-            LinearKD,
-            plan,
-            student_hidden.shape[:-1],
-            return_metrics,
+        outputs = apply(
             student_hidden.reshape(-1, student_hidden.shape[-1]),
             student_weight,
             student_bias,
@@ -243,11 +237,12 @@ def linear_kd_loss(
             flat_labels,
             plan,
             chunk_tokens,
+            backend,
         )
+    return _result(*outputs, plan, student_hidden.shape[:-1], return_metrics)
 
 
-def _run(function: type, plan: Plan, shape: torch.Size, return_metrics: object, *args: object) -> Result:
-    loss, sums, count = function.apply(*args)
+def _result(loss: Tensor, sums: Tensor, count: Tensor, plan: Plan, shape: torch.Size, return_metrics: object) -> Result:
     if plan.reduction == "none":
         loss = loss.view(shape)
     if return_metrics is False:

@@ -46,7 +46,11 @@ def answers_at_once(device: torch.device) -> bool:
 
 def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
     """Slices of at most `rows_per_block` rows."""
-    step = rows_per_block(vocab, device)
+    return slices(n_rows, rows_per_block(vocab, device))
+
+
+def slices(n_rows: int, step: int) -> Iterator[slice]:
+    """Slices of `step` rows, the last one shorter."""
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 

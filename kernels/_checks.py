@@ -3,6 +3,8 @@
 Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
 """
 
+import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 from ._block import answers_at_once
 from ._objective import Objective
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -19,10 +22,35 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
 
 
-def check_backend(backend: str) -> None:
-    if backend == "triton":
-        raise ValueError("backend='triton' is not part of this version; use 'torch' or 'auto'")
+def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
+    """ "torch" or "triton"; `tensors` are what the loss arithmetic reads.
+
+    Raises:
+        ValueError: if `backend` cannot run on these tensors.
+    """
     check_choice("backend", backend, BACKENDS)
+    given = [t for t in tensors if t is not None]
+    device, has_fp64 = given[0].device, any(t.dtype == torch.float64 for t in given)
+    if backend == "auto":
+        fits = device.type == "cuda" and torch.version.hip is None and TRITON_IS_INSTALLED and not has_fp64
+        return "triton" if fits else "torch"
+    if backend == "torch":
+        return backend
+    if not TRITON_IS_INSTALLED:
+        raise ValueError("backend='triton' needs the package triton, which is not installed; install it or use 'torch'")
+    if has_fp64:
+        raise ValueError("backend='triton' computes in fp32, but an input is fp64; convert it or use 'torch'")
+    if device.type != "cuda" and not (device.type == "cpu" and runs_interpreted()):
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, but got them on {device}; move them, use 'torch', or set "
+            f"TRITON_INTERPRET=1 before Python starts to interpret the kernels on a CPU"
+        )
+    return backend
+
+
+def runs_interpreted() -> bool:
+    """Whether Triton interprets its kernels, as TRITON_INTERPRET=1 asks for."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def check_rows(name: str, tensor: Tensor, width: str, labels: Tensor | None) -> None:
@@ -55,14 +83,21 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, but got {labels.dtype}")
     labels = labels.reshape(-1).long()
-    if answers_at_once(labels.device):
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if wrong.any():
-            raise ValueError(
-                f"labels must lie in [0, {vocab}) or equal ignore_index={ignore_index}, "
-                f"but one is {labels[wrong][0].item()}"
-            )
+    if not torch.compiler.is_compiling():  # there they have no values yet
+        check_label_values(labels, vocab, ignore_index)
     return labels
+
+
+def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Every label is an id or ignored; looked at on the CPU only."""
+    if not answers_at_once(labels.device):
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():
+        raise ValueError(
+            f"labels must lie in [0, {vocab}) or equal ignore_index={ignore_index}, "
+            f"but one is {labels[wrong][0].item()}"
+        )
 
 
 def check_teacher_present(name: str, tensor: Tensor | None, objective: Objective) -> None:

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._block import BlockLoss, Plan, Rows, gradient_scale, row_blocks, rows_per_block, scaled, working_dtype
+from ._block import (
+    BlockLoss,
+    Plan,
+    Rows,
+    answers_at_once,
+    gradient_scale,
+    rows_per_block,
+    scaled,
+    slices,
+    working_dtype,
+)
+from ._head_gradient import HeadGradient
 
 # Bytes of both models' chunks of logits. CPU: matrix products are at full speed from about 512 tokens on.
 # Elsewhere: 2048 tokens of a 128256-word vocabulary in bf16.
@@ -34,6 +45,10 @@ class Wants(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+    def wait_for_backward(self, reduction: str) -> bool:
+        """Whether the gradients need the incoming ones first: a head's is a sum over tokens weighted by them."""
+        return reduction == "none" and (self.weight or self.bias)
 
 
 class Gradients(NamedTuple):
@@ -63,27 +78,19 @@ class LinearKD(torch.autograd.Function):
         labels: Tensor,
         plan: Plan,
         chunk_tokens: int | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
         heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-        index, labels = _valid(labels, plan.objective.ignore_index, hidden.device)
         ctx.wants = Wants(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
-        ctx.late = plan.reduction == "none" and (ctx.wants.weight or ctx.wants.bias)
+        ctx.late = ctx.wants.wait_for_backward(plan.reduction)
         now = Wants(False, False, False) if ctx.late else ctx.wants
-        rows, grads = _walk(heads, index, labels, plan, chunk_tokens, now)
-
-        n_valid = hidden.shape[0] if index is None else len(index)
-        count = torch.full((), n_valid, device=hidden.device)
-        loss, metrics = rows.reduce(plan.reduction, count)
-        ctx.plan, ctx.chunk_tokens, ctx.count, ctx.dtypes = (
-            plan,
-            chunk_tokens,
-            count,
-            (hidden.dtype, weight.dtype),
-        )
+        loss, metrics, count, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, now)
+        ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.count = plan, chunk_tokens, backend, count
+        ctx.dtypes = hidden.dtype, weight.dtype
         if ctx.late:
             # a tensor from inference mode cannot be saved, its copy can
-            saved = (*heads, index, labels)
+            saved = (*heads, labels)
             ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in saved))
         else:
             ctx.save_for_backward(*grads)
@@ -94,25 +101,53 @@ class LinearKD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if grad_loss is None:
             return None, None, None, *nothing
         scale = gradient_scale(grad_loss, ctx.plan.reduction, ctx.count)
         if ctx.late:
-            *heads, index, labels = ctx.saved_tensors
-            plan = ctx.plan._replace(metrics=())
-            with torch.autocast(labels.device.type, enabled=False):
-                _, grads = _walk(Heads(*heads), index, labels, plan, ctx.chunk_tokens, ctx.wants, row_scale=scale)
+            *heads, labels = ctx.saved_tensors
+            grads = late_gradients(Heads(*heads), labels, ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.wants, scale)
             scale = torch.ones_like(ctx.count, dtype=grad_loss.dtype)
         else:
             grads = Gradients(*ctx.saved_tensors)
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            None if grads.hidden is None else scaled(grads.hidden, scale, hidden_dtype),
-            None if grads.weight is None else scaled(grads.weight, scale, weight_dtype),
-            None if grads.bias is None else scaled(grads.bias, scale, weight_dtype),
-            *nothing,
-        )
+        return *scaled_gradients(grads, scale, *ctx.dtypes), *nothing
+
+
+def linear_forward(
+    heads: Heads, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, wants: Wants
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradients to scale."""
+    tokens = _tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
+    rows, grads = _walk(heads, tokens, plan, chunk_tokens, backend, wants)
+    loss, metrics = rows.reduce(plan.reduction, tokens.count)
+    return loss, metrics, tokens.count, grads
+
+
+def late_gradients(
+    heads: Heads,
+    labels: Tensor,
+    plan: Plan,
+    chunk_tokens: int | None,
+    backend: str,
+    wants: Wants,
+    row_scale: Tensor,
+) -> Gradients:
+    """Gradients of Σ row_scale·loss, final; `row_scale` ``[N, 1]``."""
+    tokens = _tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
+    with torch.autocast(heads.hidden.device.type, enabled=False):
+        return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, wants, row_scale)[1]
+
+
+def scaled_gradients(
+    grads: Gradients, scale: Tensor, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of hidden states, head and bias times the incoming one, each in its parameter's dtype."""
+    return (
+        None if grads.hidden is None else scaled(grads.hidden, scale, hidden_dtype),
+        None if grads.weight is None else scaled(grads.weight, scale, weight_dtype),
+        None if grads.bias is None else scaled(grads.bias, scale, weight_dtype),
+    )
 
 
 def chunk_size(n_tokens: int, vocab: int, element_bytes: int, device: torch.device) -> int:
@@ -123,35 +158,51 @@ def chunk_size(n_tokens: int, vocab: int, element_bytes: int, device: torch.devi
     return min(most, -(-n_tokens // max(1, n_chunks) // 128) * 128) or 128
 
 
-def _valid(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """Indices of the valid tokens ``[n]`` (None if all are) and their labels ``[n]``, both on `device`."""
+class Tokens(NamedTuple):
+    """The tokens to work through."""
+
+    index: Tensor | None  # [n], their positions among the N; None if all N are visited
+    labels: Tensor  # [n]
+    count: Tensor  # 0-d, number of valid ones
+
+
+def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: str) -> Tokens:
+    """The valid tokens, on `device`.
+
+    Where only the device knows the labels, finding out how many are valid would make the host wait. The Triton
+    kernel then visits every token and gives ignored ones zeros.
+    """
+    if backend == "triton" and not answers_at_once(labels.device):
+        return Tokens(None, labels, (labels != ignore_index).sum())
     index = (labels != ignore_index).nonzero().squeeze(-1)
+    count = torch.full((), len(index), device=device)
     if len(index) == len(labels):
-        return None, labels.to(device, non_blocking=True)
-    return index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
+        return Tokens(None, labels.to(device, non_blocking=True), count)
+    return Tokens(index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True), count)
 
 
 def _walk(
     heads: Heads,
-    index: Tensor | None,
-    labels: Tensor,
+    tokens: Tokens,
     plan: Plan,
     chunk_tokens: int | None,
+    backend: str,
     wants: Wants,
     row_scale: Tensor | None = None,
 ) -> tuple[Rows, Gradients]:
-    """All valid tokens, one chunk after another.
+    """All tokens to visit, one chunk after another.
 
     Args:
         heads (Heads): inputs of the matrix products.
-        index (Tensor | None): ``[n]``, positions of the valid tokens; None if all are.
-        labels (Tensor): ``[n]``, of the valid tokens.
+        tokens (Tokens): which to visit.
         plan (Plan): what to compute.
         chunk_tokens (int | None): C; None chooses.
+        backend (str): of the loss arithmetic, "torch" or "triton".
         wants (Wants): gradients to compute.
         row_scale (Tensor | None): ``[N, 1]``, multiplies the gradient of each token's loss.
     """
-    hidden, device, vocab, n_valid = heads.hidden, heads.hidden.device, plan.vocab, len(labels)
+    index, labels, _ = tokens
+    hidden, device, vocab, n_visited = heads.hidden, heads.hidden.device, plan.vocab, len(labels)
     weight, bias = heads.weight[:vocab], None if heads.bias is None else heads.bias[:vocab]
     teacher_weight = None if heads.teacher_weight is None else heads.teacher_weight[:vocab]
     teacher_bias = None if heads.teacher_bias is None else heads.teacher_bias[:vocab]
@@ -163,19 +214,17 @@ def _walk(
         None,
         torch.zeros(heads.weight.shape[0], dtype=dtype, device=device) if wants.bias else None,
     )
-    head_grad = _HeadGradient(heads.weight, vocab) if wants.weight else None
-    if n_valid == 0:
-        return rows, grads._replace(weight=None if head_grad is None else head_grad.total())
+    head_grad = HeadGradient(heads.weight, vocab, one_chunk(heads, vocab, chunk_tokens)) if wants.weight else None
+    if n_visited == 0:
+        return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
-    if chunk_tokens is None:
-        element_bytes = hidden.element_size() + (0 if teacher_weight is None else teacher_weight.element_size())
-        chunk_tokens = chunk_size(n_valid, vocab, element_bytes, device)
-    chunk_tokens = min(chunk_tokens, n_valid)
+    chunk_tokens = min(_chunk_tokens(heads, vocab, chunk_tokens, n_visited), n_visited)
     student_buffer = hidden.new_empty(chunk_tokens, vocab)
     teacher_buffer = None if teacher_weight is None else teacher_weight.new_empty(chunk_tokens, vocab)
-    block_loss = BlockLoss(plan, min(chunk_tokens, rows_per_block(vocab, device)), dtype, device)
-    for start in range(0, n_valid, chunk_tokens):
-        chunk = slice(start, min(start + chunk_tokens, n_valid))
+    block_rows = min(chunk_tokens, rows_per_block(vocab, device)) if backend == "torch" else chunk_tokens
+    block_loss = _block_loss(backend, plan, block_rows, dtype, device)
+    for start in range(0, n_visited, chunk_tokens):
+        chunk = slice(start, min(start + chunk_tokens, n_visited))
         size = chunk.stop - chunk.start
         pick = chunk if index is None else index[chunk]  # positions among the N tokens
         h = hidden[pick]
@@ -184,8 +233,8 @@ def _walk(
         if teacher_buffer is not None:
             teacher_logits = _logits(heads.teacher_hidden[pick], teacher_weight, teacher_bias, teacher_buffer[:size])
 
-        for block in row_blocks(size, vocab, device):
-            where = slice(start + block.start, start + block.stop)  # positions among the n valid tokens
+        for block in slices(size, block_rows):
+            where = slice(start + block.start, start + block.stop)  # positions among the n tokens
             at = where if index is None else index[where]
             s = student_logits[block]
             loss, metrics = block_loss(
@@ -199,13 +248,39 @@ def _walk(
             for into, metric in zip(rows.metrics, metrics, strict=True):
                 into[at] = metric.to(into.dtype)
 
-        if wants.hidden:
+        if wants.hidden and index is None:
+            torch.mm(student_logits, weight, out=grads.hidden[pick])
+        elif wants.hidden:
             grads.hidden[pick] = student_logits @ weight
         if wants.weight:
-            head_grad.add(student_logits, h, last=chunk.stop == n_valid)
+            head_grad.add(student_logits, h)
         if wants.bias:
             grads.bias[:vocab] += student_logits.sum(0, dtype=dtype)
-    return rows, grads._replace(weight=None if head_grad is None else head_grad.total())
+    return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
+
+
+def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device):
+    if backend == "triton":
+        from ._triton import TritonBlockLoss
+
+        return TritonBlockLoss(plan)
+    return BlockLoss(plan, max_rows, dtype, device)
+
+
+def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: int) -> int:
+    """The chunk size asked for, or the one chosen for `n_tokens`."""
+    if chunk_tokens is not None:
+        return chunk_tokens
+    element_bytes = heads.hidden.element_size()
+    if heads.teacher_weight is not None:
+        element_bytes += heads.teacher_weight.element_size()
+    return chunk_size(n_tokens, vocab, element_bytes, heads.hidden.device)
+
+
+def one_chunk(heads: Heads, vocab: int, chunk_tokens: int | None) -> bool:
+    """Whether one chunk holds all N tokens, valid or not: known without their labels."""
+    n_tokens = heads.hidden.shape[0]
+    return _chunk_tokens(heads, vocab, chunk_tokens, n_tokens) >= n_tokens
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -213,41 +288,3 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-class _HeadGradient:
-    """Sum over chunks of gradient.T @ hidden ``[V', D]``, in fp32 (fp64) as soon as there are two chunks.
-
-    A bf16 product is rounded once. In fp16 a sum over tokens soon leaves the range: there the factors are
-    made fp32.
-    """
-
-    def __init__(self, weight: Tensor, vocab: int) -> None:
-        self._weight, self._vocab = weight, vocab
-        self._sum: Tensor | None = None
-        self._product: Tensor | None = None
-
-    def add(self, grad: Tensor, hidden: Tensor, last: bool) -> None:
-        """Add one chunk: gradient ``[C, V]``, hidden states ``[C, D]``; `last` if no other follows."""
-        own = self._weight.dtype
-        if self._sum is None:
-            keep = own in (torch.float32, torch.float64) or (own == torch.bfloat16 and last)
-            self._sum = torch.zeros_like(self._weight, dtype=own if keep else torch.float32)
-        into = self._sum[: self._vocab]
-        if into.dtype == own:
-            into.addmm_(grad.t(), hidden)
-        elif own == torch.float16:
-            hidden = hidden.float()
-            for rows in row_blocks(self._vocab, len(grad), grad.device):
-                into[rows].addmm_(grad[:, rows].t().float(), hidden)
-        else:
-            if self._product is None:
-                self._product = grad.new_empty(self._vocab, hidden.shape[1])
-            torch.mm(grad.t(), hidden, out=self._product)
-            # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
-            for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
-                into[rows] += self._product[rows]
-
-    def total(self) -> Tensor:
-        """The sum, which is 0 if there was no chunk."""
-        return torch.zeros_like(self._weight) if self._sum is None else self._sum

@@ -25,45 +25,11 @@ class SoftmaxKD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan
+        ctx, student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d).
-
-        Args:
-            student (Tensor): ``[N, V']`` or ``[B, S, V']`` with V' >= `plan.vocab`.
-            teacher (Tensor | None): the same leading shape.
-            labels (Tensor | None): ``[N]`` int64, flat; None if every token is valid.
-            plan (Plan): what to compute.
-        """
-        n_tokens = student.shape[:-1].numel()
-        dtype = working_dtype(student, teacher)
-        rows = Rows.zeros(n_tokens, plan, dtype, student.device)
-        valid = None if labels is None else labels != plan.objective.ignore_index
-        count = torch.full((), n_tokens, device=student.device) if valid is None else valid.sum()
-
-        grad = grad_rows = None
-        if plan.want_grad:
-            grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-            grad[..., plan.vocab :] = 0
-            grad_rows = grad.view(n_tokens, student.shape[-1])[:, : plan.vocab]
-        max_rows = min(n_tokens, rows_per_block(plan.vocab, student.device))
-        block_loss = BlockLoss(plan, max_rows, dtype, student.device)
-        start = 0
-        for s, t in _segments(student, teacher):
-            stop = start + s.shape[0]
-            _segment(
-                block_loss,
-                s[:, : plan.vocab],
-                None if t is None else t[:, : plan.vocab],
-                None if labels is None else labels[start:stop],
-                None if valid is None else valid[start:stop],
-                None if grad_rows is None else grad_rows[start:stop],
-                Rows(rows.loss[start:stop], rows.metrics[:, start:stop]),
-            )
-            start = stop
-
-        loss, metrics = rows.reduce(plan.reduction, count)
-        ctx.plan, ctx.count = plan, count
+        """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
+        loss, metrics, count, grad = softmax_forward(student, teacher, labels, plan, backend)
+        ctx.reduction, ctx.backend, ctx.count = plan.reduction, backend, count
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(metrics, count)
         ctx.set_materialize_grads(False)
@@ -71,15 +37,96 @@ class SoftmaxKD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         if grad is None or grad_loss is None:
-            return None, None, None, None
-        scale = gradient_scale(grad_loss, ctx.plan.reduction, ctx.count)
+            return None, None, None, None, None
         # A second [N, V] tensor is needed only if this graph will be walked again.
-        rows = grad.view(-1, grad.shape[-1])
-        out = scaled(rows, scale, grad.dtype, in_place=not _graph_is_kept())
-        return out.view(grad.shape), None, None, None
+        out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not _graph_is_kept())
+        return out, None, None, None, None
+
+
+def softmax_forward(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradient.
+
+    Args:
+        student (Tensor): ``[N, V']`` or ``[B, S, V']`` with V' >= `plan.vocab`.
+        teacher (Tensor | None): the same leading shape.
+        labels (Tensor | None): ``[N]`` int64, flat; None if every token is valid.
+        plan (Plan): what to compute.
+        backend (str): "torch" or "triton".
+    """
+    n_tokens = student.shape[:-1].numel()
+    valid = None if labels is None else labels != plan.objective.ignore_index
+    count = torch.full((), n_tokens, device=student.device) if valid is None else valid.sum()
+    grad = None
+    if plan.want_grad:
+        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        grad[..., plan.vocab :] = 0
+    if backend == "triton":
+        from ._triton import rows as triton_rows
+
+        row_scale = 1.0 / count.clamp(min=1) if _mean_is_inside(backend, plan.reduction, student.dtype) else None
+        rows = triton_rows(student, teacher, labels, plan, grad, row_scale)
+    else:
+        rows = _torch_rows(student, teacher, labels, valid, plan, grad)
+    loss, metrics = rows.reduce(plan.reduction, count)
+    return loss, metrics, count, grad
+
+
+def softmax_backward(
+    grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str, in_place: bool
+) -> Tensor:
+    """The stored gradient ``[N, V]`` or ``[B, S, V]`` times the incoming one (0-d, or ``[N]``)."""
+    if _mean_is_inside(backend, reduction, grad.dtype):
+        reduction = "sum"
+    scale = gradient_scale(grad_loss, reduction, count)
+    rows = grad.view(-1, grad.shape[-1])
+    if backend == "triton":
+        from ._triton import scale_
+
+        return scale_(rows if in_place else rows.clone(), scale).view(grad.shape)
+    return scaled(rows, scale, grad.dtype, in_place).view(grad.shape)
+
+
+def _mean_is_inside(backend: str, reduction: str, dtype: torch.dtype) -> bool:
+    """Whether the stored gradient is that of the mean already, which leaves nothing to do to a plain ``backward()``.
+
+    In fp16 it is that of the sum: numbers below 6e-8 would be lost.
+    """
+    return backend == "triton" and reduction == "mean" and dtype != torch.float16
+
+
+def _torch_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    plan: Plan,
+    grad: Tensor | None,
+) -> Rows:
+    """All tokens in blocks of rows; fills `grad`."""
+    n_tokens, dtype = student.shape[:-1].numel(), working_dtype(student, teacher)
+    rows = Rows.zeros(n_tokens, plan, dtype, student.device)
+    grad_rows = None if grad is None else grad.view(n_tokens, student.shape[-1])[:, : plan.vocab]
+    max_rows = min(n_tokens, rows_per_block(plan.vocab, student.device))
+    block_loss = BlockLoss(plan, max_rows, dtype, student.device)
+    start = 0
+    for s, t in _segments(student, teacher):
+        stop = start + s.shape[0]
+        _segment(
+            block_loss,
+            s[:, : plan.vocab],
+            None if t is None else t[:, : plan.vocab],
+            None if labels is None else labels[start:stop],
+            None if valid is None else valid[start:stop],
+            None if grad_rows is None else grad_rows[start:stop],
+            Rows(rows.loss[start:stop], rows.metrics[:, start:stop]),
+        )
+        start = stop
+    return rows
 
 
 def _graph_is_kept() -> bool:

@@ -3,6 +3,8 @@
 import logging
 from functools import cache
 
+import torch
+
 # Embedding tables of one tokenizer are padded to different multiples (Qwen2.5: 151936 and 152064).
 MAX_PADDING = 1024
 
@@ -13,7 +15,7 @@ def shared_vocab(student_vocab: int, teacher_vocab: int) -> int:
     """Number of leading ids that both models score.
 
     Sizes that differ by less than 1024 are taken for paddings of one tokenizer: both models are cut to the
-    shared prefix, and one log line per pair of sizes says so.
+    shared prefix, and one log line per pair of sizes says so (none where ``torch.compile`` traces).
 
     Raises:
         ValueError: if the sizes differ by more.
@@ -25,7 +27,8 @@ def shared_vocab(student_vocab: int, teacher_vocab: int) -> int:
             f"student and teacher must score the same vocabulary, but the student has {student_vocab} ids "
             f"and the teacher {teacher_vocab}; distil between models that share a tokenizer"
         )
-    _report_cut(student_vocab, teacher_vocab)
+    if not torch.compiler.is_compiling():
+        _report_cut(student_vocab, teacher_vocab)
     return min(student_vocab, teacher_vocab)
 
 

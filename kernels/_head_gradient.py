@@ -1,0 +1,45 @@
+"""Gradient of an output head, summed over chunks of tokens.
+
+Legend: C tokens of a chunk, V vocabulary, V' >= V rows of the head, D hidden width.
+"""
+
+import torch
+from torch import Tensor
+
+from ._block import row_blocks
+
+
+def head_gradient_dtype(dtype: torch.dtype, single: bool) -> torch.dtype:
+    """Sums over chunks are made in fp32 (fp64); one product in bf16 is rounded once anyway."""
+    keep = dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and single)
+    return dtype if keep else torch.float32
+
+
+class HeadGradient:
+    """Sum over chunks of gradient.T @ hidden ``[V', D]``, in fp32 (fp64) if there may be two chunks.
+
+    In fp16 a sum over tokens soon leaves the range: there the factors are made fp32.
+    """
+
+    def __init__(self, weight: Tensor, vocab: int, single: bool) -> None:
+        self._weight, self._vocab = weight, vocab
+        self.sum = torch.zeros_like(weight, dtype=head_gradient_dtype(weight.dtype, single))
+        self._product: Tensor | None = None
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        """Add one chunk: gradient ``[C, V]``, hidden states ``[C, D]``."""
+        own = self._weight.dtype
+        into = self.sum[: self._vocab]
+        if into.dtype == own:
+            into.addmm_(grad.t(), hidden)
+        elif own == torch.float16:
+            hidden = hidden.float()
+            for rows in row_blocks(self._vocab, len(grad), grad.device):
+                into[rows].addmm_(grad[:, rows].t().float(), hidden)
+        else:
+            if self._product is None:
+                self._product = grad.new_empty(self._vocab, hidden.shape[1])
+            torch.mm(grad.t(), hidden, out=self._product)
+            # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
+            for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
+                into[rows] += self._product[rows]

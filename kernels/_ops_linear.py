@@ -1,0 +1,195 @@
+"""``linear_kd_loss`` as a registered operator, which ``torch.compile`` and ``torch.export`` keep in their graphs.
+
+Eager calls go by the autograd Function of ``_linear.py``; both run the same functions.
+"""
+
+import torch
+from torch import Tensor
+
+from ._block import Plan, gradient_scale, working_dtype
+from ._checks import check_label_values
+from ._head_gradient import head_gradient_dtype
+from ._linear import Gradients, Heads, Wants, late_gradients, linear_forward, one_chunk, scaled_gradients
+from ._ops import NAMESPACE, fake_results, if_wanted, nothing, pack, shared_ids, unpack
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd", mutates_args=())
+def _linear_kd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    divergence: str,
+    beta: float | None,
+    temperature: float,
+    kd_ratio: float,
+    ignore_index: int,
+    scale: bool,
+    metrics: str,
+    reduction: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    chunk_tokens: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    vocab = shared_ids(weight, teacher_weight, 0)
+    check_label_values(labels, vocab, ignore_index)
+    wants = Wants(want_hidden, want_weight, want_bias)
+    settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
+    plan = unpack(vocab, *settings, teacher_weight is not None, any(wants))
+    if wants.wait_for_backward(reduction):
+        wants = Wants(False, False, False)
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    *results, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, wants)
+    return *results, *(nothing(hidden) if grad is None else grad for grad in grads)
+
+
+@_linear_kd.register_fake
+def _(
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, divergence, beta, temperature, kd_ratio,
+    ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens, backend,
+):  # fmt: skip
+    wants = Wants(want_hidden, want_weight, want_bias)
+    if wants.wait_for_backward(reduction):
+        wants = Wants(False, False, False)
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    results = fake_results(hidden, teacher_hidden, hidden.shape[0], metrics, reduction)
+    return *results, *_fake_gradients(heads, chunk_tokens, wants)
+
+
+def _fake_gradients(heads: Heads, chunk_tokens: int | None, wants: Wants) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of `Gradients`."""
+    hidden, weight = heads.hidden, heads.weight
+    head_dtype = weight.dtype
+    if wants.weight:
+        vocab = shared_ids(weight, heads.teacher_weight, 0)
+        head_dtype = head_gradient_dtype(weight.dtype, one_chunk(heads, vocab, chunk_tokens))
+    return (
+        torch.empty_like(hidden) if wants.hidden else nothing(hidden),
+        torch.empty_like(weight, dtype=head_dtype) if wants.weight else nothing(hidden),
+        weight.new_empty(weight.shape[0], dtype=working_dtype(hidden, heads.teacher_hidden))
+        if wants.bias
+        else nothing(hidden),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd_backward", mutates_args=())
+def _linear_kd_backward(
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_loss: Tensor,
+    count: Tensor,
+    reduction: str,
+    wants: list[bool],
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = Gradients(*map(if_wanted, (grad_hidden, grad_weight, grad_bias), wants))
+    out = scaled_gradients(grads, gradient_scale(grad_loss, reduction, count), hidden_dtype, weight_dtype)
+    return tuple(nothing(grad_hidden) if grad is None else grad for grad in out)
+
+
+@_linear_kd_backward.register_fake
+def _(grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, wants, hidden_dtype, weight_dtype):
+    grads = (grad_hidden, grad_weight, grad_bias)
+    dtypes = (hidden_dtype, weight_dtype, weight_dtype)
+    return tuple(
+        torch.empty_like(grad, dtype=dtype) if wanted else nothing(grad_hidden)
+        for grad, dtype, wanted in zip(grads, dtypes, wants, strict=True)
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd_late", mutates_args=())
+def _linear_kd_late(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    grad_loss: Tensor,
+    divergence: str,
+    beta: float | None,
+    temperature: float,
+    kd_ratio: float,
+    ignore_index: int,
+    scale: bool,
+    metrics: str,
+    reduction: str,
+    wants: list[bool],
+    chunk_tokens: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Σ grad_loss·loss: the chunks are walked again."""
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
+    plan = unpack(shared_ids(weight, teacher_weight, 0), *settings, teacher_weight is not None, True)
+    grads = late_gradients(heads, labels, plan, chunk_tokens, backend, Wants(*wants), grad_loss.unsqueeze(-1))
+    out = scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype)
+    return tuple(nothing(hidden) if grad is None else grad for grad in out)
+
+
+@_linear_kd_late.register_fake
+def _(
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, grad_loss, divergence, beta,
+    temperature, kd_ratio, ignore_index, scale, metrics, reduction, wants, chunk_tokens, backend,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden) if wants[0] else nothing(hidden),
+        torch.empty_like(weight) if wants[1] else nothing(hidden),
+        weight.new_empty(weight.shape[0]) if wants[2] else nothing(hidden),
+    )
+
+
+def _linear_context(ctx, inputs, output) -> None:
+    heads, labels, settings = Heads(*inputs[:6]), inputs[6], inputs[7:15]
+    *wants, ctx.chunk_tokens, ctx.backend = inputs[15:]
+    ctx.wants, ctx.settings, ctx.reduction = Wants(*wants), settings, settings[-1]
+    ctx.late = ctx.wants.wait_for_backward(ctx.reduction)
+    ctx.dtypes = heads.hidden.dtype, heads.weight.dtype
+    _, metrics, count, *grads = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics, count, *grads)
+    ctx.save_for_backward(*((*heads, labels) if ctx.late else (*grads, count)))
+
+
+def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 17
+    if grad_loss is None:
+        return None, None, None, *nothing
+    wants = list(ctx.wants)
+    if ctx.late:
+        *heads, labels = ctx.saved_tensors
+        grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, wants, ctx.chunk_tokens, ctx.backend)
+    else:
+        *grads, count = ctx.saved_tensors
+        grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, wants, *ctx.dtypes)
+    return *map(if_wanted, grads, wants), *nothing
+
+
+_linear_kd.register_autograd(_linear_gradient, setup_context=_linear_context)
+
+
+def linear_kd_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    plan: Plan,
+    chunk_tokens: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``LinearKD.apply`` for a graph."""
+    tensors = (hidden, weight, bias)
+    wants = (plan.want_grad and tensor is not None and tensor.requires_grad for tensor in tensors)
+    heads = (*tensors, teacher_hidden, teacher_weight, teacher_bias)
+    return _linear_kd(*heads, labels, *pack(plan), *wants, chunk_tokens, backend)[:3]

@@ -1,0 +1,80 @@
+"""``softmax_kd_loss`` as a registered operator, which ``torch.compile`` and ``torch.export`` keep in their graphs.
+
+Eager calls go by the autograd Function of ``_softmax.py``; both run the same functions.
+"""
+
+import torch
+from torch import Tensor
+
+from ._block import Plan
+from ._checks import check_label_values
+from ._ops import NAMESPACE, fake_results, nothing, pack, shared_ids, unpack
+from ._softmax import softmax_backward, softmax_forward
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softmax_kd", mutates_args=())
+def _softmax_kd(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    divergence: str,
+    beta: float | None,
+    temperature: float,
+    kd_ratio: float,
+    ignore_index: int,
+    scale: bool,
+    metrics: str,
+    reduction: str,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vocab = shared_ids(student, teacher, -1)
+    if labels is not None:
+        check_label_values(labels, vocab, ignore_index)
+    settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
+    plan = unpack(vocab, *settings, teacher is not None, want_grad)
+    *results, grad = softmax_forward(student, teacher, labels, plan, backend)
+    return *results, nothing(student) if grad is None else grad
+
+
+@_softmax_kd.register_fake
+def _(
+    student, teacher, labels, divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction,
+    want_grad, backend,
+):  # fmt: skip
+    grad = student.new_empty(student.shape) if want_grad else nothing(student)
+    return *fake_results(student, teacher, student.shape[:-1].numel(), metrics, reduction), grad
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softmax_kd_backward", mutates_args=())
+def _softmax_kd_backward(grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str) -> Tensor:
+    return softmax_backward(grad, grad_loss, count, reduction, backend, in_place=False)
+
+
+@_softmax_kd_backward.register_fake
+def _(grad, grad_loss, count, reduction, backend):
+    return torch.empty_like(grad)
+
+
+def _softmax_context(ctx, inputs, output) -> None:
+    *_, ctx.reduction, _, ctx.backend = inputs
+    _, metrics, count, grad = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics, count, grad)
+    ctx.save_for_backward(grad, count)
+
+
+def _softmax_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    grad, count = ctx.saved_tensors
+    out = None if grad_loss is None else _softmax_kd_backward(grad, grad_loss, count, ctx.reduction, ctx.backend)
+    return out, *(None,) * 12
+
+
+_softmax_kd.register_autograd(_softmax_gradient, setup_context=_softmax_context)
+
+
+def softmax_kd_op(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``SoftmaxKD.apply`` for a graph."""
+    return _softmax_kd(student, teacher, labels, *pack(plan), plan.want_grad, backend)[:3]

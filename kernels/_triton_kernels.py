@@ -1,0 +1,168 @@
+"""The kernels: one program per row, or per part of a row, and the scaling of a stored gradient.
+
+Legend: N rows, V ids. ``results`` is ``[N, RESULTS]`` in fp32: the loss, then the metrics in their order.
+``stats`` is ``[N, STATISTICS]`` in fp32, what ``statistics`` returns. Rows are addressed as
+``(row // inner)·outer_stride + (row % inner)·inner_stride``, which covers ``[B, S, V]`` that no view flattens.
+No argument that grows with N is specialised on: a new number of tokens compiles nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from ._triton_math import weighted
+from ._triton_passes import (
+    centre_of,
+    cross_entropy,
+    fill_zeros,
+    finish,
+    kl_from_statistics,
+    not_negative,
+    statistics,
+)
+
+RESULTS = tl.constexpr(9)
+STATISTICS = tl.constexpr(10)
+TERMS = tl.constexpr(8)
+
+_GROWING = ["student_inner", "teacher_inner", "out_inner"]
+
+
+@triton.jit
+def row_start(pointer, row, inner, outer_stride, inner_stride):
+    """Address of a row; 64 bits wide, since N·V soon leaves 32."""
+    row = row.to(tl.int64)
+    return pointer + (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def load_logit(row, label, n_ids, stride):
+    """The label's logit; NaN for a label outside the vocabulary, which the host does not see."""
+    inside = (label >= 0) & (label < n_ids)
+    return tl.load(row + label.to(tl.int64) * stride, mask=inside, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def store_results(
+    results, loss, class_loss, teacher_class_loss, kd_loss, kl, agreement, entropy_s, entropy_t, acceptance
+):
+    """In the order of ``_metrics.METRICS``."""
+    tl.store(results, loss)
+    tl.store(results + 1, class_loss)
+    tl.store(results + 2, teacher_class_loss)
+    tl.store(results + 3, kd_loss)
+    tl.store(results + 4, kl)
+    tl.store(results + 5, agreement)
+    tl.store(results + 6, entropy_s)
+    tl.store(results + 7, entropy_t)
+    tl.store(results + 8, acceptance)
+
+
+@triton.jit(do_not_specialize=_GROWING)
+def rows_kernel(
+    student, teacher, labels, out, results, row_scale,
+    student_inner, student_outer_stride, student_inner_stride, student_stride,
+    teacher_inner, teacher_outer_stride, teacher_inner_stride, teacher_stride,
+    out_inner, out_outer_stride, out_inner_stride, out_stride, scale_stride,
+    n_ids, ignore_index, c, beta, rest, kd_ratio, kd_scale, kd_slope, ce_weight,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, AT_1: tl.constexpr, METRICS: tl.constexpr, GRADIENT: tl.constexpr,
+    THREE_PASSES: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Everything about one row.
+
+    Args:
+        row_scale: multiplies the row's gradient; one number (stride 0) or one per row.
+        kd_ratio, ce_weight: weights of the divergence and of the cross-entropy in the loss. kd_scale: factor of D,
+            T² or 1. kd_slope: weight of dD/dz, z = s/T.
+        HAS_KD: D is computed; HAS_CE: so is the cross-entropy. A weight of 0 leaves either out of the loss.
+        THREE_PASSES: the gradient needs a sum over normalised p and q first.
+    """
+    row = tl.program_id(0)
+    s = row_start(student, row, student_inner, student_outer_stride, student_inner_stride)
+    t = row_start(teacher, row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
+    o = row_start(out, row, out_inner, out_outer_stride, out_inner_stride)
+    results += row.to(tl.int64) * RESULTS
+    label = -1
+    if HAS_LABELS:
+        label = tl.load(labels + row)
+        if label == ignore_index:
+            if GRADIENT:
+                fill_zeros(o, n_ids, out_stride, BLOCK)
+            store_results(results, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            return
+        label = label.to(tl.int32)
+
+    SECOND: tl.constexpr = GRADIENT or METRICS or THREE_PASSES
+    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, top = statistics(
+        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_1,
+        (not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
+        DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK,
+    )  # fmt: skip
+    if not AT_1:
+        n_s = d_s
+        n_t = d_t
+    class_loss = 0.0
+    teacher_class_loss = 0.0
+    if HAS_LABELS and (HAS_CE or METRICS):
+        class_loss = cross_entropy(load_logit(s, label, n_ids, student_stride), m_s, n_s)
+        if HAS_TEACHER and METRICS:
+            teacher_class_loss = cross_entropy(load_logit(t, label, n_ids, teacher_stride), m_t, n_t)
+    kd_loss = 0.0
+    centre = 0.0
+    limit = 0.0
+    kl = 0.0
+    agreement = 0.0
+    entropy_s = 0.0
+    entropy_t = 0.0
+    acceptance = 0.0
+    if HAS_KD and (DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl"):
+        forward_kl, reverse_kl, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, top)
+        if DIVERGENCE == "forward_kl":
+            kd_loss = forward_kl
+        elif DIVERGENCE == "reverse_kl":
+            kd_loss = reverse_kl
+        else:
+            kd_loss = weighted(beta, forward_kl) + weighted(rest, reverse_kl)
+
+    scale = 1.0
+    if GRADIENT:
+        scale = tl.load(row_scale + row.to(tl.int64) * scale_stride).to(tl.float32)
+    if SECOND:
+        value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = finish(
+            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, rest, label,
+            m_s, m_t, d_s, d_t, n_s, n_t, centre, limit, kd_slope * scale, ce_weight * scale,
+            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS,
+            True, GRADIENT and not THREE_PASSES, BACKWARDS, BLOCK,
+        )  # fmt: skip
+        kd_loss = value
+        agreement = tl.where(first_s == first_t, 1.0, 0.0)
+    if GRADIENT and THREE_PASSES:
+        finish(
+            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, rest, label,
+            m_s, m_t, d_s, d_t, n_s, n_t, centre_of(DIVERGENCE, centres, mass), limit,
+            kd_slope * scale, ce_weight * scale,
+            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS, False, True, False, BLOCK,
+        )  # fmt: skip
+    kd_loss = not_negative(kd_loss) * kd_scale
+    loss = weighted(kd_ratio, kd_loss) + weighted(ce_weight, class_loss)
+    store_results(
+        results, loss, class_loss, teacher_class_loss, kd_loss, kl, agreement, entropy_s, entropy_t, acceptance
+    )
+
+
+@triton.jit(do_not_specialize=["n_elements"])
+def scale_kernel(grad, scale, n_elements, row_length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """grad ← grad·scale, one scale or (ROWS) one per row. A single scale of 1 is seen here, on the device, and ends
+    the program before it reads anything: a plain ``loss.backward()`` costs next to nothing and no host waits."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    if ROWS:
+        factor = tl.load(scale + offsets // row_length, mask=mask, other=0.0)
+        value = tl.load(grad + offsets, mask=mask).to(tl.float32) * factor
+        tl.store(grad + offsets, value.to(grad.dtype.element_ty), mask=mask)
+    else:
+        factor = tl.load(scale)
+        if factor != 1.0:
+            value = tl.load(grad + offsets, mask=mask).to(tl.float32) * factor
+            tl.store(grad + offsets, value.to(grad.dtype.element_ty), mask=mask)
