@@ -1,4 +1,4 @@
-"""One side of ``benchmarks.losses`` in a process of its own: compute the objective once, write what it took.
+"""One side of ``benchmarks.losses --llama`` in a process of its own: compute the objective once, write what it took.
 
 Every side starts from the last hidden states of both models and ends with the gradient of the student's. The heads
 are frozen, as a LoRA student's is. Legend: N tokens, V vocabulary, D hidden width.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._measure import measure
+from .._measure import measure
 
 KD_RATIO = 0.5
 CHUNKS = 8

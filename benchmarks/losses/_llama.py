@@ -1,6 +1,6 @@
 """Distillation losses from hidden states to the student's gradient: torchtune's stock path and ours.
 
-    python -m benchmarks.losses
+    python -m benchmarks.losses --llama
 
 Forward KL at T = 1 and cross-entropy, half each, bf16, frozen heads, at the Llama 3 shape: student width 2048 (1B),
 teacher width 4096 (8B), 128256 ids. The chunked losses are what torchtune's KD configs use. On a CPU they also pay for
@@ -22,8 +22,8 @@ from statistics import median
 
 import torch
 
-from benchmarks._losses_worker import IGNORE, KD_RATIO, SIDES
-from benchmarks._measure import describe_machine
+from .._measure import describe_machine
+from ._llama_worker import IGNORE, KD_RATIO, SIDES
 
 STUDENT_WIDTH, TEACHER_WIDTH = 2048, 4096
 SLICE = 16  # tokens compared with fp64
@@ -82,7 +82,7 @@ def fp64_truth(inputs: dict) -> dict:
 
 def run_side(side: str, inputs_file: Path) -> dict:
     output = inputs_file.with_name("result.json")
-    command = [sys.executable, "-m", "benchmarks._losses_worker", side, str(inputs_file), str(output)]
+    command = [sys.executable, "-m", "benchmarks.losses._llama_worker", side, str(inputs_file), str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
@@ -105,7 +105,7 @@ def print_table(results: dict[str, list[dict]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.losses --llama", description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=1024, help="N (default 1024)")
     parser.add_argument("--vocab", type=int, default=128256, help="V (default 128256)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default 3)")

@@ -1,0 +1,144 @@
+"""All cells of a plan: in this process on a GPU, each in a process of its own on a CPU."""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ._case import Case
+from ._cell import Cell, measure_cell
+from ._implementations import IMPLEMENTATIONS, Implementation
+from ._inputs import Inputs, Truth, fp64_truths, make_inputs
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+GRACE = 12.0  # seconds for the cell that is running when the time is up
+LATE = "not run: the time of this run was up"
+
+
+class Result(NamedTuple):
+    """One case and everyone's numbers."""
+
+    case: Case
+    cells: list[Cell]
+
+    def cell(self, key: str) -> Cell | None:
+        return next((cell for cell in self.cells if cell.key == key), None)
+
+    @property
+    def ours(self) -> Cell | None:
+        """Ours with numbers, Triton before torch."""
+        cells = (self.cell("ours-triton"), self.cell("ours-torch"))
+        return next((cell for cell in cells if cell and cell.seconds), None)
+
+
+class Clock:
+    """Seconds left of a run, and why there are none."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.reason = LATE
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def stop(self, reason: str) -> None:
+        self._end, self.reason = time.monotonic(), reason
+
+
+def select(case: Case, words: list[str] | None) -> list[Implementation]:
+    """Implementations that fit a case and hold one of the words."""
+    return [one for one in IMPLEMENTATIONS if one.fits(case) and (not words or any(word in one.key for word in words))]
+
+
+def run_case(case: Case, device: str, words: list[str] | None, budget: float, clock: Clock) -> Result:
+    """Measure a case; cells for which no time is left, or that cannot run here, say so."""
+    candidates = select(case, words)
+    reasons = {one.key: one.missing(device, case) for one in candidates}
+    runnable = [one for one in candidates if reasons[one.key] is None]
+    measured: dict[str, Cell] = {}
+    if runnable and clock.left() > 0:
+        try:
+            with _measurer(case, device, runnable, budget, clock) as measurer:
+                for one in runnable:
+                    measured[one.key] = measurer(one) if clock.left() > 0 else Cell(one.key, clock.reason)
+        except torch.cuda.OutOfMemoryError:
+            reasons.update({one.key: "out of memory for the inputs" for one in runnable})
+    return Result(
+        case, [measured.get(one.key) or Cell(one.key, reasons[one.key] or clock.reason) for one in candidates]
+    )
+
+
+@contextmanager
+def _measurer(
+    case: Case, device: str, implementations: list[Implementation], budget: float, clock: Clock
+) -> Iterator[Callable[[Implementation], Cell]]:
+    """What measures one implementation after another on the same inputs."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    inputs = make_inputs(case, device)
+    truths = _truths(inputs, case, implementations)
+    if device == "cuda":
+        yield lambda one: _in_this_process(one, case, inputs, truths.get(_truth_key(one, case)), budget, clock)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        plain = {key: tuple(truth) for key, truth in truths.items()}
+        torch.save({"inputs": tuple(inputs), "truths": plain}, path / "inputs.pt")
+        inputs = None  # the processes read theirs from the file
+        yield lambda one: _in_process(one, case, path, budget, clock)
+
+
+def _truths(inputs: Inputs, case: Case, implementations: list[Implementation]) -> dict[str, Truth]:
+    """The truth of every objective that one of the implementations computes; none for memory alone."""
+    if case.peers == "none":
+        return {}
+    effective = {_truth_key(one, case): one.effective(case) for one in implementations}
+    return dict(zip(effective, fp64_truths(inputs, list(effective.values())), strict=True))
+
+
+def _truth_key(implementation: Implementation, case: Case) -> str:
+    return implementation.effective(case).name
+
+
+def _in_this_process(
+    one: Implementation, case: Case, inputs: Inputs, truth: Truth | None, budget: float, clock: Clock
+) -> Cell:
+    cell = measure_cell(one, inputs, truth, case, budget)
+    if cell.missing:
+        try:
+            torch.cuda.synchronize()
+        except Exception:  # an illegal access: nothing more runs on the GPU in this process
+            clock.stop(f"not run: {one.key} left the GPU unusable in '{case.name}'; rerun without it")
+    return cell
+
+
+def _in_process(one: Implementation, case: Case, folder: Path, budget: float, clock: Clock) -> Cell:
+    job = {
+        "key": one.key,
+        "case": case._asdict(),
+        "truth": _truth_key(one, case),
+        "inputs": str(folder / "inputs.pt"),
+        "output": str(folder / f"{one.key}.json"),
+        "budget": budget,
+    }
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job))
+    command = [sys.executable, "-m", "benchmarks.losses._worker", str(job_file)]
+    limit = max(10.0, clock.left() + GRACE)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=CHECKOUT, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return Cell(one.key, f"not finished: stopped after {limit:.0f} s, when the time of this run was up")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Cell(one.key, f"failed with exit code {done.returncode}: {last[:160]}")
+    return Cell(**json.loads(Path(job["output"]).read_text()))
