@@ -19,6 +19,7 @@ class Times(NamedTuple):
 
     warm_up: float  # the first call: imports, compilation, allocation
     calls: list[float]
+    cpu: float | None = None  # mean over the calls, of all threads; of a CPU that others use too the steadier number
 
     @property
     def median(self) -> float:
@@ -39,11 +40,13 @@ def time_calls(call: Callable[[], object], device: str, budget: float) -> Times:
     flush = torch.zeros(FLUSH_BYTES, dtype=torch.int8, device=device)
     warm_up = _stopwatch(call, device)
     if device != "cuda":
-        calls = []
+        calls, cpu = [], 0.0
         while len(calls) < LEAST_REPEATS or (sum(calls) < budget and len(calls) < MOST_REPEATS):
             flush.add_(1)
+            start = time.process_time()
             calls.append(_stopwatch(call, device))
-        return Times(warm_up, calls)
+            cpu += time.process_time() - start
+        return Times(warm_up, calls, cpu / len(calls))
     once = min(_stopwatch(call, device) for _ in range(2))
     repeats = min(MOST_REPEATS, max(LEAST_REPEATS, int(budget / max(once, 1e-6))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

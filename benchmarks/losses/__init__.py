@@ -17,8 +17,9 @@ can and a note says so; that flatters it. One that cannot run is named with the 
 
 **Time** is the median of at least three calls after a warm-up, forward and backward, with a cache flush larger than the
 L2 cache before each. On a GPU CUDA events are the clock and the calls are queued without waiting in between, as in
-training; on a CPU each implementation is a process of its own. **Bound**: softmax operations, the bytes that the
-passes of the mathematics move at the copy bandwidth measured first; linear ones, the operations of the unavoidable
+training. On a CPU each implementation is a process of its own, and beside its time stands the CPU time of all threads;
+where others use the machine too, set OMP_NUM_THREADS=1 and compare that. **Bound**: softmax operations, the bytes that
+the passes of the mathematics move at the copy bandwidth measured first; linear ones, the operations of the unavoidable
 matrix products at the measured bf16 rate, or their bytes where these take longer (see `_counts.py`). A kernel whose
 second pass finds its row in the cache can exceed 100 %. **Extra memory** is the high-water mark during a call above
 the inputs and the gradients it returns. **Errors** are against fp64: the loss over all tokens, the gradient in the

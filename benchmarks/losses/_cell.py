@@ -21,6 +21,7 @@ class Cell(NamedTuple):
     missing: str | None = None
     seconds: float | None = None  # median
     fastest: float | None = None
+    cpu_seconds: float | None = None  # mean, of all threads; on a CPU
     repeats: int = 0
     warm_up: float | None = None
     added_bytes: int | None = None  # above the inputs
@@ -97,6 +98,7 @@ def _measure(
         None,
         times.median,
         min(times.calls),
+        times.cpu,
         len(times.calls),
         times.warm_up,
         added,

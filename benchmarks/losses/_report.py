@@ -12,7 +12,19 @@ from ._implementations import LACKS
 from ._run import CHECKOUT, Result
 from ._targets import targets
 
-_HEADS = ("implementation", "time", "bound", "rate", "vs ours", "extra MiB", "loss err", "grad err", "calls", "notes")
+_HEADS = (
+    "implementation",
+    "time",
+    "CPU time",
+    "bound",
+    "rate",
+    "vs ours",
+    "extra MiB",
+    "loss err",
+    "grad err",
+    "calls",
+    "notes",
+)
 
 
 class Setting(NamedTuple):
@@ -64,7 +76,11 @@ def case_table(result: Result, rates: Rates) -> str:
     needed, bound = work(result.case), bound_seconds(result.case, rates)
     head = f"**{result.case.name}**: {needed.bytes / 1e9:.2f} GB, {needed.flops / 1e12:.2f} TFLOP, bound {_time(bound)}"
     rows = [_row(cell, result, bound) for cell in result.cells if cell.seconds]
-    missing = [f"- {cell.key}: {cell.missing}" for cell in result.cells if not cell.seconds]
+    reasons: dict[str, list[str]] = {}
+    for cell in result.cells:
+        if not cell.seconds:
+            reasons.setdefault(cell.missing, []).append(cell.key)
+    missing = [f"- {', '.join(keys)}: {reason}" for reason, keys in reasons.items()]
     parts = [head, markdown_table(_HEADS, rows) if rows else "", "\n".join(missing)]
     return "\n\n".join(part for part in parts if part)
 
@@ -78,6 +94,7 @@ def _row(cell: Cell, result: Result, bound: float) -> tuple[str, ...]:
     return (
         cell.key,
         _time(cell.seconds),
+        "-" if cell.cpu_seconds is None else _time(cell.cpu_seconds),
         f"{bound / cell.seconds:.0%}",
         rate,
         f"{cell.seconds / ours.seconds:.2f}x" if ours else "-",
@@ -122,8 +139,9 @@ def markdown(setting: Setting, results: list[Result]) -> str:
         heading(setting),
         "How to read it: `time` is the median; `bound` is the least time at the measured rates over the time; `rate` "
         "counts the bytes or operations that are needed, not those an implementation spends; `vs ours` is the time "
-        "over that of ours-triton, or of ours-torch where that did not run; `extra MiB` is the high-water mark above "
-        "the inputs and the gradients returned; errors are against fp64. `benchmarks/losses/__init__.py` says more.",
+        "over that of ours-triton, or of ours-torch where that did not run; `CPU time` adds up all threads, and where it "
+        "is below `time`, others kept the machine busy; `extra MiB` is the high-water mark above the inputs and the "
+        "gradients returned; errors are against fp64. `benchmarks/losses/__init__.py` says more.",
         "## Targets",
         target_table(results, setting.device),
         "## Cases",

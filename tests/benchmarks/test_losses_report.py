@@ -22,7 +22,7 @@ def test_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: None)
     result = runs.run_case(LINEAR, "cpu", ["liger", "fla"], 0, runs.Clock(60))
     assert result.cell("liger-chunked").missing == "not installed (pip install liger-kernel)"
-    assert "- fla-fused-kl: not installed (pip install flash-linear-attention)" in table(result)
+    assert "fla-fused-kl: not installed (pip install flash-linear-attention)" in table(result)
 
 
 def test_kernels_for_a_gpu_say_so_on_a_cpu(monkeypatch):
@@ -63,7 +63,7 @@ def table(result) -> str:
 
 def cell(key: str, seconds: float, extra: int = 2**20) -> Cell:
     return Cell(
-        key, None, seconds, seconds, 9, 1.0, extra, extra, 1e-5, 2e-3, ("entropy",) if key == "torchtune" else ()
+        key, None, seconds, seconds, None, 9, 1.0, extra, extra, 1e-5, 2e-3, ("entropy",) if key == "torchtune" else ()
     )
 
 
