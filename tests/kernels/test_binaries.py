@@ -8,13 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkout import CHECKOUT, benchmarks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 WIDE = "128"
 
 # One of each kind: both ends of the two-pass kernels' register use, a loss in one read, the three passes with most
@@ -116,12 +115,7 @@ OCCUPANCY = [
 
 @pytest.mark.parametrize(("arch", "registers", "warps", "shared", "programs"), OCCUPANCY)
 def test_occupancy(arch, registers, warps, shared, programs):
-    sys.path.append(str(CHECKOUT))
-    try:
-        from benchmarks.binaries import programs_per_sm
-    finally:
-        sys.path.remove(str(CHECKOUT))
-    assert programs_per_sm(arch, registers, warps, shared) == programs
+    assert benchmarks("binaries").programs_per_sm(arch, registers, warps, shared) == programs
 
 
 def test_a_new_number_of_tokens_compiles_nothing():

@@ -1,0 +1,204 @@
+"""What a GPU would be handed, traced without one: fake CUDA tensors, in processes that do not interpret the kernels.
+
+A build of PyTorch without CUDA cannot record gradients of CUDA tensors, fake ones included. There the forward pass is
+traced for CUDA, and both passes of ``backend="triton"`` on CPU tensors, which are only traced and never run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+PRELUDE = """
+import json, torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtune_kd.kernels import _checks, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels._ops import NAMESPACE
+
+N, V, D = 8, 1000, 16
+ops, seen = getattr(torch.ops, NAMESPACE), []
+
+def make(device, grad, labels_on=None):
+    def tensor(*shape, grad=False):
+        return torch.empty(shape, dtype=torch.bfloat16, device=device, requires_grad=grad)
+    labels = torch.zeros(N, dtype=torch.int64, device=labels_on or device)
+    return {
+        "softmax": (tensor(N, V, grad=grad), tensor(N, V), labels),
+        "linear": (tensor(N, D, grad=grad), tensor(V, D, grad=grad), tensor(N, 2 * D), tensor(V, 2 * D), labels),
+    }
+
+def run(name, inputs, **settings):
+    function = {"softmax": softmax_kd_loss, "linear": linear_kd_loss}[name]
+    return function(*inputs, divergence="jsd", kd_ratio=0.5, **settings)
+
+def keep(graph, example):
+    for node in graph.graph.nodes:
+        if NAMESPACE + "." in str(node.target):
+            seen.append([str(node.target).split(".")[1], "triton" in node.args])
+    return graph
+
+def traced(name, inputs, compiler, **settings):
+    seen.clear()
+    torch._dynamo.reset()
+    loss = torch.compile(lambda *x: run(name, x, **settings), fullgraph=True, backend=compiler)(*inputs)
+    if loss.requires_grad:
+        loss.sum().backward()
+        assert all(t.grad.shape == t.shape and t.grad.dtype == t.dtype for t in inputs if t.requires_grad)
+    return {"ops": list(seen), "device": loss.device.type, "shape": list(loss.shape), "dtype": str(loss.dtype)}
+
+boxed = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+"""
+
+
+def trace(code: str) -> object:
+    """What `code` prints as JSON, with the names of `PRELUDE`."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", PRELUDE + code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+FORWARD = """
+found = {}
+with FakeTensorMode():
+    for labels_on in ("cuda", "cpu"):
+        for reduction in ("mean", "none"):
+            for name, inputs in make("cuda", False, labels_on).items():
+                found[f"{name} {labels_on} {reduction}"] = traced(name, inputs, keep, reduction=reduction)
+print(json.dumps(found))
+"""
+
+
+def test_auto_is_triton_for_cuda_tensors():
+    found = trace(FORWARD)
+    assert len(found) == 8
+    for key, graph in found.items():
+        name, _, reduction = key.split()
+        assert graph["ops"] == [[f"{name}_kd", True]], key
+        assert graph["device"] == "cuda"
+        assert graph["shape"] == ([8] if reduction == "none" else [])
+        assert graph["dtype"] == "torch.float32"
+
+
+def test_auto_is_torch_for_cpu_tensors():
+    code = """
+graphs = {name: traced(name, inputs, boxed)["ops"] for name, inputs in make("cpu", False).items()}
+print(json.dumps(graphs))
+"""
+    assert trace(code) == {"softmax": [["softmax_kd", False]], "linear": [["linear_kd", False]]}
+
+
+BACKWARD = """
+_checks.runs_interpreted = lambda: True  # "triton" on CPU tensors, which nothing runs
+device = "cuda" if torch.backends.cuda.is_built() else "cpu"
+with FakeTensorMode():
+    found = {
+        f"{name} {reduction}": traced(name, inputs, boxed, reduction=reduction, backend="triton")
+        for reduction in ("mean", "none")
+        for name, inputs in make(device, True).items()
+    }
+print(json.dumps(found))
+"""
+
+
+def test_forward_and_backward_are_in_the_graph():
+    found = trace(BACKWARD)
+    ops = {key: graph["ops"] for key, graph in found.items()}
+    # the backward of linear_kd only scales what is there, which PyTorch does on any device
+    assert ops == {
+        "softmax mean": [["softmax_kd", True], ["softmax_kd_backward", True]],
+        "softmax none": [["softmax_kd", True], ["softmax_kd_backward", True]],
+        "linear mean": [["linear_kd", True], ["linear_kd_backward", False]],
+        "linear none": [["linear_kd", True], ["linear_kd_late", True]],
+    }
+
+
+def test_operators_stay_on_the_device():
+    """The fake operators with gradients wanted, which a build without CUDA cannot reach through autograd."""
+    code = """
+settings = ("jsd", 0.5, 2.0, 0.5, -100, True, "kl,kd_loss", "mean")
+with FakeTensorMode():
+    inputs = make("cuda", False)
+    student, teacher, labels = inputs["softmax"]
+    *results, grad = ops.softmax_kd(student, teacher, labels, *settings, True, "triton")
+    back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton")
+    hidden, weight, teacher_hidden, teacher_weight, _ = inputs["linear"]
+    heads = hidden, weight, None, teacher_hidden, teacher_weight, None, labels.cpu()
+    more = ops.linear_kd(*heads, *settings, True, True, False, 4, "triton")
+    last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", [True, True, False], hidden.dtype, weight.dtype)
+    tensors = {"results": results, "grads": [grad, back], "linear": more, "last": last}
+    print(json.dumps({k: [[str(t.device), str(t.dtype), list(t.shape)] for t in v] for k, v in tensors.items()}))
+"""
+    n, v, d, bf16, f32 = 8, 1000, 16, "torch.bfloat16", "torch.float32"
+    results = [["cuda:0", f32, []], ["cuda:0", f32, [2]], ["cuda:0", "torch.int64", []]]
+    nothing = ["cuda:0", bf16, [0]]
+    found = trace(code)
+    assert found["results"] == results
+    assert found["grads"] == [["cuda:0", bf16, [n, v]]] * 2
+    assert found["linear"] == [*results, ["cuda:0", bf16, [n, d]], ["cuda:0", f32, [v, d]], nothing]
+    assert found["last"] == [["cuda:0", bf16, [n, d]], ["cuda:0", bf16, [v, d]], nothing]
+
+
+def test_triton_on_the_cpu_is_refused_where_nothing_interprets():
+    code = """
+try:
+    run("softmax", make("cpu", False)["softmax"], backend="triton")
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "backend='triton' needs CUDA tensors" in trace(code)
+
+
+GPU = """
+from torchtune_kd.kernels import METRICS
+torch.manual_seed(0)
+
+def fill(inputs):
+    for tensor in inputs[:-1]:
+        tensor.data.normal_()
+    inputs[-1].copy_(torch.arange(N) * 37 % V)
+    inputs[-1][::3] = -100
+
+calls = []
+for labels_on in ("cpu", "cuda"):
+    for name, inputs in make("cuda", True, labels_on).items():
+        fill(inputs)
+        for settings in (
+            {}, {"reduction": "none"}, {"reduction": "sum", "temperature": 2.0}, {"return_metrics": METRICS},
+            {"backend": "triton", **({"chunk_tokens": 3} if name == "linear" else {})},
+        ):
+            calls.append((name, inputs, settings))
+
+def call(name, inputs, settings):
+    found = run(name, inputs, **settings)
+    loss = found[0] if isinstance(found, tuple) else found
+    loss.backward(torch.ones_like(loss))
+
+for arguments in calls:  # kernels are compiled and loaded, and cuBLAS starts
+    call(*arguments)
+torch.cuda.synchronize()
+torch.cuda.set_sync_debug_mode("error")
+try:
+    caught = False
+    try:
+        torch.ones((), device="cuda").item()
+    except RuntimeError:
+        caught = True
+    for arguments in calls:
+        call(*arguments)
+finally:
+    torch.cuda.set_sync_debug_mode("default")
+print(json.dumps([caught, len(calls)]))
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_call_waits_for_the_gpu():
+    caught, calls = trace(GPU)
+    assert caught, "the debug mode does not see a synchronisation"
+    assert calls == 20
