@@ -1,6 +1,6 @@
 """Knowledge-distillation losses as functions of plain tensors.
 
-This folder depends on PyTorch alone and may be copied into another project.
+This folder depends on PyTorch, and on Triton for CUDA tensors, and may be copied into another project.
 """
 
 from ._api import linear_kd_loss, softmax_kd_loss

@@ -75,7 +75,7 @@ def softmax_kd_loss(
     Gradients of logits are rounded to the student's dtype before the incoming gradient multiplies them: in
     fp16 those below 6e-8 are 0, whatever the loss is scaled by; train in bf16 or fp32.
     Vocabularies that differ by less than 1024 ids are cut to the shared prefix. Inside ``torch.compile`` the
-    call runs eagerly.
+    call is one operator of the graph.
 
     Args:
         student_logits (Tensor): ``[N, V]`` or ``[B, S, V]``, bf16, fp16, fp32 or fp64, any strides.
@@ -167,7 +167,8 @@ def linear_kd_loss(
             None, if `kd_ratio` is 0 and no metric asks for it; so may `teacher_weight`.
         teacher_weight (Tensor | None): ``[V, D]`` of the teacher.
         labels (Tensor): ``[N]`` or ``[B, S]``, integers in [0, V) or `ignore_index`. May stay on the CPU
-            while the rest is on a device: then finding the valid tokens does not wait for it.
+            while the rest is on a device: then ignored tokens are dropped without waiting for it. With labels on
+            the device, Triton gives every token to the products, and PyTorch waits to drop the ignored ones.
         student_bias (Tensor | None): ``[V]`` floating; used, like the next, in the dtype of the products.
         teacher_bias (Tensor | None): ``[V]`` of the teacher.
         divergence (str): see :func:`softmax_kd_loss`, as for all arguments down to
@@ -179,8 +180,8 @@ def linear_kd_loss(
         reduction (str): "mean", "sum" or "none". "none" with a trainable head computes its products twice.
         scale_by_temperature_squared (bool): multiply D by T².
         chunk_tokens (int | None): tokens per chunk; None chooses them so that both chunks of logits take at
-            most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens). The loss arithmetic needs
-            another 14 MiB on a CPU and 224 MiB elsewhere.
+            most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens). PyTorch's loss arithmetic needs
+            another 14 MiB on a CPU and 224 MiB elsewhere, Triton's nothing.
         backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
             Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
         return_metrics (bool | Sequence[str]): see :func:`softmax_kd_loss`.

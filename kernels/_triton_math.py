@@ -1,7 +1,7 @@
 """Arithmetic on a block of ids, shared by all Triton kernels of this folder.
 
 Legend: s, t student and teacher logits; T temperature; q, p their softmaxes; everything is in powers of 2, so that
-the hardware's ``exp2`` and ``log2`` serve: ``us = s·log2(e)/T - maximum``, ``lq = log2 q``, ``r = log2(q/p)``.
+the hardware's ``exp2`` and ``log2`` serve: ``us = (s - maximum)·log2(e)/T``, ``lq = log2 q``, ``r = log2(q/p)``.
 Padding and ids masked in both models are -inf and contribute nothing. The formulas are those of
 ``_divergences.py``; README.md derives them.
 """
@@ -34,14 +34,16 @@ def expm1(r):
 
 
 @triton.jit
-def log_mixture(share, relative, log2_m, log2_own):
-    """ln(m/own) of the mixture m = own + share·(other - own), given ``relative`` = other/own - 1."""
+def log_mixture(share, own_share, relative, log2_m, log2_own):
+    """ln(m/own) of the mixture m = own_share·own + share·other, given ``relative`` = other/own - 1."""
     a = share * relative
     # ln(1 + a) = 2·artanh(a/(2 + a)); at |a| = 0.25 the first term left out is 2e-8 of the sum
     w = a / (2.0 + a)
     square = w * w
     series = 1.0 + square * (0.3333333333333333 + square * (0.2 + square * 0.14285714285714285))
-    return tl.where(tl.abs(a) < 0.25, 2.0 * w * series, (log2_m - log2_own) * LN2)
+    # m/own is at least own_share, also where m is too small for fp32; -1000 where own_share is, too
+    direct = tl.maximum(log2_m - log2_own, tl.maximum(tl.log2(own_share), -1000.0))
+    return tl.where(tl.abs(a) < 0.25, 2.0 * w * series, direct * LN2)
 
 
 @triton.jit
@@ -91,16 +93,16 @@ def divergence_terms(DIVERGENCE: tl.constexpr, beta, rest, p, q, lp, lq, r):
         centre = q * _sign_half(d)
     elif DIVERGENCE == "jsd":
         log2_m = tl.log2(mixture(beta, rest, p, q))
-        to_q = log_mixture(beta, expm1(-r), log2_m, lq)
-        value = -(beta * weighted(p, log_mixture(rest, expm1(r), log2_m, lp)) + rest * weighted(q, to_q))
+        to_q = log_mixture(beta, rest, expm1(-r), log2_m, lq)
+        value = -(beta * weighted(p, log_mixture(rest, beta, expm1(r), log2_m, lp)) + rest * weighted(q, to_q))
         centre = weighted(q, -rest * to_q)
     elif DIVERGENCE == "skew_forward_kl":
         m = mixture(beta, rest, p, q)
-        value = rest * d - weighted(p, log_mixture(rest, expm1(r), tl.log2(m), lp))
+        value = rest * d - weighted(p, log_mixture(rest, beta, expm1(r), tl.log2(m), lp))
         centre = _share(p, q, m)
     else:  # skew_reverse_kl
         m = mixture(rest, beta, p, q)
-        to_q = log_mixture(rest, expm1(-r), tl.log2(m), lq)
+        to_q = log_mixture(rest, beta, expm1(-r), tl.log2(m), lq)
         value = -weighted(q, to_q) - rest * d
         centre = weighted(q, _skew_reverse_slope(beta, rest, m, d, to_q))
     return value, centre
@@ -123,13 +125,13 @@ def divergence_gradient(DIVERGENCE: tl.constexpr, beta, rest, p, q, lp, lq, r, c
     elif DIVERGENCE == "tvd":
         grad = q * (_sign_half(d) - centre)
     elif DIVERGENCE == "jsd":
-        to_q = log_mixture(beta, expm1(-r), tl.log2(mixture(beta, rest, p, q)), lq)
+        to_q = log_mixture(beta, rest, expm1(-r), tl.log2(mixture(beta, rest, p, q)), lq)
         grad = weighted(q, -rest * to_q - centre)
     elif DIVERGENCE == "skew_forward_kl":
         grad = rest * (q * centre - _share(p, q, mixture(beta, rest, p, q)))
     elif DIVERGENCE == "skew_reverse_kl":
         m = mixture(rest, beta, p, q)
-        to_q = log_mixture(rest, expm1(-r), tl.log2(m), lq)
+        to_q = log_mixture(rest, beta, expm1(-r), tl.log2(m), lq)
         grad = weighted(q, _skew_reverse_slope(beta, rest, m, d, to_q) - centre)
     return grad
 
@@ -148,4 +150,5 @@ def _share(p, q, m):
 @triton.jit
 def _skew_reverse_slope(beta, rest, m, d, to_q):
     """h = ln(q/m) - β·q/m, plus β: 0 where p = q."""
-    return -to_q - beta * rest * tl.where(m > 0.0, d / m, 0.0)
+    # below, 1/m leaves fp32; it is the teacher's zeros there that make m so small
+    return -to_q - tl.where(m > 1.0e-37, beta * rest * (d / m), rest)

@@ -3,7 +3,7 @@
 They are device functions: one kernel calls both for a whole row, other kernels one of them for a part of a row.
 
 Legend: V ids of the row (or of its part); T temperature, ``c = log2(e)/T``; ``m_s``, ``m_t`` largest raw logits;
-``us = s·c - m_s·c``; for the rest see ``_triton_math.py``.
+``us = (s - m_s)·c``; for the rest see ``_triton_math.py``.
 """
 
 import triton
@@ -60,8 +60,8 @@ def load_block(row, offsets, n_ids, stride):
 
 @triton.jit
 def exponent(logits, c, largest):
-    """(logits - largest)·c, one multiply-add each."""
-    return tl.fma(logits, c, -(largest * c))
+    """(logits - largest)·c. In this order it is exactly 0 at the largest, which one multiply-add would miss."""
+    return (logits - largest) * c
 
 
 @triton.jit
@@ -95,15 +95,15 @@ def statistics(
         new_s = tl.maximum(m_s, tl.max(s, 0))
         us = exponent(s, c, new_s)
         e_s = tl.exp2(us)
-        move_s = m_s * c - new_s * c
+        move_s = (m_s - new_s) * c
         if AT_1:
-            n_s = n_s * tl.exp2(m_s * LOG2_E - new_s * LOG2_E) + fold(tl.exp2(exponent(s, LOG2_E, new_s)))
+            n_s = n_s * tl.exp2((m_s - new_s) * LOG2_E) + fold(tl.exp2(exponent(s, LOG2_E, new_s)))
         if HAS_TEACHER:
             t = load_block(teacher, offsets, n_ids, teacher_stride)
             new_t = tl.maximum(m_t, tl.max(t, 0))
             ut = exponent(t, c, new_t)
             e_t = tl.exp2(ut)
-            move_t = m_t * c - new_t * c
+            move_t = (m_t - new_t) * c
             if FORWARD:
                 forward = weighted(tl.exp2(move_t), forward + d_t * (move_t - move_s)) + fold(weighted(e_t, ut - us))
             if REVERSE:
@@ -113,7 +113,7 @@ def statistics(
                 ruled_out = tl.exp2(move_s) * ruled_out + fold(tl.where(allowed, 0.0, e_s))
                 top = tl.maximum(top - (move_t - move_s), fold_max(tl.where(allowed, us - ut, LOWEST)))
             if AT_1:
-                n_t = n_t * tl.exp2(m_t * LOG2_E - new_t * LOG2_E) + fold(tl.exp2(exponent(t, LOG2_E, new_t)))
+                n_t = n_t * tl.exp2((m_t - new_t) * LOG2_E) + fold(tl.exp2(exponent(t, LOG2_E, new_t)))
             d_t = d_t * tl.exp2(move_t) + fold(e_t)
             m_t = new_t
         d_s = d_s * tl.exp2(move_s) + fold(e_s)

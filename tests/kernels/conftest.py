@@ -1,4 +1,9 @@
-"""Which divergences the tests run for."""
+"""Which divergences and backends the tests run for."""
+
+import pytest
+import torch
+
+from torchtune_kd.kernels import DIVERGENCES, Objective, _api, _checks
 
 # Every divergence at its default, at a lopsided beta, at the ends where formulas change, and near them.
 VARIANTS = [
@@ -13,12 +18,32 @@ VARIANTS = [
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that take `divergence` and `beta` run for every variant; `divergence` alone for every default."""
+    """Tests that take `divergence` and `beta` run for every variant; `divergence` alone for every default; `backend`
+    for both."""
     names = metafunc.fixturenames
+    if {"divergence", "beta", "backend"} <= set(names):
+        # interpreted kernels take milliseconds a row: the defaults, and betas at both ends by test_every_beta_is_right
+        cases = [(*variant, "torch") for variant in VARIANTS]
+        cases += [(name, Objective(name).beta, "triton") for name in DIVERGENCES]
+        metafunc.parametrize(("divergence", "beta", "backend"), cases, indirect=["backend"])
+        return
+    if "backend" in names:
+        metafunc.parametrize("backend", ["torch", "triton"], indirect=True)
     if "divergence" in names and "beta" in names:
         metafunc.parametrize(("divergence", "beta"), VARIANTS)
     elif "divergence" in names:
-        metafunc.parametrize(
-            "divergence",
-            ["forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"],
-        )
+        metafunc.parametrize("divergence", DIVERGENCES)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """What ``backend="auto"`` stands for in a test on a CPU; Triton is interpreted and leaves fp64 to torch."""
+
+    def resolve(backend, *tensors):
+        if backend == "auto" and not any(t is not None and t.dtype == torch.float64 for t in tensors):
+            backend = "triton"
+        return _checks.resolve_backend(backend, *tensors)
+
+    if request.param == "triton":
+        monkeypatch.setattr(_api, "resolve_backend", resolve)
+    return request.param

@@ -4,7 +4,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import GRID, VALUES, make_labels, masked, without_masked
+from grid import GRID, VALUES
+from grid_checks import check_hidden, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtune_kd.kernels import METRICS, Objective, linear_kd_loss, softmax_kd_loss
@@ -39,111 +40,19 @@ def leaves(inputs):
     return [t for t in inputs.values() if t.requires_grad]
 
 
-def logits(inputs, dtype=None):
-    """Both models' logits ``[N, V]`` by plain linear layers, in `dtype` or their own."""
-
-    def of(model):
-        factors = (inputs[f"{model}_{name}"] for name in ("hidden", "weight", "bias"))
-        return F.linear(*(x if dtype is None else x.to(dtype) for x in factors))
-
-    return of("student"), of("teacher")
-
-
 def gradients(loss, inputs):
     return torch.autograd.grad(loss, leaves(inputs), materialize_grads=True)
-
-
-def make_factors(kind, n, v, student_dtype, teacher_dtype, d=8):
-    """Inputs whose logits are those of the grid's kinds.
-
-    Hidden states and heads are multiples of 1/4: in every dtype their products are exact and so are the sums in
-    fp32, whatever their order, which leaves one rounding, the same in every implementation.
-    """
-
-    def quarters(*shape):
-        return torch.randn(*shape).mul(4).round() / 4
-
-    width = 2 * d if kind == "strided" else d
-    hidden, teacher_hidden = quarters(n, width), quarters(n, width)
-    weight, teacher_weight = quarters(v, width) / 2, quarters(v, width) / 2
-    if kind == "close":
-        teacher_hidden, teacher_weight = hidden + quarters(n, width) / 64, weight
-    if kind == "huge":
-        hidden, teacher_hidden = (torch.eye(d)[torch.randint(d, (n,))] for _ in range(2))
-        weight, teacher_weight = (torch.randint(-1, 2, (v, d)) * 1e4 for _ in range(2))
-    bias = torch.zeros(v)
-    if kind == "masked":
-        bias[masked(v)] = -torch.inf
-    inputs = {
-        "student_hidden": hidden,
-        "student_weight": weight,
-        "student_bias": bias,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-        "teacher_bias": bias,
-    }
-    for name, tensor in inputs.items():
-        dtype = student_dtype if name.startswith("student") else teacher_dtype
-        inputs[name] = tensor.to(dtype, copy=True)
-        if kind == "strided" and tensor.dim() == 2:
-            inputs[name] = inputs[name][:, ::2]
-    return inputs
 
 
 # A third of the cases each: chunks chosen, of 50 tokens (which do not divide 129), of one token.
 @pytest.mark.parametrize((*VALUES, "chunk_tokens"), [(*case, (None, 50, 1)[i % 3]) for i, case in enumerate(GRID)])
 def test_grid(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens):
-    inputs = make_factors(kind, n, v, *dtypes)
-    labels = make_labels(labels, n, v, kind)
-    names = ("student_hidden", "student_weight", "student_bias")
-    for name in names:
-        inputs[name].requires_grad_()
-    beta = Objective(divergence).beta
-
-    student, teacher = (z.detach() for z in logits(inputs))
-
-    def plain(dtype):
-        """Loss and gradient to the logits ``[N, V]``, from the logits as the models round them."""
-        z = student.to(dtype).requires_grad_()
-        s, t_, y = z, teacher.to(dtype), labels
-        if kind == "masked":
-            s, t_, y = without_masked(v, labels, s, t_)
-        loss = oracle.mean(s, t_, y, divergence, beta, t, kd_ratio)
-        return loss.detach(), torch.autograd.grad(loss, z)[0].double()
-
-    truth, g = plain(F64)
-    reference, reference_g = plain(F64 if F64 in dtypes else F32)
-    loss = linear_kd_loss(
-        **inputs, labels=labels, divergence=divergence, temperature=t, kd_ratio=kd_ratio, chunk_tokens=chunk_tokens
-    )
-    assert loss.dtype == reference.dtype
-    assert loss >= 0
-    assert abs(loss - truth) <= abs(reference - truth) + 2e-6 * max(1.0, truth.item())
-
-    # what rounding each gradient of a logit once, and each result once, can make of them
-    unit = {F64: 1e-12, F32: 4e-6, F16: 1e-3, BF16: 8e-3}[dtypes[0]]
-    slack = (reference_g - g).abs() + unit * g.abs()
-    if dtypes[0] == F16:  # the smallest number, times the tokens by which the stored gradient is divided later
-        slack += 6e-8 / max(1, int((labels != -100).sum()))
-    if divergence == "tvd":  # its gradient jumps where p = q, and there fp32 does not know the side
-        p, q = (torch.softmax(z.double() / t, -1) for z in (teacher, student))
-        slack += torch.where((p - q).abs() < 1e-6 * q, t * q, 0.0)
-    hidden, weight = (inputs[name].detach().double() for name in ("student_hidden", "student_weight"))
-    expected = {
-        "student_hidden": (g @ weight, slack @ weight.abs()),
-        "student_weight": (g.t() @ hidden, slack.t() @ hidden.abs()),
-        "student_bias": (g.sum(0), slack.sum(0)),
-    }
-    found = torch.autograd.grad(loss, [inputs[name] for name in names])
-    for grad, (right, bound) in zip(found, expected.values(), strict=True):
-        if (dtypes[0], kind) == (F16, "huge") and grad is found[0]:
-            continue  # a token's gradient, of the order of the logits times the head's 1e4, has no place in fp16
-        assert (grad.double() - right).norm() <= (bound + unit * right.abs()).norm() + 1e-9
+    check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens)
 
 
 @pytest.mark.parametrize("t", [0.5, 1.0, 8.0])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype):
+def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype, backend):
     inputs = make_inputs(v=300, dtype=dtype)
     for name in ("hidden", "weight", "bias"):
         inputs[f"teacher_{name}"] = inputs[f"student_{name}"].detach().clone()
@@ -153,7 +62,7 @@ def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, 
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 128, 2048])
-def test_an_fp16_head_gradient_that_leaves_the_range_before_it_is_divided(chunk_tokens):
+def test_an_fp16_head_gradient_that_leaves_the_range_before_it_is_divided(chunk_tokens, backend):
     """2048 tokens of one kind: the sum of their contributions is 2048 times the mean, beyond 65504."""
     n, v, d = 2048, 5, 4
     teacher = torch.randn(d)
@@ -179,7 +88,7 @@ def test_an_fp16_head_gradient_that_leaves_the_range_before_it_is_divided(chunk_
 @pytest.mark.parametrize(
     ("chunk_tokens", "t", "kd_ratio"), [(None, 1.0, 1.0), (4, 2.0, 0.3), (1, 0.5, 0.5), (5, 8.0, 0.0)]
 )
-def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio):
+def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio, backend):
     inputs = make_inputs()
     truth = oracle.mean(*logits(inputs, F64), inputs["labels"], divergence, beta, t, kd_ratio)
     loss = linear_kd_loss(
@@ -194,7 +103,7 @@ def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
-def test_low_precision_is_as_right_as_plain_torch(divergence, chunk_tokens, dtype):
+def test_low_precision_is_as_right_as_plain_torch(divergence, chunk_tokens, dtype, backend):
     inputs = make_inputs(n=48, v=1000, d=64, teacher_d=96, dtype=dtype)
     beta = Objective(divergence).beta
     kwargs = {"divergence": divergence, "beta": beta, "temperature": 2.0, "kd_ratio": 0.5}
@@ -236,7 +145,7 @@ def test_equals_the_loss_of_logits(divergence):
         assert torch.allclose(ours, theirs)
 
 
-def test_batch_and_sequence_dimensions():
+def test_batch_and_sequence_dimensions(backend):
     inputs = make_inputs(n=24)
     flat = linear_kd_loss(**inputs, reduction="none")
     shaped = {
@@ -260,7 +169,7 @@ def test_head_gradient_is_accumulated_in_fp32():
         assert (grad - right).norm() < 0.01 * right.norm()
 
 
-def test_weight_trains_while_hidden_does_not():
+def test_weight_trains_while_hidden_does_not(backend):
     inputs = make_inputs()
     both = dict(zip(("h", "w", "b"), gradients(linear_kd_loss(**inputs), inputs), strict=True))
     inputs["student_hidden"] = inputs["student_hidden"].detach()
@@ -271,7 +180,7 @@ def test_weight_trains_while_hidden_does_not():
 
 @pytest.mark.parametrize("n", [0, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_valid_token_gives_a_connected_zero(n, reduction):
+def test_no_valid_token_gives_a_connected_zero(n, reduction, backend):
     inputs = make_inputs(n=n, ignored=1)
     loss = linear_kd_loss(**inputs, kd_ratio=0.5, reduction=reduction)
     assert not loss.any()
@@ -280,14 +189,14 @@ def test_no_valid_token_gives_a_connected_zero(n, reduction):
         assert grad.isfinite().all()
 
 
-def test_kd_ratio_0_touches_no_teacher():
+def test_kd_ratio_0_touches_no_teacher(backend):
     inputs = make_inputs()
     truth = oracle.mean(*logits(inputs, F64), inputs["labels"], "forward_kl", kd_ratio=0.0)
     inputs["teacher_hidden"] = inputs["teacher_weight"] = inputs["teacher_bias"] = None
     assert linear_kd_loss(**inputs, kd_ratio=0.0).item() == pytest.approx(truth.item(), rel=1e-5)
 
 
-def test_padded_vocabularies(divergence):
+def test_padded_vocabularies(divergence, backend):
     inputs = make_inputs(v=60)
     cut = linear_kd_loss(**inputs, divergence=divergence, kd_ratio=0.5)
     cut_grads = gradients(cut, inputs)
@@ -304,7 +213,7 @@ def test_padded_vocabularies(divergence):
     assert torch.equal(linear_kd_loss(**wide, divergence=divergence, kd_ratio=0.5), cut)
 
 
-def test_second_backward_checkpoint_and_inference_mode_teacher():
+def test_second_backward_checkpoint_and_inference_mode_teacher(backend):
     inputs = make_inputs()
     with torch.inference_mode():
         inputs["teacher_hidden"] = inputs["teacher_hidden"] + 0.0
@@ -324,7 +233,7 @@ def test_second_backward_checkpoint_and_inference_mode_teacher():
             assert torch.equal(ours, right)
 
 
-def test_autocast_runs_the_products_in_its_dtype():
+def test_autocast_runs_the_products_in_its_dtype(backend):
     inputs = make_inputs(n=8, v=50, d=16)
     low = {name: t.detach().bfloat16() if t.is_floating_point() else t for name, t in inputs.items()}
     with torch.autocast("cpu", dtype=BF16):
@@ -345,7 +254,7 @@ def test_autocast_leaves_fp64_alone_as_a_linear_layer_does():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_inside_autocast_is_the_one_outside(reduction):
+def test_backward_inside_autocast_is_the_one_outside(reduction, backend):
     inputs = make_inputs()
     loss = linear_kd_loss(**inputs, reduction=reduction).sum()
     outside = torch.autograd.grad(loss, leaves(inputs), retain_graph=True)
@@ -356,7 +265,7 @@ def test_backward_inside_autocast_is_the_one_outside(reduction):
 
 
 @pytest.mark.parametrize("name", ["teacher_hidden", "teacher_weight", "teacher_bias", "labels"])
-def test_what_backward_reads_again_must_not_change_meanwhile(name):
+def test_what_backward_reads_again_must_not_change_meanwhile(name, backend):
     """Reduction "none" with a trainable head walks the chunks once more in backward."""
     inputs = make_inputs(ignored=0)
     loss = linear_kd_loss(**inputs, reduction="none", kd_ratio=0.5).sum()
