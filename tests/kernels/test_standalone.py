@@ -76,10 +76,10 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_copy_works_where_torchtune_cannot_be_imported(copy, backend):
+@pytest.mark.parametrize("runs_on", ["torch", "triton"])
+def test_a_copy_works_where_torchtune_cannot_be_imported(copy, runs_on):
     # PyTorch itself would load this project's plug-in otherwise
-    run(REFUSE + f"import kd_kernels; check(kd_kernels, {backend!r})", copy, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    run(REFUSE + f"import kd_kernels; check(kd_kernels, {runs_on!r})", copy, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 
 def test_refusal_refuses(tmp_path):
