@@ -101,6 +101,7 @@ def rows(
     plan: Plan,
     grad_out: Tensor | None,
     row_scale: Tensor | None = None,
+    backwards: bool = False,
 ) -> Rows:
     """Losses, metrics and gradients of all rows, by one launch.
 
@@ -111,6 +112,8 @@ def rows(
         plan (Plan): what to compute.
         grad_out (Tensor | None): shape of `student`; receives the gradient of the rows' losses. May be `student`.
         row_scale (Tensor | None): 0-d or ``[N, 1]``, multiplies the gradients.
+        backwards (bool): walk the second pass from the last id, which the first has left in the cache. Not yet
+            measured on a GPU, so not the default.
 
     Returns:
         Rows: in fp32, 0 where a token is ignored.
@@ -119,7 +122,7 @@ def rows(
     results = torch.empty(n_tokens, RESULTS.value, dtype=torch.float32, device=student.device)
     if n_tokens == 0:
         return Rows.zeros(0, plan, torch.float32, student.device)
-    variant = variant_of(plan, labels is not None)
+    variant = variant_of(plan, labels is not None, backwards)
     objective = plan.objective
     blocks = blocks_for(plan.vocab, variant.THREE_PASSES, variant.METRICS)
     teacher = student if teacher is None else teacher

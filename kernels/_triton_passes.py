@@ -95,7 +95,7 @@ def statistics(
         new_s = tl.maximum(m_s, tl.max(s, 0))
         us = exponent(s, c, new_s)
         e_s = tl.exp2(us)
-        move_s = (m_s - new_s) * c
+        move_s = tl.where(m_s > LOWEST, (m_s - new_s) * c, 0.0)
         if AT_1:
             n_s = n_s * tl.exp2((m_s - new_s) * LOG2_E) + fold(tl.exp2(exponent(s, LOG2_E, new_s)))
         if HAS_TEACHER:
@@ -103,12 +103,12 @@ def statistics(
             new_t = tl.maximum(m_t, tl.max(t, 0))
             ut = exponent(t, c, new_t)
             e_t = tl.exp2(ut)
-            move_t = (m_t - new_t) * c
+            move_t = tl.where(m_t > LOWEST, (m_t - new_t) * c, 0.0)
             if FORWARD:
                 forward = weighted(tl.exp2(move_t), forward + d_t * (move_t - move_s)) + fold(weighted(e_t, ut - us))
             if REVERSE:
                 allowed = t > LOWEST
-                reverse = tl.exp2(move_s) * (reverse - d_s * (move_t - move_s))
+                reverse = tl.exp2(move_s) * (reverse - (d_s - ruled_out) * (move_t - move_s))
                 reverse += fold(tl.where(allowed, weighted(e_s, us - ut), 0.0))
                 ruled_out = tl.exp2(move_s) * ruled_out + fold(tl.where(allowed, 0.0, e_s))
                 top = tl.maximum(top - (move_t - move_s), fold_max(tl.where(allowed, us - ut, LOWEST)))
