@@ -62,10 +62,10 @@ def _quick_gpu() -> list[Case]:
     softmax, linear = Case(), Case(op="linear")
     return [
         softmax,
-        linear,
-        linear._replace(ignored=0.5),
         softmax._replace(divergence="jsd", kd_ratio=1.0),
         *(linear._replace(tokens=tokens, peers="none") for tokens in MEMORY_TOKENS),
+        linear,
+        linear._replace(ignored=0.5),
     ]
 
 
@@ -99,19 +99,24 @@ def _gpu() -> list[Case]:
 
 
 def _cpu(softmax: Case, linear: Case) -> list[Case]:
+    """The variations are of a smaller case than the main line: process after process, that is what fits."""
+    main = _quick_cpu(softmax, linear)
+    softmax, linear = (case._replace(tokens=64, vocab=SMOLLM2) for case in (softmax, linear))
     return [
-        *_quick_cpu(softmax, linear),
-        *(case._replace(tokens=256) for case in (softmax, linear)),
+        *main,
+        *(case._replace(tokens=256) for case in main[:2]),
+        # one factor at a time
+        softmax,
+        linear,
         linear._replace(trainable_head=True),
         softmax._replace(gradient=False),
-        softmax._replace(ignored=0.5),
-        *(case._replace(ignored=0.8) for case in (softmax, linear)),
-        *(case._replace(temperature=2.0) for case in (softmax, linear)),
-        *(case._replace(vocab=SMOLLM2) for case in (softmax, linear)),
-        softmax._replace(divergence="reverse_kl"),
-        softmax._replace(divergence="jsd", kd_ratio=1.0),
         linear._replace(gradient=False),
-        softmax._replace(tokens=32),
-        softmax._replace(vocab=QWEN),
+        *(softmax._replace(ignored=share) for share in (0.5, 0.8)),
+        linear._replace(ignored=0.8),
+        *(case._replace(temperature=2.0) for case in (softmax, linear)),
+        softmax._replace(divergence="reverse_kl"),
         softmax._replace(divergence="symmetric_kl"),
+        softmax._replace(divergence="jsd", kd_ratio=1.0),
+        softmax._replace(vocab=QWEN),
+        linear._replace(vocab=QWEN),
     ]

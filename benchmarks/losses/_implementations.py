@@ -169,9 +169,7 @@ IMPLEMENTATIONS = (
         )
     ),
     *(
-        Implementation(
-            key, "liger_kernel", ("linear",), JSD, call, ("frozen", "loss_only"), cpu_reason=reason, slow=slow
-        )
+        Implementation(key, "liger_kernel", ("linear",), JSD, call, _CHUNKED, cpu_reason=reason, slow=slow)
         for key, call, reason, slow in (
             ("liger-chunked", liger.chunked, "", True),
             ("liger-chunked-compile", liger.chunked_compiled, "on a CPU it is measured without torch.compile", False),
@@ -197,4 +195,4 @@ def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return "of this checkout" if distribution == "torchtune-kd" else "missing"

@@ -139,8 +139,8 @@ def markdown(setting: Setting, results: list[Result]) -> str:
         heading(setting),
         "How to read it: `time` is the median; `bound` is the least time at the measured rates over the time; `rate` "
         "counts the bytes or operations that are needed, not those an implementation spends; `vs ours` is the time "
-        "over that of ours-triton, or of ours-torch where that did not run; `CPU time` adds up all threads, and where it "
-        "is below `time`, others kept the machine busy; `extra MiB` is the high-water mark above the inputs and the "
+        "over that of ours-triton, or of ours-torch where that did not run; `CPU time` adds up all threads, and where "
+        "it is below `time`, others kept the machine busy; `extra MiB` is the high-water mark above the inputs and the "
         "gradients returned; errors are against fp64. `benchmarks/losses/__init__.py` says more.",
         "## Targets",
         target_table(results, setting.device),

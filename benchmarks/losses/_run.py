@@ -54,8 +54,10 @@ class Clock:
 
 
 def select(case: Case, words: list[str] | None) -> list[Implementation]:
-    """Implementations that fit a case and hold one of the words."""
-    return [one for one in IMPLEMENTATIONS if one.fits(case) and (not words or any(word in one.key for word in words))]
+    """Implementations that fit a case and hold one of the words; the slow ones last, should time run out."""
+    fitting = [one for one in IMPLEMENTATIONS if one.fits(case)]
+    wanted = [one for one in fitting if not words or any(word in one.key for word in words)]
+    return sorted(wanted, key=lambda one: one.slow)
 
 
 def run_case(case: Case, device: str, words: list[str] | None, budget: float, clock: Clock) -> Result:

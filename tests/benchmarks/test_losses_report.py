@@ -154,7 +154,7 @@ def test_report_holds_everything(tmp_path):
 def test_list_shows_cases_and_reasons(capsys):
     command.main(["--list", "--device", "cpu", "--only", "linear", "80%"])
     text = capsys.readouterr().out
-    assert "linear, forward_kl + 0.5 CE, N=128, V=128256, T=1, 80% ignored" in text
+    assert "linear, forward_kl + 0.5 CE, N=64, V=49152, T=1, 80% ignored" in text
     assert "softmax, forward" not in text
     assert "ours-torch (softmax, linear): runs here" in text
 
