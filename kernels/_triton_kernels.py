@@ -103,9 +103,9 @@ def rows_kernel(
         n_t = d_t
     class_loss = 0.0
     teacher_class_loss = 0.0
-    if HAS_LABELS and (HAS_CE or METRICS):
+    if HAS_LABELS:  # of use at T = 1 or with AT_1; for anything else its weight is 0
         class_loss = cross_entropy(load_logit(s, label, n_ids, student_stride), m_s, n_s)
-        if HAS_TEACHER and METRICS:
+        if HAS_TEACHER:
             teacher_class_loss = cross_entropy(load_logit(t, label, n_ids, teacher_stride), m_t, n_t)
     kd_loss = 0.0
     centre = 0.0
