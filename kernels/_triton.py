@@ -162,10 +162,11 @@ class TritonBlockLoss:
 def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     """grad ← grad·scale, in place; `grad` contiguous, `scale` 0-d or one per row of ``[N, V]``."""
     block, scale = 4096, scale.contiguous()
-    if grad.numel():
+    n_rows, n_ids = grad.shape
+    if n_rows:
         with _on(grad.device):
-            scale_kernel[(triton.cdiv(grad.numel(), block),)](
-                grad, scale, grad.numel(), grad.shape[-1], ROWS=scale.dim() > 0, BLOCK=block, num_warps=8
+            scale_kernel[(n_rows, triton.cdiv(n_ids, block))](
+                grad, scale, n_ids, ROWS=scale.dim() > 0, BLOCK=block, num_warps=8
             )
     return grad
 

@@ -150,19 +150,16 @@ def rows_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n_elements"])
-def scale_kernel(grad, scale, n_elements, row_length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """grad ← grad·scale, one scale or (ROWS) one per row. A single scale of 1 is seen here, on the device, and ends
-    the program before it reads anything: a plain ``loss.backward()`` costs next to nothing and no host waits."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    mask = offsets < n_elements
-    if ROWS:
-        factor = tl.load(scale + offsets // row_length, mask=mask, other=0.0)
+@triton.jit
+def scale_kernel(grad, scale, n_ids, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """grad ← grad·scale, one scale or (ROWS) one per row; program (i, j) takes BLOCK ids of row i. A single scale of 1
+    is seen here, on the device, and ends the program before it reads anything: a plain ``loss.backward()`` costs next
+    to nothing and no host waits."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_ids
+    factor = tl.load(scale + row) if ROWS else tl.load(scale)
+    if ROWS or factor != 1.0:
+        grad += row * n_ids
         value = tl.load(grad + offsets, mask=mask).to(tl.float32) * factor
         tl.store(grad + offsets, value.to(grad.dtype.element_ty), mask=mask)
-    else:
-        factor = tl.load(scale)
-        if factor != 1.0:
-            value = tl.load(grad + offsets, mask=mask).to(tl.float32) * factor
-            tl.store(grad + offsets, value.to(grad.dtype.element_ty), mask=mask)

@@ -65,6 +65,24 @@ def exponent(logits, c, largest):
 
 
 @triton.jit
+def move_of(old, new, c):
+    """By how much u falls when the maximum it is relative to rises; 0 where nothing finite was seen before."""
+    return tl.where(old > LOWEST, (old - new) * c, 0.0)
+
+
+@triton.jit
+def moved_forward(forward, d_t, move_s, move_t):
+    """``forward`` of ``statistics`` relative to new maxima; README.md derives it and the next."""
+    return weighted(tl.exp2(move_t), forward + d_t * (move_t - move_s))
+
+
+@triton.jit
+def moved_reverse(reverse, d_s, ruled_out, move_s, move_t):
+    """``reverse`` of ``statistics`` relative to new maxima."""
+    return tl.exp2(move_s) * (reverse - (d_s - ruled_out) * (move_t - move_s))
+
+
+@triton.jit
 def statistics(
     student, teacher, n_ids, student_stride, teacher_stride, c,
     HAS_TEACHER: tl.constexpr, AT_1: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -95,7 +113,7 @@ def statistics(
         new_s = tl.maximum(m_s, tl.max(s, 0))
         us = exponent(s, c, new_s)
         e_s = tl.exp2(us)
-        move_s = tl.where(m_s > LOWEST, (m_s - new_s) * c, 0.0)
+        move_s = move_of(m_s, new_s, c)
         if AT_1:
             n_s = n_s * tl.exp2((m_s - new_s) * LOG2_E) + fold(tl.exp2(exponent(s, LOG2_E, new_s)))
         if HAS_TEACHER:
@@ -103,12 +121,12 @@ def statistics(
             new_t = tl.maximum(m_t, tl.max(t, 0))
             ut = exponent(t, c, new_t)
             e_t = tl.exp2(ut)
-            move_t = tl.where(m_t > LOWEST, (m_t - new_t) * c, 0.0)
+            move_t = move_of(m_t, new_t, c)
             if FORWARD:
-                forward = weighted(tl.exp2(move_t), forward + d_t * (move_t - move_s)) + fold(weighted(e_t, ut - us))
+                forward = moved_forward(forward, d_t, move_s, move_t) + fold(weighted(e_t, ut - us))
             if REVERSE:
                 allowed = t > LOWEST
-                reverse = tl.exp2(move_s) * (reverse - (d_s - ruled_out) * (move_t - move_s))
+                reverse = moved_reverse(reverse, d_s, ruled_out, move_s, move_t)
                 reverse += fold(tl.where(allowed, weighted(e_s, us - ut), 0.0))
                 ruled_out = tl.exp2(move_s) * ruled_out + fold(tl.where(allowed, 0.0, e_s))
                 top = tl.maximum(top - (move_t - move_s), fold_max(tl.where(allowed, us - ut, LOWEST)))
