@@ -17,7 +17,8 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 class KDRecipeDistributed(FTRecipeInterface):
     """Distil a teacher into a student on several processes, one per device (CUDA with NCCL, CPU with gloo).
 
-    Teacher and student are sharded with FSDP2 over all processes. For one optimizer step with V its non-ignored
+    Teacher and student are sharded with FSDP2 over all processes, or, where ``data_parallel_replicate_dim`` says so,
+    over those of one node, so that across nodes only gradients travel. For one optimizer step with V its non-ignored
     tokens over all microbatches of all processes, the gradient is that of
 
         L = 1/|V| Σ_{i∈V} [ (1-α) CE_i + α T² D(p_T,i, q_T,i) ],    α = ``kd_ratio``, T = ``kd_loss.temperature``
@@ -37,7 +38,12 @@ class KDRecipeDistributed(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         self._settings = kd.read_settings(cfg, distributed=True)
-        self._world = kd.join_process_group(self._settings.device, cpu_offload=self._settings.fsdp_cpu_offload)
+        self._world = kd.join_process_group(
+            self._settings.device,
+            cpu_offload=self._settings.fsdp_cpu_offload,
+            replicate_dim=self._settings.data_parallel_replicate_dim,
+            shard_dim=self._settings.data_parallel_shard_dim,
+        )
         self._run: kd.Run | None = None
 
     def load_checkpoint(self, cfg_checkpointer: DictConfig) -> dict[str, Any]:

@@ -8,8 +8,9 @@ check_versions()  # before torchtune is imported: its own failure with a wrong t
 from torchtune_kd.training.data import build_loaders, microbatches
 from torchtune_kd.training.errors import UserError, one_sentence
 from torchtune_kd.training.evaluate import evaluate
+from torchtune_kd.training.loading import load_weights
 from torchtune_kd.training.metrics import validation_metrics
-from torchtune_kd.training.models import HostTensor, Student, Teacher, build_student, build_teacher, load_weights
+from torchtune_kd.training.models import HostTensor, Student, Teacher, build_student, build_teacher
 from torchtune_kd.training.run import Run, optimizer_step, save, set_up, validate, validation_due
 from torchtune_kd.training.settings import Settings, build, build_kd_loss, read_settings
 from torchtune_kd.training.step import accumulate_gradients, gradient_norm

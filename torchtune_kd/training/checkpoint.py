@@ -15,8 +15,11 @@ from torchtune.modules.peft import (
     get_adapter_state_dict,
     get_merged_lora_ckpt,
 )
+from tqdm import tqdm
 
-from torchtune_kd.training.models import Student, without_checkpoint_wrapper
+from torchtune_kd.training.adapters import without_checkpoint_wrapper
+from torchtune_kd.training.loading import gather_weights
+from torchtune_kd.training.models import Student
 from torchtune_kd.training.preflight import epoch_folders, output_folder
 from torchtune_kd.training.settings import Settings
 from torchtune_kd.training.world import World
@@ -26,6 +29,10 @@ def save_epoch(
     student: Student, checkpointer: Any, cfg: DictConfig, settings: Settings, world: World, epoch: int
 ) -> None:
     """Write ``epoch_<epoch>`` with torchtune's checkpointer: all processes gather, rank 0 writes."""
+    if checkpointer is None:
+        if world.is_rank_zero:
+            tqdm.write(f"epoch {epoch}: nothing is exported, since `checkpointer` is null (random_weights: True)")
+        return
     weights = full_state_dict(student.decoder, world)
     if world.is_rank_zero:
         content: dict[str, Any] = {}
@@ -55,7 +62,7 @@ def _set_aside(output: Path) -> list[Path]:
 def full_state_dict(decoder: nn.Module, world: World) -> dict[str, Tensor]:
     """All weights, gathered and dequantised, in host memory; empty on every process but rank 0."""
     if world.sharded:
-        return training.gather_cpu_state_dict(decoder, world.is_rank_zero, device=world.device)
+        return gather_weights(decoder, world)
     # a copy where the weights are on the CPU already: merging adapters writes in place
     state = {name: weight.detach().to("cpu", copy=True) for name, weight in decoder.state_dict().items()}
     for name, parameter in decoder.named_parameters():

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from torchtune_kd.training.data import Batch
 from torchtune_kd.training.metrics import means
-from torchtune_kd.training.models import Student, Teacher, reshard
+from torchtune_kd.training.models import Student, Teacher
+from torchtune_kd.training.sharding import reshard
 from torchtune_kd.training.step import add, forward
 from torchtune_kd.training.world import World
 

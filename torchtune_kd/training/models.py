@@ -6,8 +6,6 @@ Shapes: B batch, S sequence, D hidden width, V vocabulary.
 """
 
 import contextlib
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,17 +13,18 @@ import torch
 import torchtune.modules.common_utils as common_utils
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.output_head import output_head, skip_output_head
-from torchtune_kd.training.errors import UserError
-from torchtune_kd.training.settings import Settings, build, one_line
+from torchtune_kd.training.adapters import initial_adapters
+from torchtune_kd.training.loading import check_weights, load_sharded, load_weights, load_whole
+from torchtune_kd.training.random_weights import NoInitialValues, RandomWeights
+from torchtune_kd.training.settings import Settings, build
+from torchtune_kd.training.sharding import reshard, shard
 from torchtune_kd.training.world import World
 
 
@@ -122,17 +121,18 @@ def build_teacher(cfg: DictConfig, settings: Settings, world: World) -> Teacher 
     """The teacher with its weights, frozen, in the run's dtype; None at kd_ratio 0."""
     if not settings.uses_teacher:
         return None
-    _, weights = load_weights(cfg.teacher_checkpointer, "teacher_checkpointer")
+    _, weights = load_weights(cfg.get("teacher_checkpointer"), "teacher_checkpointer", world)
     decoder = _build_decoder(cfg, "teacher_model", settings, world)
+    weights = weights or RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
     check_weights(decoder, weights, "teacher_checkpointer")
     teacher = Teacher(decoder)
     if settings.compile:
         training.compile_model(decoder, verbose=world.is_rank_zero)
     if world.sharded:
-        _shard(teacher, settings, extra_layers=None)
-        _load_sharded(decoder, weights, settings, world)
+        shard(teacher, settings, world)
+        load_sharded(decoder, weights, {}, settings, world)
     else:
-        decoder.load_state_dict(weights)
+        load_whole(decoder, weights, {})
     return teacher
 
 
@@ -147,6 +147,7 @@ def build_student(
     """The student with its weights, and with trainable parameters marked: its adapters if it has any, else all."""
     common_utils._use_low_cpu_ram = settings.low_cpu_ram
     decoder = _build_decoder(cfg, "model", settings, world)
+    weights = weights or RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
     check_weights(decoder, weights, "checkpointer")
     adapters = get_adapter_params(decoder)
     if adapters:
@@ -156,120 +157,20 @@ def build_student(
         training.compile_model(decoder, verbose=world.is_rank_zero)
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(decoder, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    weights = {**weights, **_initial_adapters(decoder, weights, settings.torch_dtype, seed)}
+    adapter_weights = initial_adapters(decoder, weights, settings.torch_dtype, seed) if world.reads_files else {}
     if world.sharded:
-        _shard(student, settings, extra_layers=settings.custom_sharded_layers)
+        shard(student, settings, world, extra_layers=settings.custom_sharded_layers)
         student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
-        _load_sharded(decoder, weights, settings, world)
+        load_sharded(decoder, weights, adapter_weights, settings, world)
     else:
-        decoder.load_state_dict(weights, strict=False)  # names and shapes were compared above
+        load_whole(decoder, weights, adapter_weights)
     student.offload_activations = training.get_act_offloading_ctx_manager(
         decoder, settings.enable_activation_offloading
     )
     return student
 
 
-def reshard(root: nn.Module) -> None:
-    """Give back every gathered parameter below ``root``, where it is sharded at all."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def load_weights(cfg_checkpointer: DictConfig, name: str) -> tuple[Any, dict[str, Tensor]]:
-    """A checkpointer and the model weights that it reads, by torchtune's parameter names."""
-    checkpointer = build({name: cfg_checkpointer}, name)
-    try:
-        return checkpointer, checkpointer.load_checkpoint()[training.MODEL_KEY]
-    except (ValueError, OSError, KeyError) as error:
-        folder = cfg_checkpointer.get("checkpoint_dir")
-        raise UserError(
-            f"The files of `{name}` in {folder} cannot be read, fetch them again: {one_line(error)}"
-        ) from error
-
-
-def check_weights(decoder: TransformerDecoder, weights: Mapping[str, Tensor], name: str) -> None:
-    """Compare a checkpoint with the model that is to hold it, adapters left out.
-
-    Raises:
-        UserError: naming the first weight that is missing, unknown, or of another shape.
-    """
-    adapters = get_adapter_params(decoder)
-    expected = {key: p.shape for key, p in decoder.named_parameters() if key not in adapters}
-    model = "teacher_model" if name == "teacher_checkpointer" else "model"
-    for key, shape in expected.items():
-        if key not in weights:
-            raise UserError(
-                f"The checkpoint under `{name}` has no weight `{key}`, which `{model}` needs: "
-                "check checkpoint_files and model_type, or name the builder that fits."
-            )
-        if weights[key].shape != shape:
-            raise UserError(
-                f"The weight `{key}` is {tuple(weights[key].shape)} in the checkpoint under `{name}`, but "
-                f"{tuple(shape)} in `{model}`: name the builder or the checkpoint that fits."
-            )
-    for key in weights:
-        if key not in expected:
-            raise UserError(
-                f"The checkpoint under `{name}` holds `{key}`, which `{model}` has not: "
-                "name the builder (number of layers, tied or untied head) or the checkpoint that fits."
-            )
-
-
-def without_checkpoint_wrapper(name: str) -> str:
-    """A parameter's name as it is without activation checkpointing, which is its name in state dicts."""
-    return name.replace("_checkpoint_wrapped_module.", "")
-
-
 def _build_decoder(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
     device = torch.device("meta") if world.sharded else world.device
-    with training.set_default_dtype(settings.torch_dtype), device:
+    with training.set_default_dtype(settings.torch_dtype), device, NoInitialValues():
         return build(cfg, name)
-
-
-def _initial_adapters(
-    decoder: TransformerDecoder, weights: Mapping[str, Tensor], dtype: torch.dtype, seed: int
-) -> dict[str, Tensor]:
-    """LoRA's start, A Kaiming-uniform and B zero (Hu et al. 2021), drawn alike for every number of processes.
-
-    DoRA's magnitude starts as the norm of each row of the base weight (Liu et al. 2024), quantised where it will be.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, module in decoder.named_modules():
-        if isinstance(module, (LoRALinear, DoRALinear)):
-            name = without_checkpoint_wrapper(name)
-            a = torch.empty(module.lora_a.weight.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            state[f"{name}.lora_a.weight"] = a.to(dtype)
-            state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=dtype)
-            if isinstance(module, DoRALinear):
-                base = weights[f"{name}.weight"].to(dtype)
-                if isinstance(module.weight, NF4Tensor):
-                    base = to_nf4(base).to(dtype)
-                state[f"{name}.magnitude"] = torch.linalg.norm(base, dim=1)
-    return state
-
-
-def _shard(root: Teacher | Student, settings: Settings, extra_layers: list[str] | None) -> None:
-    """FSDP2 on every transformer layer, on ``extra_layers`` by name, and on ``root`` for the rest."""
-    options: dict[str, Any] = {"reshard_after_forward": settings.fsdp_reshard_after_forward}
-    if settings.fsdp_cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
-    condition = functools.partial(training.get_shard_conditions, names_to_match=extra_layers)
-    for name, module in reversed(list(root.decoder.named_modules())):
-        if condition(name, module):
-            fully_shard(module, **options)
-    options["reshard_after_forward"] = False  # embedding, norm and head: once per step
-    fully_shard(root, **options)
-
-
-def _load_sharded(decoder: TransformerDecoder, weights: Mapping[str, Tensor], settings: Settings, world: World) -> None:
-    training.load_from_full_model_state_dict(
-        decoder, dict(weights), world.device, strict=True, cpu_offload=settings.fsdp_cpu_offload
-    )
-    with training.set_default_dtype(settings.torch_dtype), world.device:
-        for module in decoder.modules():
-            if hasattr(module, "rope_init"):
-                module.rope_init()
-    training.validate_no_params_on_meta_device(decoder)

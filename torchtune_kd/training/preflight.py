@@ -18,6 +18,7 @@ from torchtune_kd.kernels._vocab import shared_vocab
 from torchtune_kd.models.nf4 import check_nf4_shapes
 from torchtune_kd.models.output_head import output_head
 from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.random_weights import CHECKPOINTERS
 from torchtune_kd.training.settings import Settings, build, one_line
 from torchtune_kd.training.world import World
 
@@ -63,7 +64,7 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
                 raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
     if model is None or any(isinstance(parameter, NF4Tensor) for parameter in model.parameters()):
         try:
-            check_nf4_shapes(unquantised, world.size if world.sharded else 1)
+            check_nf4_shapes(unquantised, world.num_shards)
         except ValueError as error:
             raise UserError(f"The section `{name}` cannot be quantised: {one_line(error)}") from error
     if not isinstance(model, TransformerDecoder):
@@ -95,7 +96,7 @@ def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder,
 
 def check_tokenizer_files(cfg: DictConfig) -> None:
     """Where both checkpoint folders hold a ``tokenizer.json``, the same words have the same ids."""
-    paths = [Path(str(cfg[name].get("checkpoint_dir", ""))) / "tokenizer.json" for name in _CHECKPOINTERS]
+    paths = [Path(str((cfg.get(name) or {}).get("checkpoint_dir", ""))) / "tokenizer.json" for name in CHECKPOINTERS]
     if not all(path.is_file() for path in paths):
         return
     student, teacher = map(_token_ids, paths)
@@ -115,7 +116,9 @@ def check_tokenizer_files(cfg: DictConfig) -> None:
 
 def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
     """The folder and the files that a checkpointer section names exist."""
-    section = cfg[name]
+    section = cfg.get(name)
+    if section is None:  # random_weights: True
+        return
     for key in ("adapter_checkpoint", "recipe_checkpoint"):
         if section.get(key) is not None:
             raise UserError(
@@ -128,9 +131,15 @@ def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
     hint = f"fetch the model (`tune download`, see the head of the config) or change `{name}.checkpoint_dir`."
     if not folder.is_dir():
         raise UserError(f"The folder {folder} of `{name}.checkpoint_dir` does not exist: {hint}")
-    for file in _file_names(section.get("checkpoint_files")):
-        if not (folder / file).is_file():
-            raise UserError(f"The file {file} of `{name}.checkpoint_files` is not in {folder}: {hint}")
+    for path in checkpoint_files(cfg, name):
+        if not path.is_file():
+            raise UserError(f"The file {path.name} of `{name}.checkpoint_files` is not in {folder}: {hint}")
+
+
+def checkpoint_files(cfg: DictConfig, name: str) -> list[Path]:
+    """The weight files that a checkpointer section names."""
+    section = cfg[name]
+    return [Path(str(section.checkpoint_dir)) / file for file in _file_names(section.get("checkpoint_files"))]
 
 
 def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
@@ -144,8 +153,8 @@ def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
             "or set `overwrite_output_dir: True` to replace it when the first checkpoint is written."
         )
 
-    for name in _CHECKPOINTERS:
-        source = cfg.get(name, {}).get("checkpoint_dir")
+    for name in CHECKPOINTERS:
+        source = (cfg.get(name) or {}).get("checkpoint_dir")
         if source is not None and any(Path(str(source)).resolve().is_relative_to(path.resolve()) for path in epochs):
             raise UserError(
                 f"`{name}.checkpoint_dir` is {source}, which `overwrite_output_dir: True` would replace: "
@@ -155,7 +164,7 @@ def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
 
 def output_folder(cfg: DictConfig, settings: Settings) -> Path:
     """Where checkpoints go."""
-    return Path(str(cfg.checkpointer.get("output_dir", settings.output_dir)))
+    return Path(str((cfg.get("checkpointer") or {}).get("output_dir", settings.output_dir)))
 
 
 def epoch_folders(folder: Path) -> list[Path]:
@@ -181,9 +190,6 @@ def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:
                 f"`custom_sharded_layers` names {name}, which holds the output head; the loss reads the head "
                 "together with the whole model: delete that entry."
             )
-
-
-_CHECKPOINTERS = ("checkpointer", "teacher_checkpointer")
 
 
 def _file_names(files: Any) -> Iterator[str]:

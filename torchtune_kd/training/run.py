@@ -13,8 +13,9 @@ from torchtune import training
 from torchtune_kd.training.checkpoint import save_epoch
 from torchtune_kd.training.data import Batch, build_loaders, steps_per_epoch
 from torchtune_kd.training.evaluate import evaluate
+from torchtune_kd.training.loading import load_weights
 from torchtune_kd.training.metrics import TrainingLog, validation_metrics
-from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher, load_weights
+from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher
 from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
 from torchtune_kd.training.preflight import check_run
 from torchtune_kd.training.settings import Settings, build, build_kd_loss
@@ -63,7 +64,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     log = TrainingLog(cfg, settings, world, settings.epochs * steps)
 
     teacher = build_teacher(cfg, settings, world)
-    checkpointer, weights = load_weights(cfg.checkpointer, "checkpointer")
+    checkpointer, weights = load_weights(cfg.get("checkpointer"), "checkpointer", world)
     student = build_student(cfg, settings, world, kd_loss, weights, seed)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(cfg, trainable)
@@ -98,6 +99,7 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
         run.lr_scheduler.step()
     run.global_step += 1
     run.log.log_step(run.global_step, epoch, sums, lr, grad_norm)
+    run.world.limit_waiting(run.settings.process_group_timeout)  # the first step waited for compilers and caches
     run.profiler.step()
 
 

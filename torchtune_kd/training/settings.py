@@ -20,6 +20,7 @@ from torchtune.training import metric_logging
 
 from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
 from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.random_weights import CHECKPOINTERS, check_random_weights
 
 REQUIRED_COMPONENTS = (
     "model",
@@ -33,7 +34,14 @@ REQUIRED_COMPONENTS = (
 TEACHER_COMPONENTS = ("teacher_model", "teacher_checkpointer")  # not needed at kd_ratio 0
 OPTIONAL_COMPONENTS = ("dataset_val", "lr_scheduler", "profiler")
 COMPONENTS = REQUIRED_COMPONENTS + TEACHER_COMPONENTS + OPTIONAL_COMPONENTS
-DISTRIBUTED_ONLY = ("custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward")
+DISTRIBUTED_ONLY = (
+    "custom_sharded_layers",
+    "data_parallel_replicate_dim",
+    "data_parallel_shard_dim",
+    "fsdp_cpu_offload",
+    "fsdp_reshard_after_forward",
+    "process_group_timeout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +75,20 @@ class Settings:
     save_adapter_weights_only: bool = False
     overwrite_output_dir: bool = False
     low_cpu_ram: bool = False
+    # models whose checkpointer is null get random weights of their true shapes: benchmarks, does it fit
+    random_weights: bool = False
     # logging
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = False
     # kd_distributed alone
     custom_sharded_layers: list[str] | None = None
+    # hybrid sharding: copies of the weights (usually one per node), and processes that share a copy (-1: the rest)
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
+    # seconds that a process waits for another within a step before it ends; more than the longest step takes
+    process_group_timeout: int = 50
 
     @property
     def torch_device(self) -> torch.device:
@@ -120,8 +135,9 @@ def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
     settings = Settings(**values)
     _check_values(settings, cfg)
     needed = REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if settings.uses_teacher else ())
+    check_random_weights(cfg, asked=settings.random_weights, uses_teacher=settings.uses_teacher)
     for name in needed:
-        if cfg.get(name) is None:
+        if cfg.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
             raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
     _check_kd_loss(cfg.kd_loss)
     for path, section in _sections(cfg):
@@ -154,8 +170,17 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
     expect("kd_ratio", 0 <= settings.kd_ratio <= 1, "between 0 and 1")
     expect("device", re.fullmatch(r"cpu|cuda(:\d+)?", settings.device) is not None, "cpu or cuda")
     expect("dtype", settings.dtype in ("fp32", "bf16"), "fp32 or bf16 (fp16 would need gradient scaling)")
-    for name in ("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"):
+    for name in (
+        "batch_size",
+        "epochs",
+        "gradient_accumulation_steps",
+        "log_every_n_steps",
+        "data_parallel_replicate_dim",
+        "process_group_timeout",
+    ):
         expect(name, getattr(settings, name) >= 1, "at least 1")
+    shard_dim = settings.data_parallel_shard_dim
+    expect("data_parallel_shard_dim", shard_dim == -1 or shard_dim >= 1, "at least 1, or -1 for all the others")
     for name in ("batch_size_val", "max_steps_per_epoch", "run_val_every_n_steps", "max_val_batches"):
         expect(name, getattr(settings, name) is None or getattr(settings, name) >= 1, "at least 1 or null")
     if settings.clip_grad_norm is not None:

@@ -1,31 +1,59 @@
-"""The processes that take part in a run, and what they add up."""
+"""The processes that take part in a run: how they are laid out, what they add up, how long they wait."""
 
 import contextlib
 import gc
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # has no public name; torchtitan takes it too
 from torchtune import training, utils
 
 from torchtune_kd.training.errors import UserError
 
+# What a process waits for another while that one downloads, packs a dataset, reads or writes a checkpoint, compiles.
+PATIENCE = timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class World:
-    """One process among ``size``. ``sharded`` says whether models are sharded over the processes with FSDP2."""
+    """One process among ``size``. ``sharded`` says whether models are sharded over the processes with FSDP2.
+
+    ``mesh`` has the dimension ``dp_shard``, over which weights are sharded, and, for hybrid sharding, before it
+    ``dp_replicate``, over which they are copies. ``node_group`` are the processes of this node, its reader first.
+    ``host_group`` are all processes, over gloo and with :data:`PATIENCE`: for whatever is no part of a step.
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     sharded: bool = False
+    mesh: DeviceMesh | None = None
+    node_group: dist.ProcessGroup | None = None
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_rank_zero(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_shards(self) -> int:
+        """How many processes share one copy of the weights."""
+        if not self.sharded:
+            return 1
+        return self.size if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether this is the one process of its node that reads checkpoints."""
+        return self.node_group is None or dist.get_rank(self.node_group) == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The elementwise sum of ``tensor``, which is on ``self.device``, over all processes."""
@@ -35,8 +63,41 @@ class World:
         return tensor
 
     def barrier(self) -> None:
+        """Wait, with patience, until every process is here."""
         if self.sharded:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's ``value`` (anything that pickles), in the order of ranks, with patience."""
+        if not self.sharded:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def share_in_node(self, tensor: Tensor) -> Tensor:
+        """The reader's ``tensor``, on the device of every process of its node.
+
+        Only the reader's values count; elsewhere a meta tensor of the same shape and dtype will do.
+        """
+        if tensor.is_meta or not self.reads_files:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        else:
+            whole = tensor.to(self.device).contiguous()
+        if self.node_group is not None:
+            dist.broadcast(whole, dist.get_global_rank(self.node_group, 0), group=self.node_group)
+        return whole
+
+    def limit_waiting(self, seconds: float) -> None:
+        """From now on a process that waits longer than ``seconds`` for another within a step ends with an error.
+
+        To be called after the first step: until then processes wait for downloads, files and compilers.
+        """
+        if not self.sharded:
+            return
+        _set_pg_timeout(timedelta(seconds=seconds))
+        for group in self.mesh.get_all_groups():
+            _set_pg_timeout(timedelta(seconds=seconds), group)
 
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
@@ -53,16 +114,18 @@ def single_process(device: str) -> World:
     return World(device=_device(device))
 
 
-def join_process_group(device: str, *, cpu_offload: bool = False) -> World:
+def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim: int = 1, shard_dim: int = -1) -> World:
     """Join the process group that the launcher prepared: NCCL on CUDA, gloo on the CPU.
 
     Args:
         device (str): ``cuda`` or ``cpu``.
         cpu_offload (bool): also open a gloo group for the tensors that FSDP keeps in host memory.
+        replicate_dim (int): number of copies of the weights (hybrid sharding); 1 shards them over all processes.
+        shard_dim (int): number of processes that share one copy; -1: as many as there are for each.
 
     Raises:
-        UserError: if the process was not started by ``torchrun`` / ``tune run --nproc_per_node``, or there are
-            fewer devices than processes on this host.
+        UserError: if the process was not started by ``torchrun`` / ``tune run --nproc_per_node``, there are fewer
+            devices than processes on this host, or the processes do not divide as asked.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -78,11 +141,42 @@ def join_process_group(device: str, *, cpu_offload: bool = False) -> World:
             f"Expected one CUDA device per process, but --nproc_per_node is {local_size} and this host has "
             f"{torch.cuda.device_count()}: lower --nproc_per_node or set `device: cpu`."
         )
+    mesh_shape = _mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
     here = _device(device)
     if not dist.is_initialized():
-        dist.init_process_group(training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return World(device=here, rank=rank, size=size, sharded=True)
+        backend = training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload)
+        dist.init_process_group(backend, timeout=PATIENCE)
+    names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
+    host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(
+        device=here,
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        sharded=True,
+        mesh=init_device_mesh(here.type, mesh_shape, mesh_dim_names=names),
+        node_group=_node_group(host_group),
+        host_group=host_group,
+    )
+
+
+def _mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...]:
+    shards = size // replicate_dim if shard_dim == -1 else shard_dim
+    if replicate_dim * shards != size:
+        raise UserError(
+            f"Expected data_parallel_replicate_dim x data_parallel_shard_dim to be the number of processes, {size}, "
+            f"got {replicate_dim} x {shard_dim}: for hybrid sharding set data_parallel_replicate_dim to the number of "
+            "nodes and leave data_parallel_shard_dim at -1."
+        )
+    return (shards,) if replicate_dim == 1 else (replicate_dim, shards)
+
+
+def _node_group(host_group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The processes that the same torchrun agent started, lowest rank first; the same host where there is no agent."""
+    nodes = [None] * dist.get_world_size()
+    dist.all_gather_object(nodes, os.environ.get("GROUP_RANK", socket.gethostname()), group=host_group)
+    mine = nodes[dist.get_rank()]
+    ranks = [rank for rank, node in enumerate(nodes) if node == mine]
+    return dist.new_group(ranks, timeout=PATIENCE, use_local_synchronization=True)
 
 
 def leave_process_group() -> None:
