@@ -55,19 +55,19 @@ class KDRecipeDistributed(FTRecipeInterface):
         self._run = kd.set_up(cfg, self._settings, self._world)
 
     def train(self) -> None:
-        """The training loop: one pass of the inner loop is one optimizer step."""
+        """The training loop: one pass of the inner loop is one optimizer step. A resumed run enters where it stood."""
         run = self._run
-        kd.validate(run)
-        run.profiler.start()
-        for epoch in range(run.settings.epochs):
-            run.loader.sampler.set_epoch(epoch)
-            steps = kd.microbatches(run.loader, run.settings.gradient_accumulation_steps, run.steps_per_epoch)
-            for step in steps:
-                kd.optimizer_step(run, step, epoch)
-                if kd.validation_due(run):
-                    kd.validate(run)
-            self.save_checkpoint(epoch)
-        run.profiler.stop()
+        with run.stop_requests:
+            kd.validate_if_due(run)
+            kd.checkpoint_if_due(run)
+            run.profiler.start()
+            for epoch in range(run.progress.epoch, run.settings.epochs):
+                for step in kd.steps(run, epoch):
+                    kd.optimizer_step(run, step, epoch)
+                    kd.validate_if_due(run)
+                    kd.checkpoint_if_due(run)
+                self.save_checkpoint(epoch)
+            run.profiler.stop()
 
     def save_checkpoint(self, epoch: int) -> None:
         """Merged weights in the checkpointer's format, and the adapters alone where there are any."""
@@ -75,7 +75,7 @@ class KDRecipeDistributed(FTRecipeInterface):
 
     def cleanup(self) -> None:
         if self._run is not None:
-            self._run.log.close()
+            self._run.close()
             self._run = None
         kd.leave_process_group()
 

@@ -6,12 +6,20 @@ from torchtune_kd._versions import check_versions
 check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
 
 from torchtune_kd.training.data import build_loaders, microbatches
-from torchtune_kd.training.errors import UserError, one_sentence
+from torchtune_kd.training.errors import RunError, Stopped, UserError, one_sentence
 from torchtune_kd.training.evaluate import evaluate
 from torchtune_kd.training.loading import load_weights
 from torchtune_kd.training.metrics import validation_metrics
 from torchtune_kd.training.models import HostTensor, Student, Teacher, build_student, build_teacher
-from torchtune_kd.training.run import Run, optimizer_step, save, set_up, validate, validation_due
+from torchtune_kd.training.run import (
+    Run,
+    checkpoint_if_due,
+    optimizer_step,
+    save,
+    set_up,
+    steps,
+    validate_if_due,
+)
 from torchtune_kd.training.settings import Settings, build, build_kd_loss, read_settings
 from torchtune_kd.training.step import accumulate_gradients, gradient_norm
 from torchtune_kd.training.world import World, join_process_group, leave_process_group, single_process
@@ -19,7 +27,9 @@ from torchtune_kd.training.world import World, join_process_group, leave_process
 __all__ = [
     "HostTensor",
     "Run",
+    "RunError",
     "Settings",
+    "Stopped",
     "Student",
     "Teacher",
     "UserError",
@@ -30,6 +40,7 @@ __all__ = [
     "build_loaders",
     "build_student",
     "build_teacher",
+    "checkpoint_if_due",
     "evaluate",
     "gradient_norm",
     "join_process_group",
@@ -42,7 +53,7 @@ __all__ = [
     "save",
     "set_up",
     "single_process",
-    "validate",
-    "validation_due",
+    "steps",
+    "validate_if_due",
     "validation_metrics",
 ]

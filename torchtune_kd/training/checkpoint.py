@@ -1,10 +1,13 @@
 """What is saved at the end of an epoch: merged weights and, for a student with adapters, these alone too."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
@@ -17,23 +20,38 @@ from torchtune.modules.peft import (
 )
 from tqdm import tqdm
 
+from torchtune_kd.training import folders
 from torchtune_kd.training.adapters import without_checkpoint_wrapper
+from torchtune_kd.training.errors import RunError
 from torchtune_kd.training.loading import gather_weights
 from torchtune_kd.training.models import Student
-from torchtune_kd.training.preflight import epoch_folders, output_folder
-from torchtune_kd.training.settings import Settings
+from torchtune_kd.training.preflight import output_folder
+from torchtune_kd.training.settings import Settings, one_line
 from torchtune_kd.training.world import World
 
 
 def save_epoch(
-    student: Student, checkpointer: Any, cfg: DictConfig, settings: Settings, world: World, epoch: int
+    student: Student,
+    checkpointer: Any,
+    cfg: DictConfig,
+    settings: Settings,
+    world: World,
+    epoch: int,
+    stale: list[Path],
 ) -> None:
-    """Write ``epoch_<epoch>`` with torchtune's checkpointer: all processes gather, rank 0 writes."""
+    """Write ``epoch_<epoch>`` with torchtune's checkpointer: all processes gather, rank 0 writes.
+
+    The folder appears whole or not at all: it is written beside, flushed to disk and renamed. ``stale`` is what an
+    earlier run left, see :func:`folders.publish`.
+
+    Raises:
+        RunError: on all processes, if it cannot be written.
+    """
     if checkpointer is None:
         if world.is_rank_zero:
             tqdm.write(f"epoch {epoch}: nothing is exported, since `checkpointer` is null (random_weights: True)")
         return
-    weights = full_state_dict(student.decoder, world)
+    weights, problem = full_state_dict(student.decoder, world), None
     if world.is_rank_zero:
         content: dict[str, Any] = {}
         adapter = adapter_config(student.decoder)
@@ -42,21 +60,45 @@ def save_epoch(
             content[training.ADAPTER_CONFIG] = adapter
             weights = get_merged_lora_ckpt(weights, rank=adapter["r"], alpha=adapter["lora_alpha"])
         content[training.MODEL_KEY] = weights
-        stale = _set_aside(output_folder(cfg, settings)) if epoch == 0 else []
-        checkpointer.save_checkpoint(
-            content,
-            epoch=epoch,
-            intermediate_checkpoint=False,
-            adapter_only=settings.save_adapter_weights_only,
+        folder = output_folder(cfg, settings) / f"epoch_{epoch}"
+        try:
+            adapter_only = settings.save_adapter_weights_only
+            _write_epoch(checkpointer, content, folder, epoch, stale, adapter_only=adapter_only)
+        except _FAILURES as error:
+            problem = one_line(error).rstrip(".")
+    problem = world.gather(problem)[0]
+    if problem is not None:
+        raise RunError(
+            f"The weights of epoch {epoch} could not be written to {output_folder(cfg, settings)} ({problem}): make "
+            "room there, then go on from the last checkpoint with `resume_from_checkpoint: True`."
         )
-        for folder in stale:
-            shutil.rmtree(folder)
-    world.barrier()
 
 
-def _set_aside(output: Path) -> list[Path]:
-    """Rename the epochs of an earlier run, which are there only where ``overwrite_output_dir`` allowed it."""
-    return [folder.rename(folder.with_name(f"replaced_{folder.name}")) for folder in epoch_folders(output)]
+# safetensors' own error is a plain Exception, torch's a RuntimeError
+_FAILURES = (OSError, RuntimeError, SafetensorError)
+
+
+def _write_epoch(
+    checkpointer: Any, content: dict[str, Any], folder: Path, epoch: int, stale: list[Path], *, adapter_only: bool
+) -> None:
+    beside = folders.partial(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    with folders.discarded_on_failure(folder), _writing_to(checkpointer, beside):
+        checkpointer.save_checkpoint(content, epoch=epoch, intermediate_checkpoint=False, adapter_only=adapter_only)
+        folders.publish(beside / folder.name, folder, stale)
+    beside.rmdir()
+
+
+@contextlib.contextmanager
+def _writing_to(checkpointer: Any, folder: Path) -> Iterator[None]:
+    """torchtune's checkpointers write below the folder of their making; there is no public way to name another."""
+    usual = checkpointer._output_dir
+    folder.mkdir()
+    checkpointer._output_dir = folder
+    try:
+        yield
+    finally:
+        checkpointer._output_dir = usual
 
 
 def full_state_dict(decoder: nn.Module, world: World) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torchtune.datasets import ConcatDataset, PackedDataset
 from tqdm import tqdm
 
 from torchtune_kd.training.errors import UserError
-from torchtune_kd.training.settings import Settings, build
+from torchtune_kd.training.settings import Settings, build, one_line
 from torchtune_kd.training.world import World
 
 Batch = dict[str, Any]
@@ -42,7 +42,7 @@ def build_loaders(
         return loader, None
     dataset = build_dataset(cfg, "dataset_val", tokenizer, max_seq_len, world)
     batch_size = settings.batch_size_val or settings.batch_size
-    return loader, build_loader(dataset, tokenizer, batch_size=batch_size, shuffle=False, **common)
+    return loader, build_loader(dataset, tokenizer, batch_size=batch_size, shuffle=False, name="dataset_val", **common)
 
 
 def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, world: World) -> Dataset:
@@ -60,16 +60,43 @@ def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, 
     """
     with world.rank_zero_first():
         if isinstance(cfg[name], ListConfig):
-            parts = [build({name: part}, name, tokenizer) for part in cfg[name]]
+            parts = [_build_part(part, name, tokenizer) for part in cfg[name]]
             dataset = ConcatDataset(datasets=parts)
         else:
-            dataset = build(cfg, name, tokenizer)
+            dataset = _build_part(cfg[name], name, tokenizer)
     if len(dataset) == 0:
         raise UserError(f"Expected at least one sample in `{name}`, but it is empty: check its source and filters.")
     limit = getattr(tokenizer, "max_seq_len", None)
     if limit is None or limit > max_seq_len:
         _check_lengths(dataset, name, max_seq_len, world)
     return dataset
+
+
+def _build_part(section: DictConfig, name: str, tokenizer: Any) -> Dataset:
+    """The dataset of one section. Packing tokenises every row at once; where it fails, the row is looked for."""
+    try:
+        return build({name: section}, name, tokenizer)
+    except Exception:
+        if section.get("packed", False):
+            rows = build({name: section}, name, tokenizer, packed=False)
+            for index in range(len(rows)):
+                row(rows, index, name)
+        raise
+
+
+def row(dataset: Dataset, index: int, name: str) -> Batch:
+    """Row ``index`` of the dataset under ``name``.
+
+    Raises:
+        UserError: naming the row, if it cannot be tokenised.
+    """
+    try:
+        return dataset[index]
+    except Exception as error:  # whatever templates, transforms and tokenizers raise
+        raise UserError(
+            f"Row {index} of `{name}` cannot be tokenised, correct or remove it: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def build_loader(
@@ -82,6 +109,7 @@ def build_loader(
     max_seq_len: int,
     seed: int,
     world: World,
+    name: str = "dataset",
 ) -> StatefulDataLoader:
     """Batches of this process: ``tokens`` and ``labels`` [B, S], and ``mask`` and ``input_pos`` of packed data.
 
@@ -97,9 +125,9 @@ def build_loader(
         packed=is_packed(dataset),
         max_seq_len=max_seq_len,
     )
-    sampler = _EachSampleOnce(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
+    sampler = EachSampleOnce(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
     return StatefulDataLoader(
-        _WithFiller(dataset),
+        _WithFiller(dataset, name),
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=collate,
@@ -107,32 +135,54 @@ def build_loader(
     )
 
 
-class _EachSampleOnce(StatefulDistributedSampler):
-    """Yields ``_FILLER`` where the distributed sampler would repeat a sample to give every process as many."""
+class EachSampleOnce(StatefulDistributedSampler):
+    """Deals out each epoch's order like cards, one sample to each process in turn.
+
+    Where torch's distributed sampler would repeat samples to give every process as many, this one yields ``_FILLER``.
+    Its state is a position in the order, counted over all processes together: the samples before it were consumed by
+    someone. So it can be loaded on another number of processes, and no sample is seen twice or left out.
+    """
+
+    position = 0  # where the next iteration begins
+
+    def order(self) -> list[int]:
+        """The indices of this epoch (``set_epoch``) in the order in which all processes together consume them."""
+        if not self.shuffle:
+            return list(range(len(self.dataset)))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def __iter__(self) -> Iterator[int]:
-        indices = super().__iter__()
-        repeats_last = (self.num_samples - 1) * self.num_replicas + self.rank >= len(self.dataset)
-        current = next(indices, None)
-        while current is not None:
-            following = next(indices, None)
-            yield _FILLER if following is None and repeats_last else current
-            current = following
+        order = self.order()
+        for start in range(self.position, len(order), self.num_replicas):
+            mine = start + self.rank
+            yield order[mine] if mine < len(order) else _FILLER
+
+    def remaining(self) -> int:
+        """How many samples this process has yet to yield in this epoch, the filler included."""
+        return -(-(len(self.dataset) - self.position) // self.num_replicas)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.set_epoch(state_dict["epoch"])
+        self.position = state_dict["position"]
 
 
 class _WithFiller(Dataset):
     """``dataset``, and at index ``_FILLER`` a sample without a valid label."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, name: str) -> None:
+        self._dataset, self._name = dataset, name
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Batch:
         if index != _FILLER:
-            return self._dataset[index]
-        sample = dict(self._dataset[0])
+            return row(self._dataset, index, self._name)
+        sample = dict(row(self._dataset, 0, self._name))
         labels = sample["labels"]
         masked = torch.full((len(labels),), CROSS_ENTROPY_IGNORE_IDX)
         sample["labels"] = masked if isinstance(labels, Tensor) else masked.tolist()
@@ -189,7 +239,15 @@ def microbatches(batches: Iterable[Batch], per_step: int, max_steps: int | None)
 
 
 def steps_per_epoch(loader: StatefulDataLoader, per_step: int, max_steps: int | None) -> int:
+    """Optimizer steps of a whole epoch, at most ``max_steps``."""
     steps = -(-len(loader) // per_step)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def steps_left(loader: StatefulDataLoader, per_step: int, max_steps: int | None) -> int:
+    """Optimizer steps from the sampler's position to the end of its epoch, at most ``max_steps``."""
+    batches = -(-loader.sampler.remaining() // loader.batch_size)
+    steps = -(-batches // per_step)
     return steps if max_steps is None else min(steps, max_steps)
 
 
@@ -202,7 +260,7 @@ def _check_lengths(dataset: Dataset, name: str, max_seq_len: int, world: World) 
     """Every row, each process its part; of packs the first, since they are all as long."""
     rows = range(1) if isinstance(dataset, PackedDataset) else range(world.rank, len(dataset), world.size)
     for index in tqdm(rows, desc=f"Lengths of {name}", leave=False, disable=not world.is_rank_zero or len(rows) < 5000):
-        length = len(dataset[index]["tokens"])
+        length = len(row(dataset, index, name)["tokens"])
         if length > max_seq_len:
             raise UserError(_too_long(f"sample {index} of `{name}`", length, max_seq_len))
 

@@ -5,15 +5,21 @@ Per token, natural logarithms (nats): ``loss`` (the objective), ``class_loss`` (
 ``top1_agreement``, ``student_entropy``, ``teacher_entropy``, ``acceptance_rate`` (Σ min(p, q)).
 """
 
+import re
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import training
+from torchtune.training.metric_logging import DiskLogger
 from tqdm import tqdm
 
+from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.progress import Progress
 from torchtune_kd.training.settings import Settings, build
 from torchtune_kd.training.world import World
 
@@ -48,17 +54,40 @@ def means(sums: dict[str, Tensor], world: World) -> dict[str, float]:
 class TrainingLog:
     """Writes steps and validations to torchtune's metric logger and to a progress bar, from rank 0."""
 
-    def __init__(self, cfg: DictConfig, settings: Settings, world: World, total_steps: int) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        settings: Settings,
+        world: World,
+        total_steps: int,
+        progress: Progress,
+        log_file: str | None = None,
+    ) -> None:
         self._settings, self._world = settings, world
         self._logger: Any = None
         self._bar: tqdm | None = None
         if world.is_rank_zero:
-            self._logger = build(cfg, "metric_logger")
+            self._logger = _build_logger(cfg, progress, log_file)
             self._logger.log_config(cfg)
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", dynamic_ncols=True)
         self._memory = settings.log_peak_memory_stats and world.device.type == "cuda"
         self._tokens = torch.zeros(())
+        # of the run; float64 counts exactly to 9e15
+        self._all_tokens = torch.full((), progress.tokens if world.is_rank_zero else 0, dtype=torch.float64)
         self.restart_clock()
+
+    def all_tokens(self) -> int:
+        """Valid tokens of the run so far, over all processes (called by all of them)."""
+        return int(self._world.sum(self._all_tokens.to(self._world.device)))
+
+    def file(self) -> str | None:
+        """Where torchtune's ``DiskLogger`` writes, so that a resumed run can go on in the same file."""
+        return str(self._logger.path_to_log_file()) if isinstance(self._logger, DiskLogger) else None
+
+    def say(self, sentence: str) -> None:
+        """A sentence for whoever reads the run's output, from rank 0."""
+        if self._world.is_rank_zero:
+            say(sentence)
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (validation, saving) out of the tokens per second."""
@@ -69,9 +98,12 @@ class TrainingLog:
         """The metrics to compute in optimizer step ``step`` (counted from 1); none between logged steps."""
         return training_metrics(self._settings) if self._is_logged(step) else ()
 
-    def log_step(self, step: int, epoch: int, sums: dict[str, Tensor], lr: float, grad_norm: Tensor) -> None:
+    def log_step(
+        self, step: int, epoch: int, sums: dict[str, Tensor], lr: float, grad_norm: float, skipped_steps: int
+    ) -> None:
         """Count the step's tokens; at logged steps, write its means. Called by every process."""
         self._tokens = self._tokens.to(sums["num_tokens"].device) + sums["num_tokens"]
+        self._all_tokens = self._all_tokens.to(sums["num_tokens"].device) + sums["num_tokens"]
         if self._bar is not None:
             self._bar.update(1)
         if not self._is_logged(step):
@@ -79,7 +111,9 @@ class TrainingLog:
         tokens = self._world.sum(self._tokens)
         values = means(sums, self._world)
         values.pop("num_tokens")
-        values |= {"lr": lr, "grad_norm": float(grad_norm)}
+        values |= {"lr": lr, "grad_norm": grad_norm}
+        if skipped_steps:
+            values["skipped_steps"] = skipped_steps
         elapsed = time.perf_counter() - self._start
         values["tokens_per_second_per_gpu"] = float(tokens) / elapsed / self._world.size
         if self._memory:
@@ -95,14 +129,15 @@ class TrainingLog:
             self._logger.log_dict(values, step=step)
         self.restart_clock()
 
-    def log_validation(self, step: int, values: dict[str, float]) -> None:
-        """Write ``val_<name>`` for every mean of a validation."""
+    def log_validation(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Write ``val_<name>`` for every mean of a validation, and return them by these names."""
+        kept = {f"val_{name}": value for name, value in values.items() if name != "num_tokens"}
         if self._logger is not None:
-            kept = {f"val_{name}": value for name, value in values.items() if name != "num_tokens"}
             self._logger.log_dict(kept, step=step)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in kept.items() if name in _SHOWN)
             tqdm.write(f"step {step}: {shown}")
         self.restart_clock()
+        return kept
 
     def close(self) -> None:
         if self._bar is not None:
@@ -111,6 +146,50 @@ class TrainingLog:
 
     def _is_logged(self, step: int) -> bool:
         return step % self._settings.log_every_n_steps == 0
+
+
+def say(sentence: str) -> None:
+    """Print a line on stderr, past the progress bar."""
+    tqdm.write(sentence, file=sys.stderr)
+
+
+def lower_is_better(settings: Settings, metric: str) -> bool:
+    """Whether a lower value of the validation metric ``metric`` (``keep_best``) is the better one.
+
+    Raises:
+        UserError: if no validation of this run logs ``metric``, or neither end of it is better.
+    """
+    names = [f"val_{name}" for name in ("loss", *validation_metrics(settings)) if not name.endswith("entropy")]
+    names = [name for name in names if name != "val_teacher_class_loss"]  # the student does not change it
+    if metric not in names:
+        raise UserError(f"Expected `keep_best` to be null or one of {', '.join(names)}, got {metric}: change it.")
+    return metric.removeprefix("val_") not in ("top1_agreement", "acceptance_rate")
+
+
+def _build_logger(cfg: DictConfig, progress: Progress, log_file: str | None) -> Any:
+    """The component under ``metric_logger``; torchtune's log on disk goes on where the checkpoint was written."""
+    section = cfg.metric_logger
+    if log_file is not None and section["_component_"].rpartition(".")[2] == DiskLogger.__name__:
+        path = Path(str(section.log_dir)) / (section.get("filename") or Path(log_file).name)
+        if path.is_file():
+            _cut_log(path, progress)
+        section = OmegaConf.merge(section, {"filename": path.name})
+    return build({"metric_logger": section}, "metric_logger")
+
+
+def _cut_log(path: Path, progress: Progress) -> None:
+    """Drop the lines of steps that are to be done again, and one that a kill cut short."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        match = re.match(r"Step (\d+) \| (val_)?", line)
+        if match is None or not line.endswith("\n"):
+            continue
+        step, pending = int(match[1]), match[2] is not None and progress.validation_pending
+        if step < progress.global_step or (step == progress.global_step and not pending):
+            kept.append(line)
+    shorter = path.with_name(path.name + ".partial")
+    shorter.write_text("".join(kept))
+    shorter.replace(path)
 
 
 _SHOWN = ("val_loss", "val_class_loss", "val_kl", "val_top1_agreement")

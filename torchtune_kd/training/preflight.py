@@ -22,16 +22,19 @@ from torchtune_kd.training.random_weights import CHECKPOINTERS
 from torchtune_kd.training.settings import Settings, build, one_line
 from torchtune_kd.training.world import World
 
-EPOCH_FOLDER = re.compile(r"epoch_\d+")
+RUN_FOLDER = re.compile(r"(epoch|step)_\d+")
 
 
-def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World) -> int:
+def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World, *, resumed: bool = False) -> int:
     """Check everything that needs neither weights nor data, and return the longest sequence both models take.
+
+    ``resumed`` says that the output folder holds the checkpoint with which the run goes on.
 
     Raises:
         UserError: at the first thing that cannot work.
     """
-    check_output_folder(cfg, settings)
+    if not resumed:
+        check_output_folder(cfg, settings)
     check_checkpoint_files(cfg, "checkpointer")
     student = on_meta(cfg, "model", settings, world)
     if settings.save_adapter_weights_only and not get_adapter_params(student):
@@ -67,6 +70,12 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
             check_nf4_shapes(unquantised, world.num_shards)
         except ValueError as error:
             raise UserError(f"The section `{name}` cannot be quantised: {one_line(error)}") from error
+        if world.sharded and world.num_shards == 1:
+            raise UserError(
+                f"The section `{name}` is quantised, and FSDP2 shards NF4 weights over two processes or more, but here "
+                "each has a copy of its own: use kd_single_device for one process, or a smaller "
+                "`data_parallel_replicate_dim`."
+            )
     if not isinstance(model, TransformerDecoder):
         raise UserError(
             f"Expected a text decoder (torchtune TransformerDecoder) under `{name}`, got {type(model).__name__}: "
@@ -143,19 +152,20 @@ def checkpoint_files(cfg: DictConfig, name: str) -> list[Path]:
 
 
 def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
-    """A folder with the epochs of an earlier run is left alone unless ``overwrite_output_dir`` is set."""
+    """A folder with epochs or checkpoints of an earlier run is left alone unless ``overwrite_output_dir`` is set."""
     folder = output_folder(cfg, settings)
-    epochs = epoch_folders(folder)
-    found = [path.name for path in epochs]
-    if found and not settings.overwrite_output_dir:
+    saved = run_folders(folder)
+    if saved and not settings.overwrite_output_dir:
+        steps = any(path.name.startswith("step") for path in saved)
+        go_on = " set `resume_from_checkpoint: True` to go on with it," if steps else ""
         raise UserError(
-            f"The output folder {folder} already holds a run ({', '.join(found)}): choose another `output_dir`, "
-            "or set `overwrite_output_dir: True` to replace it when the first checkpoint is written."
+            f"The output folder {folder} already holds a run ({', '.join(path.name for path in saved)}):{go_on} "
+            "choose another `output_dir`, or set `overwrite_output_dir: True` to replace it when the first checkpoint "
+            "is written."
         )
-
     for name in CHECKPOINTERS:
         source = (cfg.get(name) or {}).get("checkpoint_dir")
-        if source is not None and any(Path(str(source)).resolve().is_relative_to(path.resolve()) for path in epochs):
+        if source is not None and any(Path(str(source)).resolve().is_relative_to(path.resolve()) for path in saved):
             raise UserError(
                 f"`{name}.checkpoint_dir` is {source}, which `overwrite_output_dir: True` would replace: "
                 "choose another `output_dir`."
@@ -167,11 +177,11 @@ def output_folder(cfg: DictConfig, settings: Settings) -> Path:
     return Path(str((cfg.get("checkpointer") or {}).get("output_dir", settings.output_dir)))
 
 
-def epoch_folders(folder: Path) -> list[Path]:
-    """The epochs that torchtune's checkpointers have written into ``folder``."""
+def run_folders(folder: Path) -> list[Path]:
+    """The epochs and checkpoints that a run has written into ``folder``."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if EPOCH_FOLDER.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if RUN_FOLDER.fullmatch(path.name))
 
 
 def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:

@@ -1,31 +1,45 @@
-"""A run: everything a recipe sets up, and the two things it does with it again and again."""
+"""A run: everything a recipe sets up, and what it does with it again and again."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtune import training
 
 from torchtune_kd.training.checkpoint import save_epoch
-from torchtune_kd.training.data import Batch, build_loaders, steps_per_epoch
+from torchtune_kd.training.data import Batch, build_loaders, microbatches, steps_left, steps_per_epoch
+from torchtune_kd.training.errors import Stopped
 from torchtune_kd.training.evaluate import evaluate
+from torchtune_kd.training.fingerprints import identity
+from torchtune_kd.training.finite import end_run, rows_of_step
 from torchtune_kd.training.loading import load_weights
+from torchtune_kd.training.memory_advice import explained
 from torchtune_kd.training.metrics import TrainingLog, validation_metrics
 from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher
 from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
-from torchtune_kd.training.preflight import check_run
+from torchtune_kd.training.phases import phase
+from torchtune_kd.training.preflight import check_run, output_folder, run_folders
+from torchtune_kd.training.progress import Progress
+from torchtune_kd.training.resume import Found, check_same_run, find_checkpoint, gather_state, restore_state
+from torchtune_kd.training.rng import preserved_rng
+from torchtune_kd.training.saving import Saver
 from torchtune_kd.training.settings import Settings, build, build_kd_loss
+from torchtune_kd.training.signals import StopRequests
 from torchtune_kd.training.step import accumulate_gradients, gradient_norm
 from torchtune_kd.training.world import World
 
 
 @dataclass
 class Run:
-    """What ``set_up`` has built; ``global_step`` counts optimizer steps."""
+    """What ``set_up`` has built, and where the run stands."""
 
     cfg: DictConfig
     settings: Settings
@@ -33,7 +47,7 @@ class Run:
     ignore_index: int
     loader: StatefulDataLoader
     val_loader: StatefulDataLoader | None
-    steps_per_epoch: int
+    total_steps: int
     teacher: Teacher | None
     student: Student
     trainable: list[nn.Parameter]
@@ -42,32 +56,67 @@ class Run:
     lr_scheduler: LRScheduler | None
     profiler: Any
     log: TrainingLog
-    global_step: int = 0
+    saver: Saver
+    stale: list[Path]  # what an earlier run left in the output folder, until the first save replaces it
+    progress: Progress
+    stop_requests: StopRequests = field(default_factory=StopRequests)
+    stopping: bool = False  # all processes know that one of them was asked to stop
+    validation: dict[str, float] | None = None  # of this very step, where there was one
 
     @property
-    def total_steps(self) -> int:
-        return self.settings.epochs * self.steps_per_epoch
+    def global_step(self) -> int:
+        return self.progress.global_step
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.saver.close()
+        self.log.close()
 
 
 def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
-    """Check everything that can be checked without weights, then build data, models and optimizer.
+    """Check everything that can be checked without weights, then build data, models and optimizer, or load them.
 
     Raises:
         UserError: for whatever in config, files or data cannot work.
     """
-    seed = training.set_seed(settings.seed, debug_mode=settings.cudnn_deterministic_mode)
+    output = output_folder(cfg, settings)
+    found = find_checkpoint(output, settings, world)
+    progress = Progress() if found is None else Progress(**found.manifest.progress)
+    seed = settings.seed if settings.seed is not None or found is None else found.manifest.seed
+    seed = training.set_seed(seed, debug_mode=settings.cudnn_deterministic_mode)
     kd_loss = build_kd_loss(cfg)
     tokenizer = build(cfg, "tokenizer")
-    max_seq_len = check_run(cfg, settings, tokenizer, world)
+    max_seq_len = check_run(cfg, settings, tokenizer, world, resumed=found is not None)
     loader, val_loader = build_loaders(cfg, settings, tokenizer, kd_loss.ignore_index, max_seq_len, seed, world)
-    steps = steps_per_epoch(loader, settings.gradient_accumulation_steps, settings.max_steps_per_epoch)
-    log = TrainingLog(cfg, settings, world, settings.epochs * steps)
+    sequences = settings.batch_size * settings.gradient_accumulation_steps * world.size
+    traits = (
+        identity(cfg, settings, loader.sampler.dataset, seed=seed, sequences_per_step=sequences)
+        if world.is_rank_zero
+        else {}
+    )
+    new_schedule = found is not None and check_same_run(found, traits, settings, world)
+
+    epoch_steps = steps_per_epoch(loader, settings.gradient_accumulation_steps, settings.max_steps_per_epoch)
+    total_steps = settings.epochs * epoch_steps
+    if found is not None:
+        loader.sampler.load_state_dict({"epoch": progress.epoch, "position": progress.samples})
+        total_steps = progress.global_step + _steps_left(loader, settings, progress)
+        total_steps += max(settings.epochs - progress.epoch - 1, 0) * epoch_steps
+    stale = run_folders(output) if found is None else []
+    log_file = None if found is None else found.manifest.log_file
+    log = TrainingLog(cfg, settings, world, total_steps, progress, log_file)
+    saver = Saver(cfg, settings, world, log, output=output, stale=stale, seed=seed, identity=traits, found=found)
 
     teacher = build_teacher(cfg, settings, world)
     checkpointer, weights = load_weights(cfg.get("checkpointer"), "checkpointer", world)
     student = build_student(cfg, settings, world, kd_loss, weights, seed)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(cfg, trainable)
+    lr_scheduler = build_lr_scheduler(cfg, optimizer, total_steps)
+    profiler = build_profiler(cfg, world.device)
+    if found is not None:
+        restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
+        _tell_where_it_goes_on(found, progress, settings, output, log)
     return Run(
         cfg=cfg,
         settings=settings,
@@ -75,52 +124,160 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         ignore_index=kd_loss.ignore_index,
         loader=loader,
         val_loader=val_loader,
-        steps_per_epoch=steps,
+        total_steps=total_steps,
         teacher=teacher,
         student=student,
         trainable=trainable,
         checkpointer=checkpointer,
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(cfg, optimizer, settings.epochs * steps),
-        profiler=build_profiler(cfg, world.device),
+        lr_scheduler=lr_scheduler,
+        profiler=profiler,
         log=log,
+        saver=saver,
+        stale=stale,
+        progress=progress,
     )
+
+
+def steps(run: Run, epoch: int) -> Iterator[list[Batch]]:
+    """The microbatches of each optimizer step that is left in ``epoch``."""
+    progress = run.progress
+    if progress.epoch != epoch:
+        progress.epoch, progress.step_in_epoch, progress.samples = epoch, 0, 0
+    run.loader.sampler.load_state_dict({"epoch": epoch, "position": progress.samples})
+    with preserved_rng(run.world.device):  # a loader draws a seed when it begins
+        batches = iter(run.loader)
+    left = _steps_left(run.loader, run.settings, progress)
+    yield from microbatches(batches, run.settings.gradient_accumulation_steps, left)
 
 
 def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
-    """Gradients of one step's microbatches, clipping, update, schedule, log."""
-    metrics = run.log.wants(run.global_step + 1)
-    sums = accumulate_gradients(run.student, run.teacher, step, metrics, run.ignore_index, run.world)
-    grad_norm = gradient_norm(run.trainable, run.settings.clip_grad_norm)
-    lr = run.optimizer.param_groups[0]["lr"]
-    run.optimizer.step()
+    """Gradients of one step's microbatches, clipping, update, schedule, log.
+
+    A step without a finite loss and gradient leaves weights and optimizer as they are.
+
+    Raises:
+        RunError: after ``max_skipped_steps`` such steps in a row, or if memory runs out.
+    """
+    progress, settings = run.progress, run.settings
+    metrics = run.log.wants(progress.global_step + 1)
+    with explained(run, step):
+        sums = accumulate_gradients(run.student, run.teacher, step, metrics, run.ignore_index, run.world)
+        loss, grad_norm = _agree(run, sums, gradient_norm(run.trainable, settings.clip_grad_norm))
+        lr = run.optimizer.param_groups[0]["lr"]
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            with phase("optimizer"):
+                run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.lr_scheduler is not None:
         run.lr_scheduler.step()
-    run.global_step += 1
-    run.log.log_step(run.global_step, epoch, sums, lr, grad_norm)
-    run.world.limit_waiting(run.settings.process_group_timeout)  # the first step waited for compilers and caches
+
+    samples = run.world.size * sum(len(batch["tokens"]) for batch in step)
+    rows = [] if finite else rows_of_step(run.loader.sampler, progress, samples)
+    progress.global_step += 1
+    progress.step_in_epoch += 1
+    progress.samples = min(progress.samples + samples, len(run.loader.sampler.dataset))
+    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+    progress.skipped_steps += not finite
+    every = settings.run_val_every_n_steps
+    progress.validation_pending = progress.global_step == run.total_steps or (
+        every is not None and progress.global_step % every == 0
+    )
+    run.validation = None
+
+    run.log.log_step(progress.global_step, epoch, sums, lr, grad_norm, progress.skipped_steps)
+    if not finite:
+        run.log.say(
+            f"warning: step {progress.global_step} is skipped, since its loss ({loss:g}) or gradient norm "
+            f"({grad_norm:g}) is not finite: weights and optimizer are as before ({progress.skipped_steps} so far)."
+        )
+        if progress.skipped_in_a_row >= settings.max_skipped_steps:
+            end_run(step, rows, progress, loss, grad_norm, output_folder(run.cfg, settings), run.world)
+    run.world.limit_waiting(settings.process_group_timeout)  # the first step waited for compilers and caches
     run.profiler.step()
 
 
-def validate(run: Run) -> None:
-    """Log the means over ``dataset_val``, where there is one."""
-    if run.val_loader is None:
+def validate_if_due(run: Run) -> None:
+    """Log the means over ``dataset_val``, where there is one: before the first step, every so often, at the end."""
+    if not run.progress.validation_pending:
         return
-    metrics = validation_metrics(run.settings)
-    values = evaluate(
-        run.student, run.teacher, run.val_loader, metrics, run.world, max_batches=run.settings.max_val_batches
-    )
-    run.log.log_validation(run.global_step, values)
+    if run.val_loader is not None:
+        metrics = validation_metrics(run.settings)
+        with preserved_rng(run.world.device), explained(run, None):  # to validate more often changes no step
+            values = evaluate(
+                run.student,
+                run.teacher,
+                run.val_loader,
+                metrics,
+                run.world,
+                max_batches=run.settings.max_val_batches,
+                interrupted=lambda: _asked_to_stop(run),
+            )
+        if values is None:
+            return  # what is left out here comes first when the run goes on
+        run.validation = run.log.log_validation(run.progress.global_step, values)
+    run.progress.validation_pending = False
 
 
-def validation_due(run: Run) -> bool:
-    """After every ``run_val_every_n_steps``-th step and after the last."""
-    every = run.settings.run_val_every_n_steps
-    return run.global_step == run.total_steps or (every is not None and run.global_step % every == 0)
+def checkpoint_if_due(run: Run) -> None:
+    """Write ``step_<n>`` where the settings or a signal ask for it.
+
+    Raises:
+        Stopped: after a signal.
+    """
+    due = run.saver.is_due(run.progress, run.validation)
+    missing = run.progress.global_step > 0 and not run.saver.is_written(run.progress)
+    good = True
+    if due or (run.stopping and missing):
+        run.progress.tokens = run.log.all_tokens()
+        state = gather_state(run.student, run.optimizer, run.lr_scheduler, run.world)
+        good = run.saver.save(state, run.progress, run.validation, wait=run.stopping)
+        run.log.restart_clock()
+    if run.stopping:
+        step, name = run.progress.global_step, run.stop_requests.name or "a signal to another process"
+        kept = f"its checkpoint is {run.saver.folder(step)}" if good and step else "no checkpoint of it is written"
+        raise Stopped(f"{name} ended the run after step {step}; {kept}: go on with `resume_from_checkpoint=True`.")
 
 
 def save(run: Run, epoch: int) -> None:
     """Write the weights of an epoch; the time it takes is left out of the tokens per second."""
-    save_epoch(run.student, run.checkpointer, run.cfg, run.settings, run.world, epoch)
+    run.saver.finish()
+    save_epoch(run.student, run.checkpointer, run.cfg, run.settings, run.world, epoch, run.stale)
     run.log.restart_clock()
+
+
+def _agree(run: Run, sums: dict[str, Tensor], grad_norm: Tensor) -> tuple[float, float]:
+    """The step's mean loss and gradient norm, and whether any process was asked to stop: alike on all processes."""
+    asked = torch.full_like(sums["loss"], float(run.stop_requests.pending))
+    totals = run.world.sum(torch.stack([sums["loss"], sums["num_tokens"].to(asked), asked]))
+    loss, num_tokens, asked, norm = torch.cat([totals, grad_norm.to(totals).reshape(1)]).tolist()  # one wait
+    run.stopping = run.stopping or asked > 0
+    return loss / max(num_tokens, 1.0), norm
+
+
+def _asked_to_stop(run: Run) -> bool:
+    run.stopping = run.stopping or bool(
+        run.world.sum(torch.full((), float(run.stop_requests.pending), device=run.world.device)) > 0
+    )
+    return run.stopping
+
+
+def _steps_left(loader: StatefulDataLoader, settings: Settings, progress: Progress) -> int:
+    """Optimizer steps from the sampler's position to the end of its epoch."""
+    limit = None if settings.max_steps_per_epoch is None else settings.max_steps_per_epoch - progress.step_in_epoch
+    return steps_left(loader, settings.gradient_accumulation_steps, limit)
+
+
+def _tell_where_it_goes_on(
+    found: Found, progress: Progress, settings: Settings, output: Path, log: TrainingLog
+) -> None:
+    last = output / f"epoch_{settings.epochs - 1}"
+    if last.is_dir():
+        progress.epoch, progress.validation_pending = settings.epochs, False
+        log.say(f"The run is complete: {last} holds its weights, and there is nothing left to do.")
+    else:
+        log.say(
+            f"Going on with {found.folder}: step {progress.global_step}, epoch {progress.epoch}, "
+            f"{progress.tokens} tokens so far."
+        )

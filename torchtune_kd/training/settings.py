@@ -70,8 +70,16 @@ class Settings:
     # validation: before the first step, every n steps, and after the last; needs dataset_val
     run_val_every_n_steps: int | None = None
     max_val_batches: int | None = None
-    # checkpoints
-    resume_from_checkpoint: bool = False
+    # a non-finite loss or gradient skips the step; so many in a row end the run
+    max_skipped_steps: int = 5
+    # checkpoints to go on with: step_<n>, written after every n-th step and on SIGTERM, SIGINT, SIGUSR1
+    save_every_n_steps: int | None = None
+    keep_last_n: int = 2
+    keep_best: str | None = None  # a validation metric, for example val_kl; the best so far is kept besides
+    enable_async_checkpointing: bool = False  # write while training goes on, from a copy in host memory
+    resume_from_checkpoint: bool = False  # go on with the newest whole one; without any, begin at the beginning
+    resume_despite_changes: bool = False  # of teacher, tokenizer, data, loss, optimizer or length of the run
+    # weights at the end of each epoch: epoch_<n>
     save_adapter_weights_only: bool = False
     overwrite_output_dir: bool = False
     low_cpu_ram: bool = False
@@ -176,12 +184,20 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
         "gradient_accumulation_steps",
         "log_every_n_steps",
         "data_parallel_replicate_dim",
+        "keep_last_n",
+        "max_skipped_steps",
         "process_group_timeout",
     ):
         expect(name, getattr(settings, name) >= 1, "at least 1")
     shard_dim = settings.data_parallel_shard_dim
     expect("data_parallel_shard_dim", shard_dim == -1 or shard_dim >= 1, "at least 1, or -1 for all the others")
-    for name in ("batch_size_val", "max_steps_per_epoch", "run_val_every_n_steps", "max_val_batches"):
+    for name in (
+        "batch_size_val",
+        "max_steps_per_epoch",
+        "max_val_batches",
+        "run_val_every_n_steps",
+        "save_every_n_steps",
+    ):
         expect(name, getattr(settings, name) is None or getattr(settings, name) >= 1, "at least 1 or null")
     if settings.clip_grad_norm is not None:
         expect("clip_grad_norm", _positive(settings.clip_grad_norm), "a number above 0 or null")
@@ -191,12 +207,7 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
             torch.cuda.is_bf16_supported(including_emulation=False),
             f"fp32 on {torch.cuda.get_device_name()}, which has no bf16",
         )
-    if settings.resume_from_checkpoint:
-        raise UserError(
-            "Expected `resume_from_checkpoint: False`, got True: this version cannot resume a run; to train on "
-            "from an epoch's weights, name its folder as `checkpointer.checkpoint_dir`."
-        )
-    for name in ("run_val_every_n_steps", "max_val_batches", "batch_size_val"):
+    for name in ("run_val_every_n_steps", "max_val_batches", "batch_size_val", "keep_best"):
         if getattr(settings, name) is not None and cfg.get("dataset_val") is None:
             raise UserError(f"`{name}` is set, but there is no `dataset_val`: add it or remove the key.")
     if settings.fsdp_cpu_offload and settings.torch_device.type == "cpu":

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtune_kd.training.data import Batch, attention_inputs
 from torchtune_kd.training.models import HostTensor, Student, Teacher
+from torchtune_kd.training.phases import phase, student_phases
 from torchtune_kd.training.world import World
 
 
@@ -33,10 +34,12 @@ def forward(
         return value.to(world.device, non_blocking=True) if isinstance(value, Tensor) else value.to(world.device)
 
     tokens, attention = move(batch["tokens"]), attention_inputs(batch, move)
-    teacher_hidden = teacher(tokens, **attention) if teacher is not None else None  # [B, S, D_t], all that is kept
-    teacher_head = teacher.head() if teacher is not None else None
+    with phase("teacher"):
+        teacher_hidden = teacher(tokens, **attention) if teacher is not None else None  # [B, S, D_t], all that is kept
+        teacher_head = teacher.head() if teacher is not None else None
     # the labels stay on the host: finding the valid ones there waits for no device
-    return student(tokens, HostTensor(batch["labels"]), teacher_hidden, teacher_head, metrics, **attention)
+    with student_phases(student):
+        return student(tokens, HostTensor(batch["labels"]), teacher_hidden, teacher_head, metrics, **attention)
 
 
 def accumulate_gradients(
@@ -61,7 +64,8 @@ def accumulate_gradients(
             student.set_requires_gradient_sync(is_last)
             student.set_reshard_after_backward(is_last, recurse=student.keeps_layers_gathered)
         loss, batch_sums = forward(student, teacher, batch, metrics, world)
-        (loss * scale).backward()
+        with phase("backward"):
+            (loss * scale).backward()
         add(sums, {"loss": loss.detach(), **batch_sums})
     if teacher is not None:
         teacher.release()

@@ -1,0 +1,136 @@
+"""When a run writes a checkpoint, and what it writes about itself into the manifest."""
+
+import contextlib
+import datetime
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import torchtune_kd
+from torchtune_kd.training import folders
+from torchtune_kd.training.manifest import Manifest
+from torchtune_kd.training.metrics import TrainingLog, lower_is_better
+from torchtune_kd.training.progress import Progress
+from torchtune_kd.training.resume import Found
+from torchtune_kd.training.settings import Settings
+from torchtune_kd.training.snapshots import SnapshotWriter
+from torchtune_kd.training.world import World
+
+
+class Saver:
+    """Writes the checkpoints of one run into its output folder.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        settings (Settings): its plain values.
+        world (World): all its processes call every method together.
+        log (TrainingLog): says what went wrong, and where it logs.
+        output (Path): where the ``step_<n>`` go.
+        stale (list[Path]): what an earlier run left there.
+        seed (int): the seed in use.
+        identity (dict[str, dict[str, Any]]): see :mod:`torchtune_kd.training.fingerprints`; rank 0's counts.
+        found (Found | None): the checkpoint with which the run goes on.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        settings: Settings,
+        world: World,
+        log: TrainingLog,
+        *,
+        output: Path,
+        stale: list[Path],
+        seed: int,
+        identity: dict[str, dict[str, Any]],
+        found: Found | None,
+    ) -> None:
+        self._cfg, self._settings, self._world, self._log = cfg, settings, world, log
+        self._output, self._seed, self._identity = output, seed, identity
+        self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
+        self._on_disk = None if found is None else _state(Progress(**found.manifest.progress))
+        self._writer = SnapshotWriter(
+            output,
+            world,
+            stale=stale,
+            keep_last_n=settings.keep_last_n,
+            is_better=self._is_better if settings.keep_best is not None else None,
+            in_background=settings.enable_async_checkpointing,
+            say=log.say,
+        )
+
+    def is_due(self, progress: Progress, validation: dict[str, float] | None) -> bool:
+        """After every ``save_every_n_steps``-th step and after a validation better than all before; once."""
+        if progress.global_step == 0 or self.is_written(progress):
+            return False
+        every = self._settings.save_every_n_steps
+        return (every is not None and progress.global_step % every == 0) or self._is_best(progress, validation)
+
+    def is_written(self, progress: Progress) -> bool:
+        """Whether the last checkpoint is of this very moment."""
+        return self._on_disk == _state(progress)
+
+    def save(
+        self, state: dict[str, Any], progress: Progress, validation: dict[str, float] | None, *, wait: bool = False
+    ) -> bool:
+        """Write ``step_<n>``, in the background if the config says so and not ``wait``; False if that failed."""
+        best = progress.best
+        if self._is_best(progress, validation):
+            progress.best = validation[self._settings.keep_best]
+        manifest = Manifest(
+            progress=progress.to_dict(),
+            seed=self._seed,
+            processes=self._world.size,
+            identity=self._identity,
+            config=OmegaConf.to_container(self._cfg, resolve=True),
+            versions=_versions(),
+            saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            validation=validation,
+            log_file=self._log.file(),
+        )
+        good = self._writer.write(state, manifest, wait=wait)
+        if good:
+            self._on_disk = _state(progress)
+        else:
+            progress.best = best
+        return good
+
+    def finish(self) -> None:
+        """Wait for what is being written in the background."""
+        self._writer.finish()
+
+    def folder(self, step: int) -> Path:
+        return folders.step_folder(self._output, step)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._writer.close()
+
+    def _is_best(self, progress: Progress, validation: dict[str, float] | None) -> bool:
+        if self._settings.keep_best is None or validation is None:
+            return False
+        value = validation[self._settings.keep_best]
+        if progress.best is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return value < progress.best if self._lower else value > progress.best
+
+    def _is_better(self, one: Manifest, other: Manifest) -> bool:
+        values = (one.validation[self._settings.keep_best], other.validation[self._settings.keep_best])
+        return values[0] < values[1] if self._lower else values[0] > values[1]
+
+
+def _state(progress: Progress) -> tuple[int, bool]:
+    """A validation is all that can happen to a run between two steps."""
+    return progress.global_step, progress.validation_pending
+
+
+def _versions() -> dict[str, str]:
+    found = {"torchtune_kd": torchtune_kd.__version__, "python": platform.python_version()}
+    for name in ("torch", "torchtune", "torchao", "torchdata"):
+        with contextlib.suppress(ModuleNotFoundError):
+            found[name] = version(name)
+    return found

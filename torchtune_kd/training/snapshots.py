@@ -1,0 +1,228 @@
+"""A checkpoint of a running run: a folder ``step_<n>`` that ``torch.distributed.checkpoint`` writes and reads.
+
+Every process writes its shards and its random generators, rank 0 the manifest. A folder that bears the name is whole
+(see :mod:`torchtune_kd.training.folders`), and may be read on another number of processes than wrote it.
+"""
+
+import contextlib
+import copy
+import io
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from torchtune_kd.training import folders
+from torchtune_kd.training.manifest import Damaged, Manifest, file_facts
+from torchtune_kd.training.settings import one_line
+from torchtune_kd.training.world import PATIENCE, World
+
+# torch's writer raises RuntimeError where a file cannot be written
+_FAILURES = (OSError, RuntimeError, CheckpointException)
+
+
+class SnapshotWriter:
+    """Writes checkpoints into ``output``, one at a time, and deletes those that are no longer kept.
+
+    Args:
+        output (Path): the folder that the ``step_<n>`` lie in.
+        world (World): all its processes call every method together.
+        stale (list[Path]): what an earlier run left there, see :func:`folders.publish`.
+        keep_last_n (int): how many of the newest are kept.
+        is_better (Callable[[Manifest, Manifest], bool] | None): whether the first is better than the second; the
+            best is kept besides.
+        in_background (bool): copy the state to host memory and write it while training goes on.
+        say (Callable[[str], None]): how rank 0 tells what went wrong.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        world: World,
+        *,
+        stale: list[Path],
+        keep_last_n: int,
+        is_better: Callable[[Manifest, Manifest], bool] | None,
+        in_background: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._output, self._world, self._stale, self._say = output, world, stale, say
+        self._keep_last_n, self._is_better = keep_last_n, is_better
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._under_way: Future[bool] | None = None
+        self._group = world.host_group
+        if in_background and world.sharded:  # its own, since the training thread uses the other one meanwhile
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def write(self, state: dict[str, Any], manifest: Manifest, *, wait: bool = False) -> bool:
+        """Write ``step_<n>``; one that cannot be written is given up with a sentence.
+
+        Args:
+            state (dict[str, Any]): (nested) tensors and plain values; sharded tensors as DTensors.
+            manifest (Manifest): what else is to be known; ``files`` is filled in here.
+            wait (bool): return when the checkpoint is on the disk even where writing in the background was asked for.
+
+        Returns:
+            bool: False if this checkpoint, or one that was written in the background before, could not be written.
+        """
+        before = self.finish()
+        if self._pool is None:
+            return self._write(state, manifest) and before
+        staged = BlockingAsyncStager().stage(state)
+        self._under_way = self._pool.submit(self._write, staged, copy.deepcopy(manifest))
+        return self.finish() and before if wait else before
+
+    def finish(self) -> bool:
+        """Wait for what is being written in the background; False if it could not be written."""
+        under_way, self._under_way = self._under_way, None
+        return under_way.result() if under_way is not None else True
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.finish()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _write(self, state: dict[str, Any], manifest: Manifest) -> bool:
+        folder = folders.step_folder(self._output, manifest.progress["global_step"])
+        partial = folders.partial(folder)
+        problem, facts = None, {}
+        try:
+            with _single_process_is_no_surprise():
+                dcp.save(
+                    state,
+                    storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+                    process_group=self._group,
+                    no_dist=not self._world.sharded,
+                )
+            mine = [path for path in partial.iterdir() if self._is_mine(path)]
+            facts = {path.name: file_facts(path) for path in mine}
+        except _FAILURES as error:
+            problem = _cause(error)
+        told = self._gather((problem, facts))
+        problem = next((problem for problem, _ in told if problem is not None), None)
+        if self._world.is_rank_zero and problem is None:
+            manifest.files = {name: fact for _, facts in told for name, fact in facts.items()}
+            try:
+                manifest.write(partial)
+                folders.publish(partial, folder, self._stale)
+            except OSError as error:
+                problem = _cause(error)
+        if self._world.is_rank_zero:
+            if problem is None:
+                self._rotate()
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+                self._say(
+                    f"warning: the checkpoint {folder} could not be written ({problem}): the run goes on, and the "
+                    "checkpoint before it stays the last."
+                )
+        return self._gather(problem)[0] is None
+
+    def _is_mine(self, path: Path) -> bool:
+        """Each process names its files ``__<rank>_<n>.distcp``; what else there is belongs to rank 0."""
+        if path.suffix == ".distcp":
+            return path.name.startswith(f"__{self._world.rank}_")
+        return self._world.is_rank_zero
+
+    def _rotate(self) -> None:
+        """Delete what is neither among the newest nor the best. Rank 0 alone; what resists is tried again next time."""
+        found = folders.step_folders(self._output)
+        kept = found[: self._keep_last_n]
+        if self._is_better is not None:
+            best = None
+            for folder in reversed(found):
+                with contextlib.suppress(Damaged):
+                    manifest = Manifest.read(folder)
+                    if manifest.validation is not None and (best is None or self._is_better(manifest, best[0])):
+                        best = manifest, folder
+            kept = kept if best is None else [*kept, best[1]]
+        for folder in found:
+            if folder not in kept:
+                try:
+                    folders.delete(folder)
+                except OSError as error:
+                    self._say(f"warning: the old checkpoint {folder} could not be deleted ({_cause(error)}).")
+
+    def _gather(self, value: Any) -> list[Any]:
+        if not self._world.sharded:
+            return [value]
+        values = [None] * self._world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def check_whole(folder: Path, world: World) -> Manifest:
+    """Read every file of a checkpoint, each process its part, and compare it with the manifest.
+
+    Raises:
+        Damaged: on all processes, with what rank 0 or the first other process found.
+    """
+    problem = manifest = None
+    try:
+        manifest = Manifest.read(folder)
+        manifest.check_files(folder, sorted(manifest.files)[world.rank :: world.size])
+    except (Damaged, OSError) as error:
+        problem = str(error)
+    problem = next((problem for problem in world.gather(problem) if problem is not None), None)
+    if problem is not None:
+        raise Damaged(problem)
+    return manifest
+
+
+def read_state(folder: Path, state: dict[str, Any], world: World) -> None:
+    """Fill ``state``, laid out like what was written, in place; DTensors get their shards."""
+    with _single_process_is_no_surprise():
+        dcp.load(
+            state,
+            storage_reader=dcp.FileSystemReader(folder),
+            process_group=world.host_group,
+            no_dist=not world.sharded,
+        )
+
+
+def pack(value: Any) -> Tensor:
+    """Plain values and tensors as bytes (uint8), which any process can read whatever their size."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+
+
+def layout(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds: torch's metadata of each tensor, by dotted name."""
+    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+
+
+def room_for(found: Any) -> Tensor:
+    """Room for something packed, given its metadata."""
+    return torch.empty(found.size, dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def _single_process_is_no_surprise() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _cause(error: BaseException) -> str:
+    """What the disk said, where it said something; torch wraps it in its own words."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return one_line(cause or error).rstrip(".")
