@@ -1,12 +1,6 @@
 """The same tokens on any number of processes: real processes, the real ``tune run``, gloo."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny import ROWS, make_config, read_log, run_in_process, run_tune
 
@@ -83,27 +77,6 @@ def test_one_process_and_accumulation_give_the_numbers_of_the_single_device_reci
     run_in_process(single)
     run_tune(one, RECIPE, nproc=1)
     assert_same_steps(read_log(one.output_dir), read_log(single.output_dir), rel=1e-4)
-
-
-@pytest.mark.parametrize("reshard", [True, False])
-def test_gradients_are_reduced_once_per_step_and_heads_gathered_once(tmp_path, reshard):
-    """Three microbatches: one reduce-scatter per FSDP group (a layer, the rest), in the last backward alone."""
-    cfg = make_config(tmp_path, fsdp_reshard_after_forward=reshard)
-    OmegaConf.save(cfg, tmp_path / "config.yaml")
-    worker = Path(__file__).parents[1] / "training" / "fsdp_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "127.0.0.1:0", worker, tmp_path / "config.yaml", tmp_path / "counts.json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    counts = json.loads((tmp_path / "counts.json").read_text())
-    reduced, gathered = (sum(n for op, n in counts.items() if k in op) for k in ("reduce_scatter", "allgather"))
-    assert reduced == 2, counts
-    if reshard:
-        # student: the rest once, its layer in forward and backward of 3 microbatches;
-        # teacher: the rest once, its 2 layers in the forward of 3 microbatches
-        assert gathered == (1 + 1 * 2 * 3) + (1 + 2 * 3), counts
-    else:  # every group once
-        assert gathered == (1 + 1) + (1 + 2), counts
 
 
 def test_started_without_a_launcher_says_so(tmp_path):

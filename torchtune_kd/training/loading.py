@@ -133,7 +133,7 @@ def gather_weights(decoder: nn.Module, world: World) -> dict[str, Tensor]:
     for name, parameter in decoder.state_dict().items():
         whole = gather_tensor(parameter, world.device)
         if world.is_rank_zero:
-            state[name] = whole.cpu()
+            state[name] = whole.detach().to("cpu", copy=True)  # of one process, full_tensor() is the shard itself
     return state
 
 

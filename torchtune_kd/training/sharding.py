@@ -77,13 +77,13 @@ def gather_tensor(sharded: Tensor, device: torch.device) -> Tensor:
     if not isinstance(sharded, DTensor):
         return sharded.to(sharded.dtype) if isinstance(sharded, NF4Tensor) else sharded
     if isinstance(sharded._local_tensor, NF4Tensor):
-        return _gather_nf4(sharded._local_tensor, sharded.device_mesh)
+        return _gather_nf4(sharded._local_tensor, sharded.device_mesh["dp_shard"])
     return sharded.full_tensor()
 
 
 def _gather_nf4(local: NF4Tensor, mesh: DeviceMesh) -> Tensor:
-    """torchtune's own has no second dimension."""
-    group = mesh.get_group(mesh.ndim - 1)
+    """torchtune's own takes a mesh of one dimension for the whole world."""
+    group = mesh.get_group()
     parts, metadata = local.fsdp_pre_all_gather(mesh)
     wholes = [part.new_empty(part.shape[0] * group.size(), *part.shape[1:]) for part in parts]
     for whole, part in zip(wholes, parts, strict=True):

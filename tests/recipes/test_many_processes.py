@@ -1,0 +1,36 @@
+"""The same tokens on 1, 2, 3 processes and 2 nodes of 1 and of 2, sharded over all or in a node: the same numbers."""
+
+import pytest
+import torch
+from checkout import benchmarks
+
+topologies = benchmarks("topologies")
+
+
+@pytest.mark.slow
+def test_every_topology_gives_the_numbers_of_one_process():
+    """fp32, ten steps, unequal numbers of valid tokens per rank, a rank without any among them."""
+    rows = topologies.compare()
+    seen = {(row.topology, row.replicate_dim, row.student) for row in rows}
+    for topology in topologies.TOPOLOGIES:
+        for student in ("full", "lora", "dora"):
+            assert {(topology.name, r, student) for r in topology.replicate_dims} <= seen
+    assert {("2 processes", 1, "qlora"), ("2 nodes x 2", 1, "qlora"), ("2 nodes x 2", 2, "qlora")} <= seen
+    for row in rows:
+        assert row.loss <= 1e-5, row
+        assert row.grad_norm <= 1e-5, row
+        assert row.weights <= 1e-4, row  # of the way that ten steps of AdamW moved them
+
+
+def test_the_tokens_of_a_step_do_not_depend_on_the_number_of_processes():
+    """And they are as unequal as the test above says."""
+    batches = benchmarks("_topologies_worker").batches
+    whole = batches(3, 0, 1, -100)
+    rows = torch.cat([batch["labels"] for batch in whole])
+    for size in (2, 3, 4):
+        parts = [batches(3, rank, size, -100) for rank in range(size)]
+        assert torch.equal(torch.cat([batch["labels"] for part in parts for batch in part]), rows)
+        counts = [sum(int((batch["labels"] != -100).sum()) for batch in part) for part in parts]
+        assert len(set(counts)) == size
+        assert int((parts[-1][-1]["labels"] != -100).sum()) == 0  # the last microbatch of the last rank
+    assert counts[-1] == 0  # of four ranks the last has no valid token at all

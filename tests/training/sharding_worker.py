@@ -1,0 +1,89 @@
+"""Run by torchrun: load both models, take one step of three microbatches; each rank writes what it saw.
+
+``sharding_worker.py CONFIG FOLDER``: ``FOLDER/<rank>.json`` holds the collectives of the step by operation and group,
+the order in which layers were gathered and computed, and what loading took.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchtune_kd.training as kd
+from torchtune_kd.kernels import METRICS
+
+cfg = OmegaConf.load(sys.argv[1])
+settings = kd.read_settings(cfg, distributed=True)
+world = kd.join_process_group("cpu", replicate_dim=settings.data_parallel_replicate_dim)
+names = {world.mesh.get_group(i).group_name: name for i, name in enumerate(world.mesh.mesh_dim_names)}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them as ``operation group``, and notes the all-gathers, among the layers' forwards, in ``order``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts, self.order = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            operation = str(func).split(".")[1].strip("_")
+            boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg))
+            group = dist.ProcessGroup.unbox(boxed).group_name
+            self.counts[f"{operation} {names.get(group, 'other')}"] += 1
+            if "allgather" in operation:
+                self.order.append("gather")
+        return func(*args, **(kwargs or {}))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process alone that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+class Peak(threading.Thread):
+    """The most that :func:`anonymous_bytes` rose above the start."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes, self.bytes, self.done = anonymous_bytes(), 0, False
+
+    def run(self) -> None:
+        while not self.done:
+            self.bytes = max(self.bytes, anonymous_bytes() - self.start_bytes)
+            time.sleep(0.001)
+
+
+peak = Peak()
+peak.start()
+loss = kd.build_kd_loss(cfg)
+teacher = kd.build_teacher(cfg, settings, world)
+peak.done = True
+_, weights = kd.load_weights(cfg.checkpointer, "checkpointer", world)
+maps_files = "model.safetensors" in Path("/proc/self/maps").read_text()
+student = kd.build_student(cfg, settings, world, loss, weights, seed=0)
+
+tokens = torch.arange(3, 35).view(2, 16) + world.rank
+step = [{"tokens": tokens, "labels": tokens.roll(-1, dims=1)}] * 3
+with Collectives() as collectives:
+    for index, layer in enumerate(teacher.decoder.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: collectives.order.append(f"compute {index}"))
+    kd.accumulate_gradients(student, teacher, step, METRICS, loss.ignore_index, world)
+result = {
+    "collectives": collectives.counts,
+    "order": collectives.order,
+    "peak": peak.bytes,
+    "maps_files": maps_files,
+    "node_size": dist.get_world_size(world.node_group),
+}
+Path(sys.argv[2], f"{world.rank}.json").write_text(json.dumps(result))
+del student, teacher
+kd.leave_process_group()
