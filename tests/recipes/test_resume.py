@@ -1,57 +1,34 @@
 """A run that is killed and resumed gives the numbers of one that was not: bit for bit, whatever was in the way."""
 
-from pathlib import Path
+import hashlib
+import json
+import re
+import shutil
 
 import pytest
 import torch
+from forked import ForkedRun
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
-from tiny import dataset_section, make_config, read_log, run_in_process
+from resumable import assert_same_run, log_of, weights_of
+from resumable import resumable_config as config
+from tiny import (
+    ROWS,
+    TEACHER,
+    model_section,
+    read_log,
+    run_in_process,
+    write_checkpoint,
+    write_rows,
+)
 
 import torchtune_kd.training.run as run_module
-
-CLOCK = "tokens_per_second_per_gpu"  # all that may differ
+from torchtune_kd.training import UserError, folders
+from torchtune_kd.training.folders import step_folders
+from torchtune_kd.training.manifest import Manifest
 
 
 class Killed(BaseException):
     """Stands for SIGKILL where a test wants the moment exactly; test_kill.py sends the real one."""
-
-
-def config(folder, kind="full", **overrides):
-    """Two epochs of 6 steps; validation every 4 steps, a checkpoint every 2; shuffled, with dropout."""
-    base = {
-        "epochs": 2,
-        "shuffle": True,
-        "save_every_n_steps": 2,
-        "run_val_every_n_steps": 4,
-        "clip_grad_norm": 1.0,
-        "lr_scheduler": {
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-            "num_warmup_steps": 3,
-        },
-    }
-    cfg = make_config(folder, kind, **(base | overrides))
-    cfg.dataset_val = dataset_section(folder / "rows.jsonl")
-    if kind != "full":
-        cfg.model.lora_dropout = 0.1
-    return cfg
-
-
-def log_of(cfg):
-    return [{k: v for k, v in line.items() if k != CLOCK} for line in read_log(cfg.output_dir)]
-
-
-def weights_of(cfg, epoch=1):
-    (shard,) = (Path(cfg.output_dir) / f"epoch_{epoch}").glob("model-*.safetensors")
-    return load_file(shard)
-
-
-def assert_same_run(cfg, expected):
-    assert log_of(cfg) == log_of(expected)
-    ours, theirs = weights_of(cfg), weights_of(expected)
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
 
 
 def kill_after_step(monkeypatch, step):
@@ -90,3 +67,260 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, monkeypatch, kind):
         killed_run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), monkeypatch, step)
     resume(cfg)
     assert_same_run(cfg, undisturbed)
+
+
+@pytest.mark.parametrize("place", ["writing", "before renaming", "validation", "step", "export"])
+def test_killed_in_the_middle_of_anything(tmp_path, monkeypatch, place):
+    undisturbed = config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+    run_in_process(undisturbed)
+    cfg = config(tmp_path, output_dir=str(tmp_path / "killed"))
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if place == "writing":  # shards are there, the manifest is not
+            patch.setattr(Manifest, "write", at_call(3, Manifest.write, die))
+        elif place == "before renaming":
+            patch.setattr(folders, "publish", at_call(3, folders.publish, die))
+        elif place == "validation":
+            patch.setattr(run_module, "evaluate", at_call(3, run_module.evaluate, die))
+        elif place == "step":
+            patch.setattr(run_module, "gradient_norm", at_call(6, run_module.gradient_norm, die))
+        else:
+            patch.setattr(run_module, "save_epoch", at_call(2, run_module.save_epoch, die))
+        with pytest.raises(Killed):
+            run_in_process(cfg)
+    resume(cfg)
+    assert_same_run(cfg, undisturbed)
+    names = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert {name for name in names if "." in name} == {"torchtune_config.yaml"}  # nothing half done is left
+
+
+def at_call(number, original, replacement):
+    """``original``, but the call of this number (from 1) is ``replacement``."""
+    calls = iter(range(1, 1000))
+
+    def function(*args, **kwargs):
+        return (replacement if next(calls) == number else original)(*args, **kwargs)
+
+    return function
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    """Validation every 2 steps, checkpoints every 3: the best is written when it is found, whatever the step."""
+    cfg = config(tmp_path, save_every_n_steps=3, keep_last_n=1, keep_best="val_top1_agreement", run_val_every_n_steps=2)
+    cfg.lr_scheduler = None
+    cfg.optimizer.lr = 0.0  # every validation is as good as the first: the first one stays
+    run_in_process(cfg)
+    assert {folder.name for folder in step_folders(tmp_path / "out")} == {"step_12", "step_2"}
+    assert Manifest.read(tmp_path / "out" / "step_2").validation["val_kl"] > 0
+
+
+def test_checkpoints_written_in_the_background_are_the_same(tmp_path):
+    undisturbed = config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+    run_in_process(undisturbed)
+    cfg = config(tmp_path, output_dir=str(tmp_path / "killed"), enable_async_checkpointing=True)
+    run = ForkedRun(cfg)
+    assert run.wait_for("step", 8)
+    run.kill()
+    run_in_process(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    assert_same_run(cfg, undisturbed)
+
+
+def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(tmp_path, capsys):
+    cfg = config(tmp_path, resume_from_checkpoint=True, epochs=1)
+    run_in_process(cfg)
+    assert f"There is no checkpoint in {tmp_path}/out yet" in capsys.readouterr().err
+    assert [line["step"] for line in read_log(cfg.output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_complete_run_is_left_alone(tmp_path, capsys):
+    cfg = config(tmp_path, epochs=1)
+    run_in_process(cfg)
+    before, log = weights_of(cfg, 0), log_of(cfg)
+    resume(cfg)
+    assert "The run is complete" in capsys.readouterr().err
+    assert log_of(cfg) == log
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(cfg, 0).items())
+
+
+def test_a_run_that_is_not_resumed_is_not_written_over(tmp_path, monkeypatch):
+    cfg = config(tmp_path)
+    killed_run(cfg, monkeypatch, 4)
+    with pytest.raises(UserError, match=r"already holds a run \(step_2, step_4\): set `resume_from_checkpoint: True`"):
+        run_in_process(cfg)
+    cfg.overwrite_output_dir, cfg.epochs = True, 1
+    run_in_process(cfg)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+        "epoch_0", "logs", "step_4", "step_6"
+    }  # fmt: skip
+
+
+DAMAGE = {
+    "a truncated shard": ("__0_0.distcp", lambda content: content[:-100], r"has \d+ bytes instead of \d+"),
+    "a flipped byte": (
+        "__0_0.distcp",
+        lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+        "the content of __0_0.distcp has changed",
+    ),
+    "a manifest that is no JSON": ("manifest.json", lambda content: content[: len(content) // 2], "cannot be read"),
+    "a manifest that was changed": (
+        "manifest.json",
+        lambda content: content.replace(b'"global_step": 6', b'"global_step": 7'),
+        "is not as it was written",
+    ),
+    "a shard that is gone": ("__0_0.distcp", None, "the file __0_0.distcp is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_stepped_over(tmp_path, monkeypatch, capsys, damage):
+    cfg = config(tmp_path)
+    killed_run(cfg, monkeypatch, 6)
+    run = make_copy(cfg, tmp_path / "undisturbed")
+    resume(run)
+    file, change, said = DAMAGE[damage]
+    path = tmp_path / "out" / "step_6" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    capsys.readouterr()
+    resume(cfg)
+    message = capsys.readouterr().err
+    assert re.search(rf"warning: the checkpoint {tmp_path}/out/step_6 is damaged \(.*{said}", message), message
+    assert f"Going on with {tmp_path}/out/step_4: step 4" in message
+    assert_same_run(cfg, run)
+    assert (tmp_path / "out" / "step_6.damaged").is_dir()  # kept for whoever wants to look
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path, monkeypatch):
+    cfg = config(tmp_path, keep_last_n=1)
+    killed_run(cfg, monkeypatch, 2)
+    (tmp_path / "out" / "step_2" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"Every checkpoint in .*/out is damaged \(step_2\)"):
+        resume(cfg)
+    assert (tmp_path / "out" / "step_2").is_dir()
+
+
+def make_copy(cfg, folder):
+    """The same run in another folder, with all that it has written."""
+    shutil.copytree(cfg.output_dir, folder)
+    return OmegaConf.merge(cfg, {"output_dir": str(folder)})
+
+
+CHANGES = {
+    "teacher swapped": (lambda cfg, folder: swap_teacher(folder), r"weights of the teacher \(\w+ then, \w+ now\)"),
+    "tokenizer": (lambda cfg, folder: swap_tokenizer(folder), r"files of the tokenizer \(\w+ then, \w+ now\)"),
+    "data": (lambda cfg, folder: write_rows(folder / "rows.jsonl", [*ROWS[:-1], "other"]), "content of the dataset"),
+    "loss": (
+        lambda cfg, folder: OmegaConf.update(cfg, "kd_loss.temperature", 1.0),
+        r"`kd_loss.temperature` \(2.0 then, 1.0 now\)",
+    ),
+    "weight of the loss": (
+        lambda cfg, folder: OmegaConf.update(cfg, "kd_ratio", 0.25),
+        r"`kd_ratio` \(0.5 then, 0.25 now\)",
+    ),
+    "batch": (lambda cfg, folder: OmegaConf.update(cfg, "batch_size", 3), r"sequences per step.* \(4 then, 3 now\)"),
+}
+
+
+def swap_teacher(folder):
+    shutil.rmtree(folder / "teacher")
+    write_checkpoint(folder / "teacher", model_section("full", TEACHER, tied=False), seed=9)
+
+
+def swap_tokenizer(folder):
+    path = folder / "student" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"normalized": false', '"normalized": true'))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_teacher_tokenizer_dataset_or_loss_is_refused_by_name(tmp_path, monkeypatch, capsys, change):
+    cfg = config(tmp_path, epochs=1)
+    killed_run(cfg, monkeypatch, 2)
+    apply, said = CHANGES[change]
+    apply(cfg, tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "step_2").iterdir()}
+    with pytest.raises(UserError) as refused:
+        resume(cfg)
+    message = str(refused.value)
+    assert re.search(said, message) and "`resume_despite_changes: True`" in message, message
+    assert all(path.read_bytes() == content for path, content in before.items())
+    resume(cfg, resume_despite_changes=True)
+    assert "the run goes on although settings changed" in capsys.readouterr().err
+    steps = [line["step"] for line in read_log(cfg.output_dir) if "loss" in line]
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] >= 6
+
+
+def test_another_student_is_refused_for_good(tmp_path, monkeypatch):
+    cfg = config(tmp_path, "lora")
+    killed_run(cfg, monkeypatch, 2)
+    cfg.model.lora_rank = 8
+    with pytest.raises(UserError, match=r"holds another student: `model.lora_rank` \(4 then, 8 now\)"):
+        resume(cfg, resume_despite_changes=True)
+
+
+def test_a_moved_folder_is_the_same_run(tmp_path, monkeypatch):
+    """Files count by their content: the job may be restarted where the disk has another name."""
+    cfg = config(tmp_path / "here", epochs=1)
+    killed_run(cfg, monkeypatch, 4)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = OmegaConf.create(OmegaConf.to_yaml(cfg).replace(f"{tmp_path}/here", f"{tmp_path}/there"))
+    resume(moved)
+    assert [line["step"] for line in read_log(moved.output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("options", [{"optimizer.lr": 1e-4}, {"epochs": 3}])
+def test_new_options_count_where_they_are_allowed(tmp_path, monkeypatch, options):
+    """Learning rates after resuming are those of a run that had the new options from the start."""
+    cfg = config(tmp_path)
+    killed_run(cfg, monkeypatch, 4)
+    for key, value in options.items():
+        OmegaConf.update(cfg, key, value)
+    fresh = OmegaConf.merge(cfg, {"output_dir": str(tmp_path / "fresh")})
+    run_in_process(fresh)
+    resume(cfg, resume_despite_changes=True)
+    rates = [[line["lr"] for line in read_log(c.output_dir) if "lr" in line] for c in (cfg, fresh)]
+    assert rates[0][4:] == pytest.approx(rates[1][4:], rel=1e-12) and len(rates[0]) == len(rates[1])
+
+
+def test_a_seed_drawn_at_random_is_kept(tmp_path, monkeypatch):
+    cfg = config(tmp_path, seed=None, epochs=1)
+    killed_run(cfg, monkeypatch, 2)
+    seed = Manifest.read(tmp_path / "out" / "step_2").seed
+    resume(cfg)
+    assert Manifest.read(tmp_path / "out" / "step_6").seed == seed
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("val_loss", None),
+        ("loss", "one of val_loss, val_class_loss, val_kd_loss, val_kl"),
+        ("val_student_entropy", "one of"),
+    ],
+)
+def test_keep_best_names_a_metric_that_has_a_better_end(tmp_path, name, said):
+    cfg = config(tmp_path, epochs=1, max_steps_per_epoch=1, keep_best=name)
+    if said is None:
+        run_in_process(cfg)
+    else:
+        with pytest.raises(UserError, match=said):
+            run_in_process(cfg)
+
+
+def test_the_manifest_says_what_the_checkpoint_is(tmp_path, monkeypatch):
+    cfg = config(tmp_path, "lora")
+    killed_run(cfg, monkeypatch, 8)
+    content = json.loads((tmp_path / "out" / "step_8" / "manifest.json").read_text())
+    assert content["progress"]["global_step"] == 8 and content["progress"]["epoch"] == 1
+    assert content["progress"]["samples"] == 8  # 2 steps of 4 rows into the second epoch
+    assert content["progress"]["tokens"] > 0
+    assert content["versions"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert content["config"]["kd_loss"]["temperature"] == 2.0
+    assert content["validation"]["val_loss"] > 0
+    for name, facts in content["files"].items():
+        written = (tmp_path / "out" / "step_8" / name).read_bytes()
+        assert facts == {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}

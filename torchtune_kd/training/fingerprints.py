@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from torchtune_kd.training.data import row
 from torchtune_kd.training.preflight import checkpoint_files
 from torchtune_kd.training.settings import Settings
 
@@ -82,9 +83,9 @@ def dataset_fingerprint(section: Any, dataset: Dataset) -> str:
     digest = hashlib.sha256(files_fingerprint(_paths(section)).encode())
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(ROWS, len(dataset)), dtype=np.int64))
     for index in rows.tolist():
-        row = dataset[index]
+        sample = row(dataset, index, "dataset")
         for key in ("tokens", "labels", "seq_lens"):
-            values = row.get(key, ())
+            values = sample.get(key, ())
             values = values.tolist() if isinstance(values, Tensor) else list(values)
             digest.update(json.dumps([key, values], default=str).encode())
     return digest.hexdigest()[:16]

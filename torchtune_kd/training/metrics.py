@@ -5,9 +5,11 @@ Per token, natural logarithms (nats): ``loss`` (the objective), ``class_loss`` (
 ``top1_agreement``, ``student_entropy``, ``teacher_entropy``, ``acceptance_rate`` (Σ min(p, q)).
 """
 
+import contextlib
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.progress import Progress
-from torchtune_kd.training.settings import Settings, build
+from torchtune_kd.training.settings import Settings, build, one_line
 from torchtune_kd.training.world import World
 
 DISTANCES = ("kl", "top1_agreement", "student_entropy", "teacher_entropy", "acceptance_rate")
@@ -65,6 +67,7 @@ class TrainingLog:
     ) -> None:
         self._settings, self._world = settings, world
         self._logger: Any = None
+        self._told = False  # that the log cannot be written
         self._bar: tqdm | None = None
         if world.is_rank_zero:
             self._logger = _build_logger(cfg, progress, log_file)
@@ -126,14 +129,14 @@ class TrainingLog:
             }
             self._bar.set_description(f"{epoch + 1}|{step}")
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if v is not None}, refresh=False)
-            self._logger.log_dict(values, step=step)
+            self._write(values, step)
         self.restart_clock()
 
     def log_validation(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Write ``val_<name>`` for every mean of a validation, and return them by these names."""
         kept = {f"val_{name}": value for name, value in values.items() if name != "num_tokens"}
         if self._logger is not None:
-            self._logger.log_dict(kept, step=step)
+            self._write(kept, step)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in kept.items() if name in _SHOWN)
             tqdm.write(f"step {step}: {shown}")
         self.restart_clock()
@@ -142,7 +145,24 @@ class TrainingLog:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self._logger.close()
+            with self._unwritable_is_told():
+                self._logger.close()
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        with self._unwritable_is_told():
+            self._logger.log_dict(values, step=step)
+
+    @contextlib.contextmanager
+    def _unwritable_is_told(self) -> Iterator[None]:
+        """A disk that is full costs log lines, which wait for room in torchtune's logger, but not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                say(f"warning: the log cannot be written ({one_line(error).rstrip('.')}): the run goes on.")
+            self._told = True
+        else:
+            self._told = False
 
     def _is_logged(self, step: int) -> bool:
         return step % self._settings.log_every_n_steps == 0

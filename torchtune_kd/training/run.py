@@ -21,7 +21,7 @@ from torchtune_kd.training.evaluate import evaluate
 from torchtune_kd.training.fingerprints import identity
 from torchtune_kd.training.finite import end_run, rows_of_step
 from torchtune_kd.training.loading import load_weights
-from torchtune_kd.training.memory_advice import explained
+from torchtune_kd.training.memory_advice import out_of_memory_explained
 from torchtune_kd.training.metrics import TrainingLog, validation_metrics
 from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher
 from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
@@ -161,7 +161,7 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     """
     progress, settings = run.progress, run.settings
     metrics = run.log.wants(progress.global_step + 1)
-    with explained(run, step):
+    with out_of_memory_explained(run, step):
         sums = accumulate_gradients(run.student, run.teacher, step, metrics, run.ignore_index, run.world)
         loss, grad_norm = _agree(run, sums, gradient_norm(run.trainable, settings.clip_grad_norm))
         lr = run.optimizer.param_groups[0]["lr"]
@@ -204,7 +204,10 @@ def validate_if_due(run: Run) -> None:
         return
     if run.val_loader is not None:
         metrics = validation_metrics(run.settings)
-        with preserved_rng(run.world.device), explained(run, None):  # to validate more often changes no step
+        with (
+            preserved_rng(run.world.device),
+            out_of_memory_explained(run, None),
+        ):  # to validate more often changes no step
             values = evaluate(
                 run.student,
                 run.teacher,

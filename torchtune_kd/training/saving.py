@@ -49,8 +49,9 @@ class Saver:
         identity: dict[str, dict[str, Any]],
         found: Found | None,
     ) -> None:
-        self._cfg, self._settings, self._world, self._log = cfg, settings, world, log
+        self._settings, self._world, self._log = settings, world, log
         self._output, self._seed, self._identity = output, seed, identity
+        self._config, self._versions = OmegaConf.to_container(cfg, resolve=True), _versions()
         self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
         self._on_disk = None if found is None else _state(Progress(**found.manifest.progress))
         self._writer = SnapshotWriter(
@@ -86,8 +87,8 @@ class Saver:
             seed=self._seed,
             processes=self._world.size,
             identity=self._identity,
-            config=OmegaConf.to_container(self._cfg, resolve=True),
-            versions=_versions(),
+            config=self._config,
+            versions=self._versions,
             saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             validation=validation,
             log_file=self._log.file(),

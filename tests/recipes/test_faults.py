@@ -1,0 +1,336 @@
+"""One fault a test: what is lost (nothing), what goes on, and the one sentence that says so."""
+
+import contextlib
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from forked import ForkedRun
+from omegaconf import OmegaConf
+from resumable import assert_same_run, resumable_config, weights_of
+from safetensors.torch import load_file, save_file
+from tiny import make_config, read_log, run_in_process
+
+import torchtune_kd.training.models as models_module
+import torchtune_kd.training.run as run_module
+from torchtune_kd.training import RunError, UserError
+from torchtune_kd.training.folders import step_folders
+from torchtune_kd.training.manifest import Manifest
+
+
+@contextlib.contextmanager
+def at_steps(monkeypatch, actions):
+    """Call ``actions[n]`` once step n is done and its checkpoint is written."""
+    original = run_module.checkpoint_if_due
+
+    def then_act(run):
+        original(run)
+        actions.get(run.progress.global_step, lambda: None)()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torchtune_kd.training.checkpoint_if_due", then_act)
+        yield
+
+
+def is_whole(folder) -> bool:
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, manifest.files)
+    return True
+
+
+# --- a disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that holds the run with little to spare."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]).returncode != 0:
+        pytest.skip("mounting a tmpfs needs root; the test with RLIMIT_FSIZE runs everywhere")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, small_disk, capfd):
+    undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+    run_in_process(undisturbed)
+    capfd.readouterr()
+    cfg = resumable_config(tmp_path, output_dir=str(small_disk / "out"))
+    seen = []
+
+    def look():
+        seen.append({path.name for path in (small_disk / "out").iterdir() if path.is_dir()} - {"logs"})
+        assert all(is_whole(folder) for folder in step_folders(small_disk / "out"))
+        (small_disk / "filler").unlink()
+
+    with at_steps(monkeypatch, {3: lambda: fill(small_disk), 5: look}):
+        run_in_process(cfg)
+    assert seen == [{"step_2"}]  # step_4 failed and left nothing behind
+    message = capfd.readouterr().err
+    warning = (
+        f"warning: the checkpoint {small_disk}/out/step_4 could not be written ([Errno 28] No space left on device): "
+        "the run goes on, and the checkpoint before it stays the last."
+    )
+    assert message.count(warning) == 1
+    assert "Traceback" not in message
+    assert_same_run(cfg, undisturbed)  # log lines that found no room came later
+
+
+def test_a_full_disk_at_the_final_export_ends_with_one_sentence(tmp_path, monkeypatch, small_disk):
+    cfg = resumable_config(tmp_path, output_dir=str(small_disk / "out"))
+    with (
+        at_steps(monkeypatch, {12: lambda: fill(small_disk)}),
+        pytest.raises(RunError, match=r"weights of epoch 1 could not be written to .*/disk/out \(.*No space.*resume"),
+    ):
+        run_in_process(cfg)
+    names = {path.name for path in (small_disk / "out").iterdir() if path.is_dir()}
+    assert names == {"logs", "epoch_0", "step_10", "step_12"}
+    (small_disk / "filler").unlink()
+    run_in_process(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+    run_in_process(undisturbed)
+    assert_same_run(cfg, undisturbed)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_file_that_may_not_grow_fails_a_save_and_not_the_run(tmp_path, monkeypatch, capfd, background):
+    """The kernel refuses writes beyond RLIMIT_FSIZE as it does on a full disk."""
+    cfg = resumable_config(tmp_path, enable_async_checkpointing=background)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    def lift():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with at_steps(monkeypatch, {3: limit, 5: lift}):
+        try:
+            run_in_process(cfg)
+        finally:
+            lift()
+    assert f"{tmp_path}/out/step_4 could not be written ([Errno 27] File too large)" in capfd.readouterr().err
+    assert [folder.name for folder in step_folders(tmp_path / "out")] == ["step_12", "step_10"]
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+# --- losses and gradients that are not finite
+
+BAD = "#"  # its row of the teacher's embedding is NaN
+
+
+def with_bad_rows(folder, rows, **overrides):
+    """A run whose rows with a ``#`` have no finite loss."""
+    cfg = make_config(folder, rows=rows, **overrides)
+    path = folder / "teacher" / "model.safetensors"
+    weights = load_file(path)
+    vocabulary = json.loads((folder / "teacher" / "tokenizer.json").read_text())["model"]["vocab"]
+    weights["model.embed_tokens.weight"][vocabulary[BAD]] = float("nan")
+    save_file(weights, path)
+    return cfg
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(tmp_path, capfd):
+    rows = ["good and long enough"] * 4 + ["some # inside"] + ["good again"] * 7
+    cfg = with_bad_rows(tmp_path, rows, optimizer__weight_decay=0.1)
+    cfg.epochs = 1
+    recipe = run_in_process(cfg)
+    steps = read_log(cfg.output_dir)
+    assert [step.get("skipped_steps", 0) for step in steps] == [0, 1, 1]
+    assert [step["loss"] == step["loss"] for step in steps] == [True, False, True]
+    assert recipe._run.optimizer.state[recipe._run.trainable[0]]["step"] == 2
+    assert re.search(
+        r"warning: step 2 is skipped, since its loss \(nan\) or gradient norm \(nan\) is not finite",
+        capfd.readouterr().err,
+    )
+
+    alone = make_config(tmp_path / "alone", rows=rows[:4] + rows[8:], optimizer__weight_decay=0.1)
+    shutil.copytree(tmp_path / "teacher", tmp_path / "alone" / "teacher", dirs_exist_ok=True)
+    run_in_process(alone)
+    for name, weight in weights_of(alone, 0).items():
+        assert torch.equal(weight, weights_of(cfg, 0)[name]), name
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
+    rows = ["good and long enough"] * 4 + ["some # inside"] * 12
+    cfg = with_bad_rows(tmp_path, rows, max_skipped_steps=2, save_every_n_steps=1, batch_size=2)
+    cfg.gradient_accumulation_steps = 2
+    with pytest.raises(RunError) as ended:
+        run_in_process(cfg)
+    message = str(ended.value)
+    assert message.startswith("2 steps in a row had no finite loss and gradient (the last, step 3: loss nan")
+    assert f"rows 8, 9, 10, 11 of `dataset`, it is written to {tmp_path}/out/bad_step_3" in message
+    bad = torch.load(tmp_path / "out" / "bad_step_3" / "rank_0.pt")
+    assert bad["rows"] == [8, 9, 10, 11] and bad["step"] == 3
+    assert [batch["tokens"].shape[0] for batch in bad["microbatches"]] == [2, 2]
+    assert is_whole(tmp_path / "out" / "step_2")
+
+
+@pytest.mark.slow
+def test_all_processes_skip_the_same_step(tmp_path):
+    rows = ["good and long enough"] * 4 + ["fine", "some # inside", "fine too", "fine as well"] + ["good again"] * 4
+    cfg = with_bad_rows(tmp_path, rows, batch_size=2)
+    ForkedRun(cfg, 2).finish()
+    assert [step.get("skipped_steps", 0) for step in read_log(cfg.output_dir)] == [0, 1, 1]
+    one = with_bad_rows(tmp_path, rows, output_dir=str(tmp_path / "one"))
+    run_in_process(one)
+    for name, weight in weights_of(one, 0).items():
+        torch.testing.assert_close(weights_of(cfg, 0)[name], weight, rtol=0, atol=1e-5)
+
+
+# --- memory
+
+
+PHASES = {
+    "teacher": lambda patch: patch.setattr(models_module.Teacher, "forward", out_of_memory),
+    "student forward": lambda patch: patch.setattr("torchtune.modules.TransformerDecoder.forward", only_student),
+    "loss": lambda patch: patch.setattr(models_module, "linear_kd_loss", out_of_memory),
+    "backward": lambda patch: patch.setattr(torch.Tensor, "backward", out_of_memory),
+    "optimizer": lambda patch: patch.setattr(torch.optim.AdamW, "step", out_of_memory),
+}
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def only_student(self, *args, **kwargs):
+    if any(parameter.requires_grad for parameter in self.parameters()):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    return torch.zeros(*args[0].shape, 256)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_out_of_memory_names_the_phase_and_what_helps_most(tmp_path, monkeypatch, phase):
+    cfg = make_config(tmp_path)
+    PHASES[phase](monkeypatch)
+    with pytest.raises(RunError) as ended:
+        run_in_process(cfg)
+    message = str(ended.value)
+    assert f"ran out in step 1, phase: {phase} (microbatches of up to 4 x" in message, message
+    savings = [
+        float(size) * {"GiB": 1024, "MiB": 1}[unit] for size, unit in re.findall(r"saves ([\d.]+) (GiB|MiB)", message)
+    ]
+    assert len(savings) == 3 and savings == sorted(savings, reverse=True) and savings[0] > 0
+    if phase == "optimizer":  # by then activations are gone
+        assert "activation" not in message and "batch_size" not in message
+
+
+# --- rows that cannot be tokenised
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_that_cannot_be_tokenised_is_named(tmp_path, packed):
+    cfg = make_config(tmp_path, dataset__packed=packed)
+    rows = [json.dumps({"text": text}) + "\n" for text in ["good", "good", None, "good"]]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    with pytest.raises(UserError, match=r"Row 2 of `dataset` cannot be tokenised, correct or remove it: \w+Error: "):
+        run_in_process(cfg)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(tmp_path, name):
+    cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), save_every_n_steps=None)
+    run = ForkedRun(cfg)
+    assert run.wait_for("step", 3)
+    run.send(getattr(signal, name))
+    assert run.join() == [75]
+    (folder,) = step_folders(tmp_path / "stopped")
+    step = int(folder.name.removeprefix("step_"))
+    assert 3 <= step <= 5 and is_whole(folder)
+    said = f"stopped: {name} ended the run after step {step}; its checkpoint is {folder}: go on with"
+    assert said in run.output()
+    if name == "SIGTERM":
+        ForkedRun(OmegaConf.merge(cfg, {"resume_from_checkpoint": True})).finish()
+        undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+        run_in_process(undisturbed)
+        assert_same_run(cfg, undisturbed)
+
+
+def test_a_signal_in_a_validation_leaves_it_for_the_resumed_run(tmp_path):
+    cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), save_every_n_steps=None)
+    run = ForkedRun(cfg, hold=("validation", 2))
+    assert run.wait_for("validation", 2)
+    run.send(signal.SIGTERM)
+    time.sleep(0.2)
+    run.wake()
+    assert run.join() == [75]
+    assert step_folders(tmp_path / "stopped")[0].name == "step_4"
+    run_in_process(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+    run_in_process(undisturbed)
+    assert_same_run(cfg, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_step_when_one_is_signalled(tmp_path):
+    cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), batch_size=2)
+    run = ForkedRun(cfg, 2)
+    assert run.wait_for("step", 3)
+    run.send(signal.SIGTERM, ranks=[1])
+    assert run.join() == [75, 75]
+    newest = step_folders(tmp_path / "stopped")[0]
+    assert is_whole(newest) and Manifest.read(newest).processes == 2
+    for rank in (0, 1):
+        assert f"its checkpoint is {newest}" in run.output(rank)
+    ForkedRun(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), 2).finish()
+    undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"), batch_size=2)
+    ForkedRun(undisturbed, 2).finish()
+    assert_same_run(cfg, undisturbed)
+
+
+def test_a_second_sigterm_ends_it_at_once_and_the_last_checkpoint_is_whole(tmp_path):
+    """In the middle of a save that hangs; two signals in the same second are one request (torchrun passes them on)."""
+    cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"))
+    run = ForkedRun(cfg, hold=("rename", 2))
+    assert run.wait_for("rename", 2)
+    run.send(signal.SIGTERM)
+    time.sleep(0.1)
+    run.send(signal.SIGTERM)
+    time.sleep(1.5)
+    assert run.processes[0].exitcode is None
+    run.send(signal.SIGTERM)
+    asked = time.monotonic()
+    assert run.join() == [143]
+    assert time.monotonic() - asked < 5
+    assert [folder.name for folder in step_folders(tmp_path / "stopped")] == ["step_2"]
+    assert is_whole(tmp_path / "stopped" / "step_2")
+    ForkedRun(OmegaConf.merge(cfg, {"resume_from_checkpoint": True})).finish()
+    undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
+    run_in_process(undisturbed)
+    assert_same_run(cfg, undisturbed)
+
+
+# --- a process that dies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_one_process_dies_or_hangs_the_other_ends_within_a_minute(tmp_path, number):
+    cfg = resumable_config(tmp_path, batch_size=2, process_group_timeout=5)
+    run = ForkedRun(cfg, 2)
+    assert run.wait_for("step", 4)
+    run.send(number, ranks=[1])
+    start = time.monotonic()
+    run.processes[0].join(60)
+    assert run.processes[0].exitcode not in (None, 0), run.output()
+    assert time.monotonic() - start < 60
+    run.kill()
+    assert all(is_whole(folder) for folder in step_folders(tmp_path / "out"))

@@ -1,0 +1,48 @@
+"""SIGKILL, the real one, to real processes: at twenty random moments, on one process and on two."""
+
+import random
+import time
+
+import pytest
+from forked import EVENTS, ForkedRun
+from omegaconf import OmegaConf
+from resumable import assert_same_run, resumable_config
+from tiny import ROWS
+
+# how often each begins in a run of 2 epochs of 4 steps, checkpoints every 3, validation every 2
+TIMES = {"step": 8, "validation": 5, "save": 2, "export": 2, "epoch": 2}
+
+
+def short_config(folder, name, size):
+    return resumable_config(
+        folder,
+        output_dir=str(folder / name),
+        rows=ROWS[:16],
+        batch_size=4 // size,
+        save_every_n_steps=3,
+        run_val_every_n_steps=2,
+        max_val_batches=1,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_killed_at_twenty_random_moments_and_resumed_each_time(tmp_path, size):
+    """In a step, in a validation, in a save, in an export, at the border of epochs; four moments each."""
+    undisturbed = short_config(tmp_path, "undisturbed", size)
+    ForkedRun(undisturbed, size).finish()
+    draw = random.Random(size)
+    moments = [(event, draw.randint(1, TIMES[event]), draw.uniform(0, 0.05)) for event in EVENTS for _ in range(4)]
+    assert len(moments) == 20
+    killed = 0
+    for index, (event, count, delay) in enumerate(moments):
+        cfg = short_config(tmp_path, f"killed_{index}", size)
+        run = ForkedRun(cfg, size)
+        assert run.wait_for(event, count), f"{event} {count}"
+        time.sleep(delay)
+        run.kill()
+        killed += run.processes[0].exitcode == -9
+        again = ForkedRun(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), size)
+        again.finish()
+        assert_same_run(cfg, undisturbed)
+    assert killed >= 18  # the last export may be done before the signal arrives

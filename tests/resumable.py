@@ -1,0 +1,46 @@
+"""What the tests of resumed runs share: a run with everything in it, and what must be equal afterwards."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny import dataset_section, make_config, read_log
+
+CLOCK = "tokens_per_second_per_gpu"  # all that may differ
+
+
+def resumable_config(folder, kind="full", **overrides):
+    """Two epochs of 6 steps; validation every 4 steps, a checkpoint every 2; shuffled, with dropout."""
+    base = {
+        "epochs": 2,
+        "shuffle": True,
+        "save_every_n_steps": 2,
+        "run_val_every_n_steps": 4,
+        "clip_grad_norm": 1.0,
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "num_warmup_steps": 3,
+        },
+    }
+    cfg = make_config(folder, kind, **(base | overrides))
+    cfg.dataset_val = dataset_section(folder / "rows.jsonl")
+    if kind != "full":
+        cfg.model.lora_dropout = 0.1
+    return cfg
+
+
+def log_of(cfg):
+    return [{k: v for k, v in line.items() if k != CLOCK} for line in read_log(cfg.output_dir)]
+
+
+def weights_of(cfg, epoch=1):
+    (shard,) = (Path(cfg.output_dir) / f"epoch_{epoch}").glob("model-*.safetensors")
+    return load_file(shard)
+
+
+def assert_same_run(cfg, expected):
+    assert log_of(cfg) == log_of(expected)
+    ours, theirs = weights_of(cfg), weights_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
