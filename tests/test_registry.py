@@ -54,7 +54,7 @@ def folders(tmp_path):
     """A recipes and a configs folder like ours."""
     recipes, configs = tmp_path / "some recipes", tmp_path / "configs"
     recipes.mkdir()
-    for name in ("kd_single_device", "kd_distributed"):
+    for name in ("kd_single_device", "kd_distributed", "plan"):
         (recipes / f"{name}.py").write_text(RECIPE)
     for name in ("fam/x_single_device", "fam/deep/y_single_device", "fam/x_distributed", "fam/notes"):
         file = configs / f"{name}.yaml"
@@ -79,7 +79,7 @@ def python(*args, cwd, **env):
 def test_entries_follow_the_files(registry, folders):
     recipes, configs = folders
     _registry.append_recipes(registry, recipes, configs)
-    stock, single, distributed = registry._ALL_RECIPES
+    stock, single, distributed, plan = registry._ALL_RECIPES
     assert stock.name == "stock" and len(stock.configs) == 1
     assert (single.name, single.supports_distributed) == ("torchtune_kd/kd_single_device", False)
     assert (distributed.name, distributed.supports_distributed) == ("torchtune_kd/kd_distributed", True)
@@ -88,7 +88,8 @@ def test_entries_follow_the_files(registry, folders):
         "torchtune_kd/fam/x_single_device",
     ]
     assert [config.name for config in distributed.configs] == ["torchtune_kd/fam/x_distributed"]
-    for entry in (single, distributed, *single.configs, *distributed.configs):
+    assert (plan.name, plan.supports_distributed, plan.configs) == ("torchtune_kd/plan", False, [])
+    for entry in (single, distributed, plan, *single.configs, *distributed.configs):
         assert os.path.isabs(entry.file_path) and os.path.isfile(entry.file_path)
 
 
@@ -167,7 +168,8 @@ def test_whoever_imports_the_list_gets_one_module(tmp_path, imports):
         "assert r is sys.modules['torchtune._recipe_registry'] is torchtune._recipe_registry\n"
         "assert 'class Recipe' in inspect.getsource(r)\n"
         "names = [recipe.name for recipe in r.get_all_recipes()]\n"
-        "assert names[-2:] == ['torchtune_kd/kd_single_device', 'torchtune_kd/kd_distributed'], names\n"
+        "ours = ['torchtune_kd/kd_single_device', 'torchtune_kd/kd_distributed', 'torchtune_kd/plan']\n"
+        "assert names[-3:] == ours, names\n"
         "assert len(set(names)) == len(names) and 'knowledge_distillation_distributed' in names\n"
         "from torchtune_kd._registry import register\n"
         "register()\n"
@@ -184,7 +186,7 @@ def test_a_list_imported_before_us_is_completed(tmp_path):
         "assert not any('torchtune_kd' in recipe.name for recipe in get_all_recipes())\n"
         "from torchtune_kd._registry import register\n"
         "register()\n"
-        "assert get_all_recipes()[-1].name == 'torchtune_kd/kd_distributed'\n",
+        "assert get_all_recipes()[-2].name == 'torchtune_kd/kd_distributed'\n",
         cwd=tmp_path,
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
@@ -235,18 +237,19 @@ def test_tune_copies_by_name(folders, tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "name: fam/x_single_device\n"
 
 
-def test_tune_runs_by_name(folders, tmp_path):
+@pytest.mark.parametrize("recipe", ["kd_single_device", "plan"])
+def test_tune_runs_by_name(folders, tmp_path, recipe):
     """The recipe and the config are found by name, from a folder that has nothing to do with them."""
     config = folders[1] / "fam" / "x_single_device.yaml"
     args = (
         "run",
-        "torchtune_kd/kd_single_device",
+        f"torchtune_kd/{recipe}",
         "--config",
         "torchtune_kd/fam/x_single_device",
         "kd_ratio=1",
     )
     result = tune(folders, *args, cwd=tmp_path)
-    assert result.stdout == f"ran kd_single_device.py None --config {config} kd_ratio=1\n", result.stderr
+    assert result.stdout == f"ran {recipe}.py None --config {config} kd_ratio=1\n", result.stderr
 
 
 @pytest.mark.slow

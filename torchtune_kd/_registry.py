@@ -15,8 +15,9 @@ from functools import cache
 
 _REGISTRY = "torchtune._recipe_registry"
 _PREFIX = "torchtune_kd/"
-# each recipe, and how the names of its configs end
-_RECIPES = {"kd_single_device": "_single_device", "kd_distributed": "_distributed"}
+# each recipe, and how the names of its configs end; plan has none of its own and takes those of the others, which
+# `tune run` finds for it
+_RECIPES = {"kd_single_device": "_single_device", "kd_distributed": "_distributed", "plan": None}
 
 
 def register() -> None:
@@ -57,7 +58,7 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
         entries = [
             registry.Config(name=_PREFIX + file.relative_to(configs).with_suffix("").as_posix(), file_path=str(file))
             for file in files
-            if file.stem.endswith(ending)
+            if ending is not None and file.stem.endswith(ending)
         ]
         registry._ALL_RECIPES.append(
             registry.Recipe(
