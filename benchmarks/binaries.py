@@ -31,10 +31,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, _triton
+from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, _triton, _triton_split
 from torchtune_kd.kernels._block import Plan
 from torchtune_kd.kernels._checks import runs_interpreted
 from torchtune_kd.kernels._softmax import softmax_backward, softmax_forward
+from torchtune_kd.kernels._triton_launch import Blocks, blocks_for
+from torchtune_kd.kernels._triton_parallel import Group, parallel_rows
 
 ARCHITECTURES = (80, 90)
 VOCAB = 128256
@@ -44,7 +46,13 @@ FORMAT = "{:52} {:12} {:>3} {:>5} {:>5} {:>9} {:>7} {:>6} {:>11} {:>8}  {:25} {}
 REFUSAL = "TRITON_INTERPRET is set, so Triton interprets its kernels and compiles nothing; unset it"
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 
 
 class Case(NamedTuple):
@@ -57,6 +65,7 @@ class Case(NamedTuple):
     metrics: str = ""  # "all", or "student": those that need no teacher
     labels: bool = True
     row_scale: bool = False  # rows with incoming gradients of their own: linear_kd_loss with a trained head, "none"
+    parts: str = ""  # "split": rows over several programs; "shards": over several processes
     backward: str = ""  # "scale" or "scale-rows": instead, the scaling of a stored gradient
 
     @property
@@ -66,6 +75,7 @@ class Case(NamedTuple):
         words = (self.divergence, f"T={self.temperature:g}" if self.divergence else "", "ce" * self.cross_entropy)
         words += ("gradient" if self.gradient else "loss", "" if self.labels else "unlabelled")
         words += ("row-scale" * self.row_scale, f"{self.metrics}-metrics" if self.metrics else "")
+        words += (self.parts,)
         return tuple(filter(None, words))
 
     @property
@@ -82,7 +92,15 @@ def all_cases() -> list[Case]:
     cases += [Case(*values, labels=False) for values in everything if not values[2]]
     cases += [Case(*values, row_scale=True) for values in everything if values[3] and not values[4]]
     cases += [Case("", 1.0, True, True, row_scale=True)]
+    cases += [Case(*values, parts=parts) for values in everything if values[2] for parts in ("split", "shards")]
     return cases + [Case("", backward=word) for word in ("scale", "scale-rows")]
+
+
+class NoGroup(Group):
+    """Of processes that are not there."""
+
+    def reduce(self, tensor: Tensor, operation: object) -> Tensor:
+        return tensor
 
 
 class Binary(NamedTuple):
@@ -118,7 +136,9 @@ class Report:
 
     @property
     def narrow(self) -> int:
-        """Instructions of less than 128 bits that load or store a part of a row."""
+        """Instructions of less than 128 bits that load or store a part of a row; a kernel without a block has none."""
+        if not self.block:
+            return 0
         loads, stores = (sum(n for bits, n in of.items() if bits < WIDE) for of in (self.loads, self.stores))
         return max(0, loads - self.scalar_loads) + max(0, stores - self.scalar_stores)
 
@@ -165,10 +185,15 @@ def _call(case: Case, student: Tensor, teacher: Tensor) -> None:
     plan = Plan(objective, metrics, student.shape[-1], "mean", bool(case.divergence), case.gradient)
     labels = torch.empty(n_tokens, dtype=torch.int64, device="meta") if case.labels else None
     teacher = teacher if plan.has_teacher else None
-    if case.row_scale:
+    row_scale = torch.empty((), device="meta")
+    if case.parts == "shards":
+        parallel_rows(
+            student, teacher, labels, plan, student if case.gradient else None, row_scale, NoGroup(None, 0, 2)
+        )
+    elif case.row_scale:
         _triton.rows(student, teacher, labels, plan, student, torch.empty(n_tokens, 1, device="meta"))
     else:
-        softmax_forward(student, teacher, labels, plan, "triton")
+        softmax_forward(student, teacher, labels, plan, "triton-split" if case.parts else "triton")
 
 
 def specialise(kernel: triton.JITFunction, *args: object, **kwargs: object) -> Binary:
@@ -275,8 +300,8 @@ def main() -> None:
     cases = [case for case in all_cases() if set(args.words) <= set(case.words)]
     if not cases:
         parser.error(f"no case's name has the words {' '.join(args.words)}")
-    chosen = (lambda *_: _triton.Blocks(*args.blocks)) if args.blocks else _triton.blocks_for
-    with patch.object(_triton, "blocks_for", chosen):
+    chosen = (lambda *_: Blocks(*args.blocks)) if args.blocks else blocks_for
+    with patch.object(_triton, "blocks_for", chosen), patch.object(_triton_split, "blocks_for", chosen):
         found = reports(cases, args.arch, args.jobs, vocab=args.vocab)
     print(f"bf16, V={args.vocab}, Triton {triton.__version__}; loads and stores in bits x instructions")
     print(FORMAT.format(*COLUMNS.split()))

@@ -3,15 +3,18 @@
 Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._block import Plan
 from ._checks import (
     BACKENDS,
     check_choice,
+    check_group,
     check_head,
     check_labels,
     check_rows,
@@ -46,6 +49,7 @@ def softmax_kd_loss(
     scale_by_temperature_squared: bool = True,
     backend: str = "auto",
     return_metrics: bool | Sequence[str] = False,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Result:
     r"""Distillation loss of given logits.
 
@@ -92,9 +96,15 @@ def softmax_kd_loss(
         reduction (str): "mean" over valid tokens, "sum", or "none" (the labels' shape, 0 at ignored tokens).
         scale_by_temperature_squared (bool): multiply D by T², which keeps gradients comparable across T.
         backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
-            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
+            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise. "triton-backwards"
+            and "triton-split" give the same results with fewer reads of memory, if the cache plays along: see
+            README.md beside this file. They were not yet measured on a GPU.
         return_metrics (bool | Sequence[str]): True for all of :data:`METRICS` that the inputs define, or the
             names of some.
+        group (dist.ProcessGroup | None): vocabulary-parallel: each process of the group holds a shard of the ids of
+            both models, in the order of ranks and cut at the same ids (shards may differ in size, and in the last
+            one either model may have padding). `labels` are ids of the whole vocabulary and the same on all
+            processes; so are the loss and the metrics, while each gets the gradient of its own shard. Triton only.
 
     Returns:
         Tensor | tuple[Tensor, dict[str, Tensor]]: the loss in fp32 (fp64), and with `return_metrics` a dict
@@ -121,13 +131,17 @@ def softmax_kd_loss(
         vocab = shared_vocab(vocab, teacher_logits.shape[-1])
     flat_labels = None
     if labels is not None:
-        flat_labels = check_labels(labels, vocab, ignore_index).to(student_logits.device, non_blocking=True)
+        known = vocab if group is None else None
+        flat_labels = check_labels(labels, known, ignore_index).to(student_logits.device, non_blocking=True)
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
     backend = resolve_backend(backend, student_logits, teacher_logits)
-    apply = softmax_kd_op if torch.compiler.is_compiling() else SoftmaxKD.apply
-    outputs = apply(student_logits, teacher_logits, flat_labels, plan, backend)
+    if group is not None:
+        outputs = _sharded(student_logits, teacher_logits, flat_labels, plan, backend, group)
+    else:
+        apply = softmax_kd_op if torch.compiler.is_compiling() else SoftmaxKD.apply
+        outputs = apply(student_logits, teacher_logits, flat_labels, plan, backend)
     return _result(*outputs, plan, student_logits.shape[:-1], return_metrics)
 
 
@@ -241,6 +255,19 @@ def linear_kd_loss(
             backend,
         )
     return _result(*outputs, plan, student_hidden.shape[:-1], return_metrics)
+
+
+def _sharded(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str, group: "dist.ProcessGroup"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`SoftmaxKD` of shards, outside of graphs."""
+    check_group(backend, group, student.shape[-1], None if teacher is None else teacher.shape[-1])
+    # torch.compiler.disable imports the compiler, so not for those who do not use it
+    apply = torch.compiler.disable(SoftmaxKD.apply) if "torch._dynamo" in sys.modules else SoftmaxKD.apply
+    return apply(student, teacher, labels, plan, backend, group)
+
+
+_sharded._torchdynamo_disable = True  # the mark of torch.compiler.disable: graphs end before this function
 
 
 def _result(loss: Tensor, sums: Tensor, count: Tensor, plan: Plan, shape: torch.Size, return_metrics: object) -> Result:

@@ -44,6 +44,11 @@ def answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_triton(backend: str) -> bool:
+    """Whether one of the Triton backends was chosen."""
+    return backend.startswith("triton")
+
+
 def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
     """Slices of at most `rows_per_block` rows."""
     return slices(n_rows, rows_per_block(vocab, device))

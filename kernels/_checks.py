@@ -8,12 +8,13 @@ import os
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._block import answers_at_once
 from ._objective import Objective
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "triton-backwards", "triton-split")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -23,7 +24,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
-    """ "torch" or "triton"; `tensors` are what the loss arithmetic reads.
+    """One of `BACKENDS` but "auto"; `tensors` are what the loss arithmetic reads.
 
     Raises:
         ValueError: if `backend` cannot run on these tensors.
@@ -37,15 +38,40 @@ def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
     if backend == "torch":
         return backend
     if not TRITON_IS_INSTALLED:
-        raise ValueError("backend='triton' needs the package triton, which is not installed; install it or use 'torch'")
+        raise ValueError(
+            f"backend={backend!r} needs the package triton, which is not installed; install it or use 'torch'"
+        )
     if has_fp64:
-        raise ValueError("backend='triton' computes in fp32, but an input is fp64; convert it or use 'torch'")
+        raise ValueError(f"backend={backend!r} computes in fp32, but an input is fp64; convert it or use 'torch'")
     if device.type != "cuda" and not (device.type == "cpu" and runs_interpreted()):
         raise ValueError(
-            f"backend='triton' needs CUDA tensors, but got them on {device}; move them, use 'torch', or set "
+            f"backend={backend!r} needs CUDA tensors, but got them on {device}; move them, use 'torch', or set "
             f"TRITON_INTERPRET=1 before Python starts to interpret the kernels on a CPU"
         )
     return backend
+
+
+def check_group(backend: str, group: object, student_ids: int, teacher_ids: int | None) -> None:
+    """A process group whose processes hold shards of the vocabulary, and what can work on these.
+
+    Raises:
+        ValueError: if `backend` cannot, or the models' shards do not cover the same ids.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a torch.distributed.ProcessGroup or None, but got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not part of the group given; call with a group that it belongs to")
+    if backend != "triton":
+        raise ValueError(
+            f"group= works with backend='triton' (CUDA tensors, or TRITON_INTERPRET=1), but {backend!r} was asked for "
+            f"or chosen; use that, or gather the logits and leave group out"
+        )
+    is_last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    if teacher_ids is not None and teacher_ids != student_ids and not is_last:
+        raise ValueError(
+            f"every shard but the last must hold the same ids of both models, but this one has {student_ids} of the "
+            f"student and {teacher_ids} of the teacher; shard both vocabularies at the same ids"
+        )
 
 
 def runs_interpreted() -> bool:
@@ -78,12 +104,12 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be a floating-point tensor, but got {tensor.dtype}")
 
 
-def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    """Flat int64 labels ``[N]``."""
+def check_labels(labels: Tensor, vocab: int | None, ignore_index: int) -> Tensor:
+    """Flat int64 labels ``[N]``; their values are looked at if `vocab` is known."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, but got {labels.dtype}")
     labels = labels.reshape(-1).long()
-    if not torch.compiler.is_compiling():  # there they have no values yet
+    if vocab is not None and not torch.compiler.is_compiling():  # there they have no values yet
         check_label_values(labels, vocab, ignore_index)
     return labels
 

@@ -15,6 +15,7 @@ from ._block import (
     Rows,
     answers_at_once,
     gradient_scale,
+    is_triton,
     rows_per_block,
     scaled,
     slices,
@@ -172,7 +173,7 @@ def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: st
     Where only the device knows the labels, finding out how many are valid would make the host wait. The Triton
     kernel then visits every token and gives ignored ones zeros.
     """
-    if backend == "triton" and not answers_at_once(labels.device):
+    if is_triton(backend) and not answers_at_once(labels.device):
         return Tokens(None, labels, (labels != ignore_index).sum())
     index = (labels != ignore_index).nonzero().squeeze(-1)
     count = torch.full((), len(index), device=device)
@@ -197,7 +198,7 @@ def _walk(
         tokens (Tokens): which to visit.
         plan (Plan): what to compute.
         chunk_tokens (int | None): C; None chooses.
-        backend (str): of the loss arithmetic, "torch" or "triton".
+        backend (str): of the loss arithmetic.
         wants (Wants): gradients to compute.
         row_scale (Tensor | None): ``[N, 1]``, multiplies the gradient of each token's loss.
     """
@@ -221,7 +222,7 @@ def _walk(
     chunk_tokens = min(_chunk_tokens(heads, vocab, chunk_tokens, n_visited), n_visited)
     student_buffer = hidden.new_empty(chunk_tokens, vocab)
     teacher_buffer = None if teacher_weight is None else teacher_weight.new_empty(chunk_tokens, vocab)
-    block_rows = min(chunk_tokens, rows_per_block(vocab, device)) if backend == "torch" else chunk_tokens
+    block_rows = chunk_tokens if is_triton(backend) else min(chunk_tokens, rows_per_block(vocab, device))
     block_loss = _block_loss(backend, plan, block_rows, dtype, device)
     for start in range(0, n_visited, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, n_visited))
@@ -260,10 +261,10 @@ def _walk(
 
 
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device):
-    if backend == "triton":
+    if is_triton(backend):
         from ._triton import TritonBlockLoss
 
-        return TritonBlockLoss(plan)
+        return TritonBlockLoss(plan, backend)
     return BlockLoss(plan, max_rows, dtype, device)
 
 

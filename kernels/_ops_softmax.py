@@ -3,6 +3,8 @@
 Eager calls go by the autograd Function of ``_softmax.py``; both run the same functions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def _(
     want_grad, backend,
 ):  # fmt: skip
     grad = student.new_empty(student.shape) if want_grad else nothing(student)
-    return *fake_results(student, teacher, student.shape[:-1].numel(), metrics, reduction), grad
+    # Size.numel() would make N a constant of the graph
+    return *fake_results(student, teacher, math.prod(student.shape[:-1]), metrics, reduction), grad
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softmax_kd_backward", mutates_args=())

@@ -4,6 +4,7 @@ Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,6 +14,7 @@ from ._block import (
     Rows,
     answers_at_once,
     gradient_scale,
+    is_triton,
     row_blocks,
     rows_per_block,
     scaled,
@@ -25,10 +27,16 @@ class SoftmaxKD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
+        ctx,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        plan: Plan,
+        backend: str,
+        group: "dist.ProcessGroup | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
-        loss, metrics, count, grad = softmax_forward(student, teacher, labels, plan, backend)
+        loss, metrics, count, grad = softmax_forward(student, teacher, labels, plan, backend, group)
         ctx.reduction, ctx.backend, ctx.count = plan.reduction, backend, count
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(metrics, count)
@@ -37,17 +45,22 @@ class SoftmaxKD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         if grad is None or grad_loss is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         # A second [N, V] tensor is needed only if this graph will be walked again.
         out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not _graph_is_kept())
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 def softmax_forward(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    plan: Plan,
+    backend: str,
+    group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradient.
 
@@ -56,7 +69,8 @@ def softmax_forward(
         teacher (Tensor | None): the same leading shape.
         labels (Tensor | None): ``[N]`` int64, flat; None if every token is valid.
         plan (Plan): what to compute.
-        backend (str): "torch" or "triton".
+        backend (str): what ``resolve_backend`` returned.
+        group (dist.ProcessGroup | None): its processes hold a shard of the vocabulary each; Triton only.
     """
     n_tokens = student.shape[:-1].numel()
     valid = None if labels is None else labels != plan.objective.ignore_index
@@ -65,11 +79,15 @@ def softmax_forward(
     if plan.want_grad:
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         grad[..., plan.vocab :] = 0
-    if backend == "triton":
+    row_scale = 1.0 / count.clamp(min=1) if _mean_is_inside(backend, plan.reduction, student.dtype) else None
+    if group is not None:
+        from ._triton_parallel import Group, parallel_rows
+
+        rows = parallel_rows(student, teacher, labels, plan, grad, row_scale, Group.of(group))
+    elif is_triton(backend):
         from ._triton import rows as triton_rows
 
-        row_scale = 1.0 / count.clamp(min=1) if _mean_is_inside(backend, plan.reduction, student.dtype) else None
-        rows = triton_rows(student, teacher, labels, plan, grad, row_scale)
+        rows = triton_rows(student, teacher, labels, plan, grad, row_scale, backend)
     else:
         rows = _torch_rows(student, teacher, labels, valid, plan, grad)
     loss, metrics = rows.reduce(plan.reduction, count)
@@ -84,7 +102,7 @@ def softmax_backward(
         reduction = "sum"
     scale = gradient_scale(grad_loss, reduction, count)
     rows = grad.view(-1, grad.shape[-1])
-    if backend == "triton":
+    if is_triton(backend):
         from ._triton import scale_
 
         return scale_(rows if in_place else rows.clone(), scale).view(grad.shape)
@@ -96,7 +114,7 @@ def _mean_is_inside(backend: str, reduction: str, dtype: torch.dtype) -> bool:
 
     In fp16 it is that of the sum: numbers below 6e-8 would be lost.
     """
-    return backend == "triton" and reduction == "mean" and dtype != torch.float16
+    return is_triton(backend) and reduction == "mean" and dtype != torch.float16
 
 
 def _torch_rows(

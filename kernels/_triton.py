@@ -1,97 +1,16 @@
-"""Launches of the Triton kernels: what fits one call's `Plan` to kernel arguments.
+"""Launches of the Triton kernels that give a row to one program.
 
 Legend: N tokens, V vocabulary, B batch, S sequence.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ._block import Plan, Rows
-from ._metrics import METRICS
 from ._triton_kernels import RESULTS, rows_kernel, scale_kernel
-
-_LOG2_E = math.log2(math.e)
-_NO_SCALE = {}
-assert RESULTS.value == 1 + len(METRICS)
-
-
-class Blocks(NamedTuple):
-    """How a program walks its row."""
-
-    size: int  # ids per step of the walk
-    warps: int
-    registers: int  # at most, per thread
-
-
-# Every choice of blocks, warps and registers, with its reason. `python -m benchmarks.binaries` prints what they compile
-# to; all have 8 ids a thread (one 128-bit load of bf16 per tensor and step) and none spills.
-#
-# variant        ids     warps  registers  why
-# narrow rows    V up    4      168        one step over the whole row, with no warp idle from 1024 ids on
-# two passes     2048    8      80         3 programs an SM: 24 warps have 24 KB of loads in flight, at 64 registers
-#                                          the one with T and cross-entropy would spill
-# three passes   2048    8      128        the logarithms of the mixtures need them
-# with metrics   1024    4      168        nine sums live through the second pass; programs of 4 warps pack closer
-_NARROW = 1024
-_TWO_PASSES = Blocks(2048, 8, 80)
-_THREE_PASSES = Blocks(2048, 8, 128)
-_WITH_METRICS = Blocks(1024, 4, 168)
-
-
-def blocks_for(vocab: int, three_passes: bool, metrics: bool) -> Blocks:
-    """The line of the table above."""
-    if vocab <= _NARROW:
-        return Blocks(max(256, triton.next_power_of_2(vocab)), 4, 168)
-    if metrics:
-        return _WITH_METRICS
-    return _THREE_PASSES if three_passes else _TWO_PASSES
-
-
-class Variant(NamedTuple):
-    """The compile-time arguments of the kernels, one binary each; field names are theirs."""
-
-    DIVERGENCE: str
-    HAS_TEACHER: bool
-    HAS_KD: bool
-    HAS_CE: bool
-    HAS_LABELS: bool
-    AT_1: bool
-    METRICS: bool
-    GRADIENT: bool
-    THREE_PASSES: bool
-    BACKWARDS: bool
-
-
-def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant:
-    """What `plan` needs computed, and no more."""
-    objective, wanted = plan.objective, set(plan.metrics)
-    name, beta = objective.divergence, objective.beta
-    # the ends of beta where the divergence vanishes or is another one, as in _divergences.py
-    if name == "jsd" and beta in (0.0, 1.0):
-        name = "forward_kl" if beta == 0.0 else "reverse_kl"
-    elif name in ("skew_forward_kl", "skew_reverse_kl") and beta == 0.0:
-        name = name.removeprefix("skew_")
-    has_kd = objective.kd_ratio > 0.0 or "kd_loss" in wanted
-    has_ce = objective.kd_ratio < 1.0
-    metrics = bool(wanted - {"kd_loss", "class_loss", "teacher_class_loss"})
-    # a label's logit is read beside the statistics of its model at T = 1
-    at_1 = has_ce or metrics or bool(wanted & {"class_loss", "teacher_class_loss"})
-    return Variant(
-        DIVERGENCE=name,
-        HAS_TEACHER=plan.has_teacher,
-        HAS_KD=has_kd,
-        HAS_CE=has_ce,
-        HAS_LABELS=has_labels,
-        AT_1=has_kd and objective.temperature != 1.0 and at_1,
-        METRICS=metrics,
-        GRADIENT=plan.want_grad,
-        THREE_PASSES=has_kd and name not in ("forward_kl", "reverse_kl", "symmetric_kl"),
-        BACKWARDS=backwards,
-    )
+from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, one, rows_of, slope, variant_of
+from ._triton_split import split_rows
 
 
 def rows(
@@ -101,9 +20,9 @@ def rows(
     plan: Plan,
     grad_out: Tensor | None,
     row_scale: Tensor | None = None,
-    backwards: bool = False,
+    backend: str = "triton",
 ) -> Rows:
-    """Losses, metrics and gradients of all rows, by one launch.
+    """Losses, metrics and gradients of all rows.
 
     Args:
         student (Tensor): logits ``[N, V']`` or ``[B, S, V']``, V' >= `plan.vocab`; bf16, fp16 or fp32, any strides.
@@ -112,40 +31,40 @@ def rows(
         plan (Plan): what to compute.
         grad_out (Tensor | None): shape of `student`; receives the gradient of the rows' losses. May be `student`.
         row_scale (Tensor | None): 0-d or ``[N, 1]``, multiplies the gradients.
-        backwards (bool): walk the second pass from the last id, which the first has left in the cache. Not yet
-            measured on a GPU, so not the default.
+        backend (str): "triton", one launch, a program per row; "triton-backwards", the same with the second pass from
+            the last id, which the first has left in the cache; "triton-split", see ``split_rows``.
 
     Returns:
         Rows: in fp32, 0 where a token is ignored.
     """
+    if backend == "triton-split":
+        return split_rows(student, teacher, labels, plan, grad_out, row_scale)
     n_tokens = student.shape[:-1].numel()
     results = torch.empty(n_tokens, RESULTS.value, dtype=torch.float32, device=student.device)
     if n_tokens == 0:
         return Rows.zeros(0, plan, torch.float32, student.device)
-    variant = variant_of(plan, labels is not None, backwards)
+    variant = variant_of(plan, labels is not None, backend == "triton-backwards")
     objective = plan.objective
     blocks = blocks_for(plan.vocab, variant.THREE_PASSES, variant.METRICS)
     teacher = student if teacher is None else teacher
     out = student if grad_out is None else grad_out
-    scale = _one(student.device) if row_scale is None else row_scale.contiguous()
-    slope = objective.kd_ratio * objective.divergence_scale / objective.temperature
-    with _on(student.device):
+    scale = one(student.device) if row_scale is None else row_scale.contiguous()
+    with on(student.device):
         rows_kernel[(n_tokens,)](
             student, teacher, results if labels is None else labels, out, results, scale,
-            *_addresses(student), *_addresses(teacher), *_addresses(out), 0 if scale.dim() == 0 else 1,
-            plan.vocab, objective.ignore_index, _LOG2_E / (objective.temperature if variant.HAS_KD else 1.0),
-            *_beta(objective.beta), objective.kd_ratio, objective.divergence_scale, slope, 1.0 - objective.kd_ratio,
+            *addresses(student), *addresses(teacher), *addresses(out), 0 if scale.dim() == 0 else 1,
+            plan.vocab, objective.ignore_index, exponent_scale(plan, variant), *betas(objective.beta),
+            objective.kd_ratio, objective.divergence_scale, slope(plan), 1.0 - objective.kd_ratio,
             **variant._asdict(), BLOCK=blocks.size, num_warps=blocks.warps, maxnreg=blocks.registers,
         )  # fmt: skip
-    columns = [results[:, 1 + METRICS.index(name)] for name in plan.metrics]
-    return Rows(results[:, 0].contiguous(), torch.stack(columns) if columns else results.new_empty(0, n_tokens))
+    return rows_of(results, plan)
 
 
 class TritonBlockLoss:
     """`rows` in the form of ``_block.BlockLoss``."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, backend: str) -> None:
+        self.plan, self.backend = plan, backend
 
     def __call__(
         self,
@@ -156,7 +75,7 @@ class TritonBlockLoss:
         row_scale: Tensor | None = None,
     ) -> Rows:
         """One block, of any number of rows; arguments as `rows`."""
-        return rows(student, teacher, labels, self.plan, grad_out, row_scale)
+        return rows(student, teacher, labels, self.plan, grad_out, row_scale, self.backend)
 
 
 def scale_(grad: Tensor, scale: Tensor) -> Tensor:
@@ -164,36 +83,8 @@ def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     block, scale = 4096, scale.contiguous()
     n_rows, n_ids = grad.shape
     if n_rows:
-        with _on(grad.device):
+        with on(grad.device):
             scale_kernel[(n_rows, triton.cdiv(n_ids, block))](
                 grad, scale, n_ids, ROWS=scale.dim() > 0, BLOCK=block, num_warps=8
             )
     return grad
-
-
-def _beta(beta: float | None) -> tuple[float, float]:
-    """β and 1 - β: each rounded to fp32 by itself, because at the ends a difference of rounded numbers is 0."""
-    return (0.0, 1.0) if beta is None else (float(beta), 1.0 - beta)
-
-
-def _addresses(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Inner size, outer and inner stride of the rows, stride of the ids."""
-    if tensor.dim() == 2:
-        return 1, tensor.stride(0), 0, tensor.stride(1)
-    try:
-        flat = tensor.view(-1, tensor.shape[-1])
-    except RuntimeError:
-        return tensor.shape[1], *tensor.stride()
-    return 1, flat.stride(0), 0, flat.stride(1)
-
-
-def _one(device: torch.device) -> Tensor:
-    """A 1 on the device, made once."""
-    if device not in _NO_SCALE:
-        _NO_SCALE[device] = torch.ones((), dtype=torch.float32, device=device)
-    return _NO_SCALE[device]
-
-
-def _on(device: torch.device):
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

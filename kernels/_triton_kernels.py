@@ -1,7 +1,7 @@
-"""The kernels: one program per row, or per part of a row, and the scaling of a stored gradient.
+"""The kernels that give a row to one program, and the scaling of a stored gradient.
 
 Legend: N rows, V ids. ``results`` is ``[N, RESULTS]`` in fp32: the loss, then the metrics in their order.
-``stats`` is ``[N, STATISTICS]`` in fp32, what ``statistics`` returns. Rows are addressed as
+Rows are addressed as
 ``(row // inner)·outer_stride + (row % inner)·inner_stride``, which covers ``[B, S, V]`` that no view flattens.
 No argument that grows with N is specialised on: a new number of tokens compiles nothing.
 """
@@ -21,8 +21,6 @@ from ._triton_passes import (
 )
 
 RESULTS = tl.constexpr(9)
-STATISTICS = tl.constexpr(10)
-TERMS = tl.constexpr(8)
 
 _GROWING = ["student_inner", "teacher_inner", "out_inner"]
 
@@ -42,11 +40,24 @@ def load_logit(row, label, n_ids, stride):
 
 
 @triton.jit
+def kl_value(DIVERGENCE: tl.constexpr, beta, rest, forward_kl, reverse_kl):
+    """Forward, reverse or symmetric KL from the first two; a weight of 0 keeps out one that is +inf."""
+    value = forward_kl
+    if DIVERGENCE == "reverse_kl":
+        value = reverse_kl
+    elif DIVERGENCE == "symmetric_kl":
+        value = weighted(beta, forward_kl) + weighted(rest, reverse_kl)
+    return value
+
+
+@triton.jit
 def store_results(
-    results, loss, class_loss, teacher_class_loss, kd_loss, kl, agreement, entropy_s, entropy_t, acceptance
-):
-    """In the order of ``_metrics.METRICS``."""
-    tl.store(results, loss)
+    results, kd_ratio, kd_scale, ce_weight, class_loss, teacher_class_loss, divergence, kl, agreement, entropy_s,
+    entropy_t, acceptance,
+):  # fmt: skip
+    """The loss of a row and its parts, in the order of ``_metrics.METRICS``."""
+    kd_loss = not_negative(divergence) * kd_scale
+    tl.store(results, weighted(kd_ratio, kd_loss) + weighted(ce_weight, class_loss))
     tl.store(results + 1, class_loss)
     tl.store(results + 2, teacher_class_loss)
     tl.store(results + 3, kd_loss)
@@ -55,6 +66,13 @@ def store_results(
     tl.store(results + 6, entropy_s)
     tl.store(results + 7, entropy_t)
     tl.store(results + 8, acceptance)
+
+
+@triton.jit
+def store_zeros(results):
+    """The results of a token that is ignored."""
+    for i in tl.static_range(RESULTS):
+        tl.store(results + i, 0.0)
 
 
 @triton.jit(do_not_specialize=_GROWING)
@@ -88,7 +106,7 @@ def rows_kernel(
         if label == ignore_index:
             if GRADIENT:
                 fill_zeros(o, n_ids, out_stride, BLOCK)
-            store_results(results, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            store_zeros(results)
             return
         label = label.to(tl.int32)
 
@@ -107,7 +125,7 @@ def rows_kernel(
         class_loss = cross_entropy(load_logit(s, label, n_ids, student_stride), m_s, n_s)
         if HAS_TEACHER:
             teacher_class_loss = cross_entropy(load_logit(t, label, n_ids, teacher_stride), m_t, n_t)
-    kd_loss = 0.0
+    divergence = 0.0
     centre = 0.0
     limit = 0.0
     kl = 0.0
@@ -117,12 +135,7 @@ def rows_kernel(
     acceptance = 0.0
     if HAS_KD and (DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl"):
         forward_kl, reverse_kl, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, top)
-        if DIVERGENCE == "forward_kl":
-            kd_loss = forward_kl
-        elif DIVERGENCE == "reverse_kl":
-            kd_loss = reverse_kl
-        else:
-            kd_loss = weighted(beta, forward_kl) + weighted(rest, reverse_kl)
+        divergence = kl_value(DIVERGENCE, beta, rest, forward_kl, reverse_kl)
 
     scale = 1.0
     if GRADIENT:
@@ -134,7 +147,7 @@ def rows_kernel(
             DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS,
             True, GRADIENT and not THREE_PASSES, BACKWARDS, BLOCK,
         )  # fmt: skip
-        kd_loss = value
+        divergence = value
         agreement = tl.where(first_s == first_t, 1.0, 0.0)
     if GRADIENT and THREE_PASSES:
         finish(
@@ -143,11 +156,10 @@ def rows_kernel(
             kd_slope * scale, ce_weight * scale,
             DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS, False, True, False, BLOCK,
         )  # fmt: skip
-    kd_loss = not_negative(kd_loss) * kd_scale
-    loss = weighted(kd_ratio, kd_loss) + weighted(ce_weight, class_loss)
     store_results(
-        results, loss, class_loss, teacher_class_loss, kd_loss, kl, agreement, entropy_s, entropy_t, acceptance
-    )
+        results, kd_ratio, kd_scale, ce_weight, class_loss, teacher_class_loss, divergence, kl, agreement, entropy_s,
+        entropy_t, acceptance,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -50,7 +50,7 @@ BOTH = [
     ({"kd_ratio": -0.1}, "kd_ratio"),
     ({"ignore_index": 1.5}, "ignore_index must be an integer"),
     ({"reduction": "avg"}, "reduction must be one of mean, sum, none, but got 'avg'"),
-    ({"backend": "cuda"}, "backend must be one of auto, torch, triton, but got 'cuda'"),
+    ({"backend": "cuda"}, "backend must be one of auto, torch, triton, triton-backwards, triton-split, but got 'cuda'"),
     ({"labels": [0, 8, -100, 3]}, "labels must be a tensor, but got list"),
     ({"labels": torch.tensor([0, 1, 2])}, r"labels must have one entry per row.*\[4\], but got \[3\]"),
     ({"labels": torch.zeros(4)}, "labels must be integers, but got torch.float32"),
@@ -157,6 +157,7 @@ def test_the_signatures_are_as_promised():
             ("labels", None),
             *shared,
             *last,
+            ("group", None),
         ],
         linear_kd_loss: [
             *((name, empty) for name in hidden),

@@ -18,7 +18,7 @@ WIDE = "128"
 
 # One of each kind: both ends of the two-pass kernels' register use, a loss in one read, the three passes with most
 # registers, metrics in either, an output head of the student alone, rows with scales of their own,
-# and the scaling of a stored gradient.
+# the scaling of a stored gradient, and rows in parts.
 SUBSET = (
     "forward_kl T=1 ce gradient",
     "symmetric_kl T=2 ce gradient",
@@ -28,6 +28,8 @@ SUBSET = (
     "tvd T=1 gradient row-scale",
     "ce gradient student-metrics",
     "scale",
+    "symmetric_kl T=2 ce gradient shards",
+    "jsd T=2 ce gradient all-metrics split",
 )
 
 
@@ -53,7 +55,7 @@ print(json.dumps([asdict(report) | {"narrow": report.narrow} for report in found
 def check(reports: list[dict]) -> None:
     for report in reports:
         assert report["spilled_bytes"] == 0, report
-        assert report["loads"].get(WIDE, 0) > 0, report
+        assert report["loads"].get(WIDE, 0) > 0 or not report["block"], report
         assert report["narrow"] == 0, report
         assert 0 < report["registers"] <= (report["most_registers"] or 255), report
         assert report["warps_per_sm"] >= 8, report  # two per scheduler: one computes while the other waits
@@ -61,7 +63,7 @@ def check(reports: list[dict]) -> None:
 
 def test_some_binaries_spill_nothing_and_load_128_bits():
     reports = compiling(COMPILE, *SUBSET)
-    assert sorted((r["case"], r["arch"]) for r in reports) == sorted((c, arch) for c in SUBSET for arch in (80, 90))
+    assert {(r["case"], r["arch"]) for r in reports} == {(c, arch) for c in SUBSET for arch in (80, 90)}
     check(reports)
 
 
@@ -69,7 +71,7 @@ def test_some_binaries_spill_nothing_and_load_128_bits():
 def test_no_binary_spills_and_all_load_128_bits():
     reports = compiling(COMPILE)
     # 7 divergences x T x cross-entropy x gradient x metrics, and what the other cases add
-    assert len(reports) >= 2 * (112 + 20)
+    assert len(reports) >= 2 * (112 + 20 + 100)
     assert {r["kernel"] for r in reports} == set(compiling(KERNELS))
     check(reports)
 
@@ -86,7 +88,7 @@ def test_a_spill_and_narrow_loads_would_be_seen():
     code = """
 from unittest.mock import patch
 case = next(case for case in binaries.all_cases() if case.name == "jsd T=2 ce gradient")
-with patch.object(binaries._triton, "blocks_for", lambda *_: binaries._triton.Blocks(4096, 4, 40)):
+with patch.object(binaries._triton, "blocks_for", lambda *_: binaries.Blocks(4096, 4, 40)):
     tight, = binaries.reports([case], [90])
 odd, = binaries.reports([case], [90], vocab=1025)
 print(json.dumps([tight.spilled_bytes, tight.narrow, odd.narrow]))
@@ -136,7 +138,7 @@ calls = {case.name: lambda n, case=case: binaries.binaries_of(case, n_tokens=n) 
 calls["cut"] = lambda n: binaries_of(lambda: cut(n))
 # values that Triton specialises on: 1, multiples of 16, beyond 32 bits; and none of these
 counts = (1, 2, 3, 16, 17, 4096)
-different = {name: len(set(binary for n in counts for binary in call(n))) for name, call in calls.items()}
+different = {name: len({frozenset(call(n)) for n in counts}) for name, call in calls.items()}
 print(json.dumps(different))
 """
     different = compiling(code)

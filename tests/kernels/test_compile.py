@@ -163,10 +163,7 @@ def test_compiled_with_a_frozen_head(reduction, backend):
     assert node.args[15:18] == (True, False, False)  # the head's gradient is not asked for
 
 
-NUMEL = pytest.mark.xfail(strict=True, reason="Size.numel() in the fake softmax_kd fixes N; math.prod(shape) does not")
-
-
-@pytest.mark.parametrize("function", [pytest.param(softmax_kd_loss, marks=NUMEL), linear], ids=["softmax", "linear"])
+@pytest.mark.parametrize("function", [softmax_kd_loss, linear], ids=["softmax", "linear"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_new_number_of_tokens_does_not_recompile(function, dtype):
     graphs = Graphs()

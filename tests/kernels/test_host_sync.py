@@ -21,7 +21,7 @@ READS |= {"allclose", "synchronize", "repeat_interleave", "bincount"}
 # What a tensor tells without its values.
 METADATA = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "dim", "numel", "size", "stride", "nbytes"}
 METADATA |= {"element_size", "is_contiguous", "is_floating_point", "is_complex", "is_inference", "type", "grad_fn"}
-HOST_FUNCTIONS = {"len", "isinstance", "type", "hasattr", "getattr", "range", "id"}
+HOST_FUNCTIONS = {"len", "isinstance", "type", "hasattr", "getattr", "range", "id", "Walk", "_rows_in_cache"}
 # Functions of torch whose results are no tensors.
 NO_TENSORS = {"compiler", "cuda", "is_grad_enabled", "is_autocast_enabled", "get_autocast_dtype", "finfo", "Size"}
 
@@ -195,7 +195,9 @@ def mutated(file: str, old: str, new: str) -> list[str]:
 
 # Each line makes the host wait for a GPU, in the code as it stands.
 MUTATIONS = [
-    ("_linear.py", 'if backend == "triton" and not answers_at_once(labels.device):', 'if backend == "triton" and 0:'),
+    ("_linear.py", "if is_triton(backend) and not answers_at_once(labels.device):", "if is_triton(backend) and 0:"),
+    ("_triton_parallel.py", "if answers_at_once(labels.device):", "if plan.want_grad:"),
+    ("_triton_parallel.py", "everywhere = None", "everywhere = None if valid.any() else labels"),
     ("_softmax.py", "if valid is not None and answers_at_once(student.device):", "if valid is not None:"),
     ("_checks.py", "if not answers_at_once(labels.device):", "if labels is None:"),
     ("_softmax.py", "scale = gradient_scale(", "if grad_loss == 1:\n        return grad\n    scale = gradient_scale("),

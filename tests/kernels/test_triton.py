@@ -5,8 +5,10 @@ import torch
 from grid import GRID, VALUES
 from grid_checks import check_hidden, check_logits
 
-from torchtune_kd.kernels import METRICS, Objective, softmax_kd_loss
-from torchtune_kd.kernels._block import Plan
+from torchtune_kd.kernels import Objective, linear_kd_loss, softmax_kd_loss
+
+pytest.importorskip("triton")
+from torchtune_kd.kernels import _triton_split
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of lanes that are masked out
 
@@ -27,17 +29,40 @@ def test_value_and_gradient_from_hidden_states(divergence, v, n, t, kd_ratio, la
     check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens, "triton")
 
 
-def test_walking_the_second_pass_backwards_changes_nothing(divergence):
-    from torchtune_kd.kernels._triton import rows
+@pytest.mark.parametrize("other", ["triton-backwards", "triton-split"])
+def test_other_ways_to_read_less_change_nothing(divergence, other, monkeypatch):
+    """Rows walked back in the second pass, rows split over programs and taken few at a time."""
+    monkeypatch.setattr(_triton_split, "_CACHE_BYTES", 2**16)  # 4 rows at a time
+    student, teacher = torch.randn(2, 5, 5000)
+    teacher[3] = student[3]
+    labels = torch.tensor([4999, -100, 0, 17, 2500])
+    for metrics in (False, True):
+        settings = {"divergence": divergence, "temperature": 2.0, "kd_ratio": 0.5, "return_metrics": metrics or ["kl"]}
+        losses, sums, grads, values = [], [], [], []
+        for backend in ("triton", other):
+            z = student.clone().requires_grad_()
+            loss, metrics = softmax_kd_loss(z, teacher, labels, **settings, reduction="none", backend=backend)
+            losses.append(loss)
+            sums.append(torch.stack(list(metrics.values())))
+            grads.append(torch.autograd.grad(loss.sum(), z)[0])
+            values.append(softmax_kd_loss(student, teacher, labels, divergence=divergence, backend=backend))
+        assert torch.allclose(*losses, rtol=1e-6)
+        assert torch.allclose(*sums, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(*grads, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(*values, rtol=1e-5, atol=1e-6)
 
-    student, teacher, labels = torch.randn(3, 5000), torch.randn(3, 5000), torch.tensor([4999, -100, 0])
-    plan = Plan(Objective(divergence, None, 2.0, 0.5), METRICS, 5000, "none", True, True)
-    forwards, backwards = torch.full((2, 3, 5000), torch.nan)
-    one = rows(student, teacher, labels, plan, forwards)
-    other = rows(student, teacher, labels, plan, backwards, backwards=True)
-    assert torch.allclose(one.loss, other.loss, rtol=1e-6)
-    assert torch.allclose(one.metrics, other.metrics, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(forwards, backwards, rtol=1e-5, atol=1e-9)
+
+@pytest.mark.parametrize("other", ["triton-backwards", "triton-split"])
+def test_the_linear_function_takes_them_too(other):
+    hidden, head, teacher_hidden, teacher_head = (torch.randn(*shape) for shape in ((3, 4), (50, 4), (3, 6), (50, 6)))
+    results = []
+    for backend in ("triton", other):
+        h = hidden.clone().requires_grad_()
+        settings = {"divergence": "jsd", "kd_ratio": 0.5, "backend": backend}
+        loss = linear_kd_loss(h, head, teacher_hidden, teacher_head, torch.tensor([3, -100, 49]), **settings)
+        results.append((loss, *torch.autograd.grad(loss, h)))
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.slow

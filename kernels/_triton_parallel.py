@@ -1,0 +1,118 @@
+"""Rows whose vocabulary is sharded over the processes of a group.
+
+Legend: N tokens, V ids of this process's shard, W processes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._block import Plan, Rows, answers_at_once
+from ._checks import check_label_values
+from ._triton_launch import rows_of
+from ._triton_passes import NO_ID
+from ._triton_split import Walk
+from ._triton_split_kernels import LABEL_LOGITS, MAXIMA
+
+# What the kernels are told in place of a label: one that is ignored, one that no shard holds.
+_IGNORED, _NOWHERE = -2, -1
+
+
+class Group(NamedTuple):
+    """A process group, or anything that reduces tensors in place like one."""
+
+    handle: "dist.ProcessGroup"
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, handle: "dist.ProcessGroup") -> "Group":
+        return cls(handle, dist.get_rank(handle), dist.get_world_size(handle))
+
+    def reduce(self, tensor: Tensor, operation: "dist.ReduceOp") -> Tensor:
+        dist.all_reduce(tensor, operation, self.handle)
+        return tensor
+
+
+def parallel_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    plan: Plan,
+    grad_out: Tensor | None,
+    row_scale: Tensor | None,
+    group: Group,
+) -> Rows:
+    """``_triton.rows`` of logits whose ids lie on the processes of ``group`` in the order of their ranks.
+
+    One MAX and one SUM all-reduce; jsd, skewed KLs, tvd and metrics one more SUM, top-1 agreement one more MIN. None
+    waits for the device, and none is larger than 36 bytes a token.
+
+    Args:
+        labels (Tensor | None): ``[N]`` int64, ids of the whole vocabulary, the same on all processes.
+        plan (Plan): ``vocab`` is this shard's.
+        grad_out (Tensor | None): shape of ``student``, receives this shard's gradient.
+
+    Returns:
+        Rows: the same on all processes.
+    """
+    n_tokens = student.shape[:-1].numel()
+    if n_tokens == 0:
+        return Rows.zeros(0, plan, torch.float32, student.device)
+    rows = slice(0, n_tokens)
+    valid = None if labels is None else labels != plan.objective.ignore_index
+    # where a label lies is known after the first exchange; until then it is only ignored or not
+    early = None if labels is None else torch.where(valid, _NOWHERE, _IGNORED)
+    walk = Walk(student, teacher, early, plan, grad_out, row_scale, parts=1, ignore_index=_IGNORED)
+    parts = walk.statistics(rows, forward=not walk.needs_terms)
+    maxima, sizes = _merged_maxima(parts, plan.vocab, group)
+    offset = sizes[: group.rank].sum()
+    merged = walk.merge(parts, maxima)
+    everywhere = None
+    if labels is not None:
+        local, everywhere = _placed(labels, valid, offset, sizes.sum(), plan)
+        walk.labels = local
+        merged[:, LABEL_LOGITS] = _label_logits(student, local)
+        if teacher is not None:
+            merged[:, LABEL_LOGITS + 1] = _label_logits(teacher, local)
+    merged[:, MAXIMA.value :] = group.reduce(merged[:, MAXIMA.value :].contiguous(), dist.ReduceOp.SUM)
+
+    sums = firsts = None
+    at_once = plan.want_grad and not walk.variant.THREE_PASSES
+    if walk.needs_terms:
+        terms, firsts = walk.finish(rows, merged, gradient=at_once)
+        sums, firsts = group.reduce(terms.squeeze(1), dist.ReduceOp.SUM), firsts.squeeze(1)
+        if "top1_agreement" in plan.metrics:
+            firsts = group.reduce(torch.where(firsts < NO_ID.value, firsts + offset, firsts), dist.ReduceOp.MIN)
+    if plan.want_grad and not (at_once and walk.needs_terms):
+        walk.gradient(rows, merged, sums)
+    walk.results(rows, merged, sums, firsts, everywhere)
+    return rows_of(walk.all_results, plan)
+
+
+def _merged_maxima(parts: Tensor, vocab: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Maxima ``[N, MAXIMA]`` over all shards, and the sizes ``[W]`` of these, int32, by the same all-reduce."""
+    n_maxima = len(parts) * MAXIMA.value
+    both = parts.new_zeros(n_maxima + group.size)
+    both[:n_maxima] = parts[:, 0, : MAXIMA.value].flatten()
+    both[n_maxima + group.rank] = vocab
+    group.reduce(both, dist.ReduceOp.MAX)
+    return both[:n_maxima].view(-1, MAXIMA.value), both[n_maxima:].int()
+
+
+def _placed(labels: Tensor, valid: Tensor, offset: Tensor, total: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Labels ``[N]`` as ids of this shard, and as ids of the whole vocabulary, for the kernels."""
+    if answers_at_once(labels.device):
+        check_label_values(labels, int(total), plan.objective.ignore_index)
+    local = labels - offset
+    local = torch.where((local >= 0) & (local < plan.vocab), local, _NOWHERE)
+    everywhere = torch.where((labels >= 0) & (labels < total), labels, _NOWHERE)
+    return torch.where(valid, local, _IGNORED), torch.where(valid, everywhere, _IGNORED)
+
+
+def _label_logits(logits: Tensor, local: Tensor) -> Tensor:
+    """The label's logit ``[N]`` in fp32 where it lies in this shard, else 0."""
+    picked = logits.gather(-1, local.clamp(min=0).view(logits.shape[:-1]).unsqueeze(-1))
+    return torch.where(local >= 0, picked.flatten().float(), 0.0)
