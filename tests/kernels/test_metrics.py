@@ -27,11 +27,13 @@ def expected(student, teacher, labels, kd_loss):
 
 
 @pytest.fixture
-def tensors():
+def tensors(request):
     """Models that agree on about half of the tokens; a third of the tokens is ignored."""
-    student = torch.randn(30, 50, requires_grad=True)
-    teacher = student.detach() + torch.randn(30, 50)
-    labels = torch.randint(0, 50, (30,))
+    interpreted = "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton"
+    n = 6 if interpreted else 30
+    student = torch.randn(n, 50, requires_grad=True)
+    teacher = student.detach() + torch.randn(n, 50)
+    labels = torch.randint(0, 50, (n,))
     labels[::3] = -100
     return student, teacher, labels
 
@@ -76,7 +78,7 @@ def test_what_is_defined_depends_on_the_inputs(tensors, backend):
     student, teacher, labels = tensors
     _, without_labels = softmax_kd_loss(student, teacher, return_metrics=True)
     assert set(without_labels) == {*METRICS, "num_tokens"} - {"class_loss", "teacher_class_loss"}
-    assert without_labels["num_tokens"] == 30
+    assert without_labels["num_tokens"] == len(tensors[0])
     _, without_teacher = softmax_kd_loss(student, None, labels, kd_ratio=0.0, return_metrics=True)
     assert set(without_teacher) == {"class_loss", "student_entropy", "num_tokens"}
     _, only_count = softmax_kd_loss(student, teacher, labels, return_metrics=["num_tokens"])
@@ -110,7 +112,7 @@ def test_metrics_with_masked_ids_are_finite(tensors, backend):
     assert all(value.isfinite() for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", set(METRICS) - {"top1_agreement"})
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "top1_agreement"])
 @pytest.mark.parametrize("model", ["student", "teacher"])
 def test_nan_logits_are_not_hidden(tensors, model, name, backend):
     student, teacher, labels = (x.detach().clone() for x in tensors)
