@@ -18,7 +18,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 RECIPES = {1: "torchtune_kd.recipes.kd_single_device", 2: "torchtune_kd.recipes.kd_distributed"}
-EVENTS = ("step", "validation", "save", "export", "epoch", "rename")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "datasets", *RECIPES.values()])

@@ -39,7 +39,7 @@ def weights_of(cfg, epoch=1):
 
 
 def assert_same_run(cfg, expected):
-    assert log_of(cfg) == log_of(expected)
+    assert log_of(cfg) == log_of(expected), cfg.output_dir
     ours, theirs = weights_of(cfg), weights_of(expected)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():

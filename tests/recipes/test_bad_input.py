@@ -19,7 +19,7 @@ from tiny import (
 from torchtune import config, training
 
 from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
-from torchtune_kd.training import UserError, read_settings
+from torchtune_kd.training import RunError, UserError, read_settings
 from torchtune_kd.training.preflight import check_sharded_layers
 
 
@@ -56,7 +56,10 @@ def refuse(cfg) -> str:
         ("dtype", "fp16", "dtype.*fp32 or bf16.*fp16"),
         ("epochs", 0, "epochs.*at least 1.*0"),
         ("clip_grad_norm", 0.0, "clip_grad_norm.*above 0"),
-        ("resume_from_checkpoint", True, "resume_from_checkpoint"),
+        ("save_every_n_steps", 0, "save_every_n_steps.*at least 1 or null"),
+        ("keep_last_n", 0, "keep_last_n.*at least 1"),
+        ("keep_best", "val_loss", "keep_best.*dataset_val"),
+        ("max_skipped_steps", 0, "max_skipped_steps.*at least 1"),
         ("run_val_every_n_steps", 5, "dataset_val"),
         ("enable_activation_offloading", True, "device.*cpu"),
         ("checkpointer.checkpoint_files", ["model-00001.safetensors"], "model-00001.safetensors.*is not in"),
@@ -225,9 +228,9 @@ def test_a_save_that_fails_keeps_the_old_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training.FullModelHFCheckpointer, "save_checkpoint", full_disk)
     cfg.overwrite_output_dir = True
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space"):
         run_in_process(cfg)
-    kept = tmp_path / "out" / "replaced_epoch_0"
+    kept = tmp_path / "out" / "epoch_0"
     assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == saved
 
 

@@ -330,7 +330,9 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_a_minute(tmp_path,
     run.send(number, ranks=[1])
     start = time.monotonic()
     run.processes[0].join(60)
-    assert run.processes[0].exitcode not in (None, 0), run.output()
+    assert run.processes[0].exitcode == 3, run.output()
     assert time.monotonic() - start < 60
+    assert "error: Another process of the run is gone, or this one waited for it" in run.output()
+    assert "Traceback" not in run.output()
     run.kill()
     assert all(is_whole(folder) for folder in step_folders(tmp_path / "out"))

@@ -128,8 +128,9 @@ def test_checkpoints_written_in_the_background_are_the_same(tmp_path):
     assert_same_run(cfg, undisturbed)
 
 
-def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(tmp_path, capsys):
-    cfg = config(tmp_path, resume_from_checkpoint=True, epochs=1)
+def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(tmp_path, monkeypatch, capsys):
+    cfg = config(tmp_path, resume_from_checkpoint=True, epochs=1, save_every_n_steps=6)
+    killed_run(cfg, monkeypatch, 3)
     run_in_process(cfg)
     assert f"There is no checkpoint in {tmp_path}/out yet" in capsys.readouterr().err
     assert [line["step"] for line in read_log(cfg.output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]

@@ -3,7 +3,7 @@
 | exit code | why |
 |---|---|
 | 2 | :class:`UserError`: the config, the files or the launch; the same command would fail again |
-| 3 | :class:`RunError`: the run cannot go on (no finite step, no memory, no space for the final weights) |
+| 3 | :class:`RunError`: the run cannot go on (no finite step, no memory, no space for the weights, a process is gone) |
 | 75 | :class:`Stopped`: a signal asked for it and a checkpoint is written; resume with the same command |
 """
 
@@ -11,6 +11,8 @@ import functools
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import torch.distributed as dist
 
 
 class UserError(ValueError):
@@ -44,5 +46,22 @@ def one_sentence(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
         except Stopped as stopped:
             print(f"stopped: {stopped}", file=sys.stderr, flush=True)
             sys.exit(stopped.exit_code)
+        except RuntimeError as error:
+            if not _a_process_is_missing(error):
+                raise
+            print(
+                "error: Another process of the run is gone, or this one waited for it for longer than "
+                "`process_group_timeout`; its own output says why. Go on from the last checkpoint with "
+                "`resume_from_checkpoint=True`, which torchrun's --max_restarts does by itself. "
+                f"({' '.join(str(error).split())[:300]})",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(RunError.exit_code)
 
     return wrapper
+
+
+def _a_process_is_missing(error: RuntimeError) -> bool:
+    """What collectives raise then: NCCL errors of their own type, gloo's a RuntimeError that names its source file."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

@@ -70,7 +70,7 @@ class TrainingLog:
         self._told = False  # that the log cannot be written
         self._bar: tqdm | None = None
         if world.is_rank_zero:
-            self._logger = _build_logger(cfg, progress, log_file)
+            self._logger = _build_logger(cfg, settings, progress, log_file)
             self._logger.log_config(cfg)
             self._bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", dynamic_ncols=True)
         self._memory = settings.log_peak_memory_stats and world.device.type == "cuda"
@@ -186,14 +186,16 @@ def lower_is_better(settings: Settings, metric: str) -> bool:
     return metric.removeprefix("val_") not in ("top1_agreement", "acceptance_rate")
 
 
-def _build_logger(cfg: DictConfig, progress: Progress, log_file: str | None) -> Any:
+def _build_logger(cfg: DictConfig, settings: Settings, progress: Progress, log_file: str | None) -> Any:
     """The component under ``metric_logger``; torchtune's log on disk goes on where the checkpoint was written."""
     section = cfg.metric_logger
-    if log_file is not None and section["_component_"].rpartition(".")[2] == DiskLogger.__name__:
-        path = Path(str(section.log_dir)) / (section.get("filename") or Path(log_file).name)
+    name = section.get("filename") or (log_file and Path(log_file).name)
+    on_disk = section["_component_"].rpartition(".")[2] == DiskLogger.__name__
+    if settings.resume_from_checkpoint and on_disk and name:
+        path = Path(str(section.log_dir)) / name
         if path.is_file():
             _cut_log(path, progress)
-        section = OmegaConf.merge(section, {"filename": path.name})
+        section = OmegaConf.merge(section, {"filename": name})
     return build({"metric_logger": section}, "metric_logger")
 
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtune import training
 
+from torchtune_kd.training import folders
 from torchtune_kd.training.checkpoint import save_epoch
 from torchtune_kd.training.data import Batch, build_loaders, microbatches, steps_left, steps_per_epoch
 from torchtune_kd.training.errors import Stopped
@@ -22,7 +23,7 @@ from torchtune_kd.training.fingerprints import identity
 from torchtune_kd.training.finite import end_run, rows_of_step
 from torchtune_kd.training.loading import load_weights
 from torchtune_kd.training.memory_advice import out_of_memory_explained
-from torchtune_kd.training.metrics import TrainingLog, validation_metrics
+from torchtune_kd.training.metrics import TrainingLog, say, validation_metrics
 from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher
 from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
 from torchtune_kd.training.phases import phase
@@ -102,10 +103,14 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         loader.sampler.load_state_dict({"epoch": progress.epoch, "position": progress.samples})
         total_steps = progress.global_step + _steps_left(loader, settings, progress)
         total_steps += max(settings.epochs - progress.epoch - 1, 0) * epoch_steps
+        _look_for_the_end(found, progress, settings, output, total_steps, world)
+    elif world.is_rank_zero:
+        folders.clean_up(output)
     stale = run_folders(output) if found is None else []
     log_file = None if found is None else found.manifest.log_file
     log = TrainingLog(cfg, settings, world, total_steps, progress, log_file)
-    saver = Saver(cfg, settings, world, log, output=output, stale=stale, seed=seed, identity=traits, found=found)
+    written = None if found is None else progress
+    saver = Saver(cfg, settings, world, log, output=output, stale=stale, seed=seed, identity=traits, written=written)
 
     teacher = build_teacher(cfg, settings, world)
     checkpointer, weights = load_weights(cfg.get("checkpointer"), "checkpointer", world)
@@ -116,7 +121,6 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     profiler = build_profiler(cfg, world.device)
     if found is not None:
         restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
-        _tell_where_it_goes_on(found, progress, settings, output, log)
     return Run(
         cfg=cfg,
         settings=settings,
@@ -272,15 +276,18 @@ def _steps_left(loader: StatefulDataLoader, settings: Settings, progress: Progre
     return steps_left(loader, settings.gradient_accumulation_steps, limit)
 
 
-def _tell_where_it_goes_on(
-    found: Found, progress: Progress, settings: Settings, output: Path, log: TrainingLog
+def _look_for_the_end(
+    found: Found, progress: Progress, settings: Settings, output: Path, total_steps: int, world: World
 ) -> None:
+    """Say where the run goes on. If its last epoch is exported it is complete, and no step is to be done again."""
     last = output / f"epoch_{settings.epochs - 1}"
-    if last.is_dir():
-        progress.epoch, progress.validation_pending = settings.epochs, False
-        log.say(f"The run is complete: {last} holds its weights, and there is nothing left to do.")
+    if world.gather(last.is_dir())[0]:
+        progress.global_step, progress.epoch, progress.validation_pending = total_steps, settings.epochs, False
+        sentence = f"The run is complete: {last} holds its weights, and there is nothing left to do."
     else:
-        log.say(
+        sentence = (
             f"Going on with {found.folder}: step {progress.global_step}, epoch {progress.epoch}, "
             f"{progress.tokens} tokens so far."
         )
+    if world.is_rank_zero:
+        say(sentence)

@@ -15,7 +15,6 @@ from torchtune_kd.training import folders
 from torchtune_kd.training.manifest import Manifest
 from torchtune_kd.training.metrics import TrainingLog, lower_is_better
 from torchtune_kd.training.progress import Progress
-from torchtune_kd.training.resume import Found
 from torchtune_kd.training.settings import Settings
 from torchtune_kd.training.snapshots import SnapshotWriter
 from torchtune_kd.training.world import World
@@ -33,7 +32,7 @@ class Saver:
         stale (list[Path]): what an earlier run left there.
         seed (int): the seed in use.
         identity (dict[str, dict[str, Any]]): see :mod:`torchtune_kd.training.fingerprints`; rank 0's counts.
-        found (Found | None): the checkpoint with which the run goes on.
+        written (Progress | None): what the checkpoint with which the run goes on has saved.
     """
 
     def __init__(
@@ -47,13 +46,13 @@ class Saver:
         stale: list[Path],
         seed: int,
         identity: dict[str, dict[str, Any]],
-        found: Found | None,
+        written: Progress | None,
     ) -> None:
         self._settings, self._world, self._log = settings, world, log
         self._output, self._seed, self._identity = output, seed, identity
         self._config, self._versions = OmegaConf.to_container(cfg, resolve=True), _versions()
         self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
-        self._on_disk = None if found is None else _state(Progress(**found.manifest.progress))
+        self._on_disk = None if written is None else _state(written)
         self._writer = SnapshotWriter(
             output,
             world,
