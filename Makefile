@@ -10,8 +10,10 @@ TORCH_INDEX ?=
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
 
-# The tests' matrices are small: more threads than one would only wait for each other.
+# The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
+JOBS ?= 2
 test test-fast: export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
 
 .DEFAULT_GOAL := install
 .PHONY: install demo test test-fast lint format build clean
@@ -30,10 +32,10 @@ demo: install
 	$(BIN)/python -m torchtune_kd.demo
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-fast: lint
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: install
 	$(BIN)/ruff check .

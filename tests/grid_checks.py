@@ -169,3 +169,25 @@ def check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_toke
         if (dtypes[0], kind) == (F16, "huge") and grad is found[0]:
             continue  # a token's gradient, of the order of the logits times the head's 1e4, has no place in fp16
         assert (grad.double() - right).norm() <= (bound + unit * right.abs()).norm() + 1e-9
+
+
+def make_inputs(n=21, v=60, d=8, teacher_d=12, dtype=F32, trainable=True, ignored=3):
+    """Hidden states, heads, bias and labels; every `ignored`-th token is ignored."""
+    inputs = {
+        "student_hidden": torch.randn(n, d),
+        "student_weight": torch.randn(v, d),
+        "teacher_hidden": torch.randn(n, teacher_d),
+        "teacher_weight": torch.randn(v, teacher_d) / 2,
+    }
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    labels = torch.randint(0, v, (n,))
+    if ignored:
+        labels[::ignored] = -100
+    inputs["labels"] = labels
+    inputs["student_bias"] = torch.randn(v).to(dtype)
+    inputs["teacher_bias"] = torch.randn(v).to(dtype)
+    inputs["student_hidden"].requires_grad_()
+    if trainable:
+        inputs["student_weight"].requires_grad_()
+        inputs["student_bias"].requires_grad_()
+    return inputs

@@ -145,6 +145,10 @@ _LOG_BF16 = ("log_probabilities_bf16", "cross_entropy")
 
 IMPLEMENTATIONS = (
     Implementation("ours-triton", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("triton"), needs_gpu=True),
+    *(
+        Implementation(f"ours-{way}", "torchtune_kd", ("softmax",), EVERY, _ours(way), needs_gpu=True, slow=True)
+        for way in ("triton-backwards", "triton-split")
+    ),
     Implementation("ours-torch", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("torch")),
     *(
         Implementation(key, "torchtune", (op,), STOCK, call, lacks, cpu_reason=reason, slow=slow)
