@@ -52,7 +52,13 @@ def start_agent(
         options (Sequence[str]): more options of torchrun.
         log (Path | None): file for what agent and workers print; None: it is piped.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface}
+    # The last: an agent that is started anew asks for the master's address, which the others keep to themselves if
+    # agents and workers share a store (https://github.com/pytorch/pytorch/issues/135712).
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": host.interface,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     arguments = ["--nnodes", str(nodes), "--nproc_per_node", str(processes), "--node_rank", str(node)]
     arguments += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "kd"]
     arguments += ["--rdzv_conf", f"is_host={int(node == 0)}", "--local_addr", host.address]

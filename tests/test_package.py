@@ -32,6 +32,7 @@ FLOORS = {
     "torchtune_kd.losses": {"torchtune_kd.kernels", "torchtune_kd.models"},
     "torchtune_kd.training": {"torchtune_kd.kernels", "torchtune_kd.models", "torchtune_kd.losses"},
     "torchtune_kd.configs": set(),
+    "torchtune_kd.launch": set(),
 }
 FLOORS["torchtune_kd.recipes"] = FLOORS["torchtune_kd.training"] | {"torchtune_kd.training"}
 FLOORS["torchtune_kd.demo"] = FLOORS["torchtune_kd.recipes"] - {"torchtune_kd.recipes"}

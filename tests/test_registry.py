@@ -87,7 +87,11 @@ def test_entries_follow_the_files(registry, folders):
         "torchtune_kd/fam/deep/y_single_device",
         "torchtune_kd/fam/x_single_device",
     ]
-    assert [config.name for config in distributed.configs] == ["torchtune_kd/fam/x_distributed"]
+    assert [config.name for config in distributed.configs] == [
+        "torchtune_kd/fam/x_distributed",
+        "torchtune_kd/launch/kd_multinode.slurm",
+        "torchtune_kd/launch/kd_pytorchjob.yaml",
+    ]
     assert (plan.name, plan.supports_distributed, plan.configs) == ("torchtune_kd/plan", False, [])
     for entry in (single, distributed, plan, *single.configs, *distributed.configs):
         assert os.path.isabs(entry.file_path) and os.path.isfile(entry.file_path)
@@ -124,6 +128,8 @@ def test_installed_files_are_all_listed(registry):
     recipes, configs = _registry._folder("recipes", None), _registry._folder("configs", None)
     there = {file for file in recipes.glob("*.py") if file.name != "__init__.py"}
     there |= set(configs.rglob("*.yaml"))
+    launch = _registry._folder("launch", None)
+    there |= {file for file in launch.iterdir() if file.suffix in (".slurm", ".yaml")}
     assert listed == there
     assert len({entry.name for entry in entries}) == len(entries)
 
@@ -235,6 +241,23 @@ def test_tune_copies_by_name(folders, tmp_path):
     result = tune(folders, "cp", "torchtune_kd/fam/x_single_device", "mine.yaml", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "mine.yaml").read_text() == "name: fam/x_single_device\n"
+
+
+@pytest.mark.parametrize(
+    "destination, written", [(".", "kd_multinode.slurm"), ("mine.slurm", "mine.slurm"), ("job", "job")]
+)
+def test_a_launch_file_keeps_its_name(tmp_path, destination, written):
+    """By both doors; torchtune alone would write ``mine.yaml``, which no one looks for."""
+    file = _registry._folder("launch", None) / "kd_multinode.slurm"
+    for autoload in "01":
+        folder = tmp_path / autoload
+        folder.mkdir()
+        arguments = ("cp", "torchtune_kd/launch/kd_multinode.slurm", destination)
+        door = ("-m", "torchtune_kd") if autoload == "0" else ("-c", "from torchtune._cli.tune import main; main()")
+        result = python(*door, *arguments, cwd=folder, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload)
+        assert result.returncode == 0, result.stderr
+        assert [path.name for path in folder.iterdir()] == [written]
+        assert (folder / written).read_text() == file.read_text()
 
 
 @pytest.mark.parametrize("recipe", ["kd_single_device", "plan"])

@@ -5,7 +5,7 @@ The same as ``tune``, also where ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` keeps PyTor
 
 import sys
 
-from torchtune_kd._registry import append_recipes, say_at_exit
+from torchtune_kd._registry import append_recipes, keep_names_of_launch_files, say_at_exit
 from torchtune_kd._versions import check_versions
 
 
@@ -18,8 +18,10 @@ def main() -> None:
     except (ImportError, FileNotFoundError) as error:
         say_at_exit(error)
         sys.exit(1)
+    from torchtune._cli import cp
     from torchtune._cli.tune import main as tune
 
+    keep_names_of_launch_files(cp)
     tune()
 
 

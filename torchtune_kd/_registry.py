@@ -3,7 +3,8 @@
 torchtune has no plug-in hook: its command looks names up in `torchtune._recipe_registry._ALL_RECIPES`.
 PyTorch calls every entry point of the group ``torch.backends`` at the end of ``import torch``, and torchtune
 imports torch before it imports that list. `register` therefore puts a finder into `sys.meta_path` which waits
-for ``torchtune._recipe_registry`` and appends our entries as soon as torchtune itself has filled the list.
+for ``torchtune._recipe_registry`` and appends our entries as soon as torchtune itself has filled the list. It also
+waits for ``tune cp``, which would give a SLURM script the suffix ``.yaml``.
 
 It runs in every program that imports torch, so it does no more than that: no file is read and nothing is
 imported until somebody asks for torchtune's list. torchtune joins an entry's path to its own folder, and
@@ -14,7 +15,9 @@ import sys
 from functools import cache
 
 _REGISTRY = "torchtune._recipe_registry"
+_COPY = "torchtune._cli.cp"
 _PREFIX = "torchtune_kd/"
+_LAUNCH = _PREFIX + "launch/"
 # each recipe, and how the names of its configs end; plan has none of its own and takes those of the others, which
 # `tune run` finds for it
 _RECIPES = {"kd_single_device": "_single_device", "kd_distributed": "_distributed", "plan": None}
@@ -24,8 +27,9 @@ def register() -> None:
     """Entry point ``torch.backends``. Calling it again changes nothing; it never raises."""
     if _RegistryFinder not in sys.meta_path:
         sys.meta_path.insert(0, _RegistryFinder)
-    if _REGISTRY in sys.modules:
-        _append_or_say_why(sys.modules[_REGISTRY])
+    for name, change in _CHANGES.items():
+        if name in sys.modules:
+            change(sys.modules[name])
     program = str((getattr(sys, "argv", None) or [""])[0])
     if program.endswith(("/tune", "\\tune", "\\tune.exe")):
         # With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
@@ -51,6 +55,7 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
     recipes = _folder("recipes", recipes_folder)
     configs = _folder("configs", configs_folder)
     files = sorted(configs.rglob("*.yaml"))
+    launch_files = [file for file in sorted(_folder("launch", None).iterdir()) if file.suffix in (".slurm", ".yaml")]
     known = {recipe.name for recipe in registry._ALL_RECIPES}
     for recipe, ending in _RECIPES.items():
         if _PREFIX + recipe in known:
@@ -60,6 +65,8 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
             for file in files
             if ending is not None and file.stem.endswith(ending)
         ]
+        if recipe == "kd_distributed":  # beside the configs, so that `tune ls` shows them and `tune cp` finds them
+            entries += [registry.Config(name=_LAUNCH + file.name, file_path=str(file)) for file in launch_files]
         registry._ALL_RECIPES.append(
             registry.Recipe(
                 name=_PREFIX + recipe,
@@ -71,11 +78,11 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
 
 
 class _RegistryFinder:
-    """Finds `torchtune._recipe_registry` where Python would, and appends our entries once it is executed."""
+    """Finds the two modules of torchtune where Python would, and changes each once it is executed."""
 
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        if fullname != _REGISTRY:
+        if fullname not in _CHANGES:
             return None
         from importlib.machinery import PathFinder
 
@@ -84,11 +91,11 @@ class _RegistryFinder:
             return None  # not torchtune as we know it: leave it to the other finders
         execute = spec.loader.exec_module
 
-        def execute_and_append(module):
+        def execute_and_change(module):
             execute(module)
-            _append_or_say_why(module)
+            _CHANGES[fullname](module)
 
-        spec.loader.exec_module = execute_and_append
+        spec.loader.exec_module = execute_and_change
         return spec
 
 
@@ -97,6 +104,29 @@ def _append_or_say_why(registry) -> None:
         append_recipes(registry)
     except Exception as error:  # whatever is wrong with us, torchtune's own recipes must go on working
         say_at_exit(error)
+
+
+def keep_names_of_launch_files(module) -> None:
+    """`tune cp` changes the suffix of what it writes to that of a recipe or a config; a launch file keeps its own."""
+    from pathlib import Path
+
+    stock = getattr(getattr(module, "Copy", None), "_cp_cmd", None)
+    if stock is None or hasattr(stock, "keeps_names"):
+        return
+
+    class AsNamed(type(Path())):
+        suffix = ".yaml"  # what torchtune compares before it replaces it
+
+    def copy(self, args):
+        if str(args.file).startswith(_LAUNCH):
+            args.destination = AsNamed(args.destination)
+        return stock(self, args)
+
+    copy.keeps_names = True
+    module.Copy._cp_cmd = copy
+
+
+_CHANGES = {_REGISTRY: _append_or_say_why, _COPY: keep_names_of_launch_files}
 
 
 def _say_why_versions_fail() -> None:
