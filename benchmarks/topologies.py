@@ -64,6 +64,21 @@ def compare(students: Sequence[str] = STUDENTS, topologies: Sequence[Topology] =
     return rows
 
 
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per topology but the reference, a column per student: loss, gradient norm, weights."""
+    students = list(dict.fromkeys(row.student for row in rows))
+    cells = {(row.topology, row.replicate_dim, row.student): row for row in rows}
+    lines = [f"| topology | copies | {' | '.join(students)} |"]
+    lines.append("|---" * (2 + len(students)) + "|")
+    for topology, copies in dict.fromkeys((row.topology, row.replicate_dim) for row in rows):
+        if topology == rows[0].topology:
+            continue
+        found = [cells.get((topology, copies, student)) for student in students]
+        numbers = ["–" if r is None else f"{r.loss:.0e}, {r.grad_norm:.0e}, {r.weights:.0e}" for r in found]
+        lines.append(f"| {topology} | {copies} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 def _run(topology: Topology, students: Sequence[str]) -> dict[tuple[int, str], dict[str, Tensor]]:
     runs = [(r, s) for r in topology.replicate_dims for s in students if s != "qlora" or _holds_nf4(topology, r)]
     with tempfile.TemporaryDirectory() as folder:
@@ -103,11 +118,7 @@ def main() -> None:
     students = parser.parse_args().students
     if unknown := set(students) - set(STUDENTS):
         parser.error(f"expected students out of {', '.join(STUDENTS)}, got {', '.join(sorted(unknown))}")
-    print("| topology | copies | student | loss | grad_norm | weights |\n|---|---|---|---|---|---|", flush=True)
-    for row in compare(students):
-        numbers = " | ".join(f"{value:.1e}" for value in row[3:])
-        print(f"| {row.topology} | {row.replicate_dim} | {row.student} | {numbers} |", flush=True)
-    print(f"\n{describe_machine()}")
+    print(f"{table(compare(students))}\n\n{describe_machine()}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -148,15 +149,35 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
         dist.init_process_group(backend, timeout=PATIENCE)
     names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
     host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # the torchrun agent that started a process; its host where there is no agent
+    nodes: list[str] = [""] * size
+    dist.all_gather_object(nodes, os.environ.get("GROUP_RANK", socket.gethostname()), group=host_group)
+    on_this_node = [other for other in range(size) if nodes[other] == nodes[rank]]
+    if rank == 0 and len(set(nodes)) > 1:
+        print(describe_layout(nodes, mesh_shape[-1]), file=sys.stderr, flush=True)
     return World(
         device=here,
-        rank=dist.get_rank(),
-        size=dist.get_world_size(),
+        rank=rank,
+        size=size,
         sharded=True,
         mesh=init_device_mesh(here.type, mesh_shape, mesh_dim_names=names),
-        node_group=_node_group(host_group),
+        node_group=dist.new_group(on_this_node, timeout=PATIENCE, use_local_synchronization=True),
         host_group=host_group,
     )
+
+
+def describe_layout(nodes: Sequence[str], shards: int) -> str:
+    """One line on where weights and gradients travel; ``nodes`` names each rank's node, ``shards`` share a copy."""
+    size, num_nodes = len(nodes), len(set(nodes))
+    copies = [nodes[first : first + shards] for first in range(0, size, shards)]
+    line = f"{size} processes on {num_nodes} nodes, copies of the weights: {len(copies)}, each over {shards} processes"
+    if all(len(set(copy)) == 1 for copy in copies):
+        return f"{line} of one node: across nodes gradients travel, once per step."
+    line += " of several nodes: across nodes the weights of every layer travel"
+    if size % num_nodes == 0 and all(nodes[i] == nodes[i - i % (size // num_nodes)] for i in range(size)):
+        line += f"; with data_parallel_replicate_dim={num_nodes} gradients alone would, once per step"
+    return f"{line}."
 
 
 def _mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...]:
@@ -168,15 +189,6 @@ def _mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...
             "nodes and leave data_parallel_shard_dim at -1."
         )
     return (shards,) if replicate_dim == 1 else (replicate_dim, shards)
-
-
-def _node_group(host_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The processes that the same torchrun agent started, lowest rank first; the same host where there is no agent."""
-    nodes = [None] * dist.get_world_size()
-    dist.all_gather_object(nodes, os.environ.get("GROUP_RANK", socket.gethostname()), group=host_group)
-    mine = nodes[dist.get_rank()]
-    ranks = [rank for rank, node in enumerate(nodes) if node == mine]
-    return dist.new_group(ranks, timeout=PATIENCE, use_local_synchronization=True)
 
 
 def leave_process_group() -> None:

@@ -1,0 +1,84 @@
+"""The components of a config: that each exists and takes what its section gives."""
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+from torchtune.training import metric_logging
+
+from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
+from torchtune_kd.training.errors import UserError
+
+
+def sections(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every section with a ``_component_``, at any depth, with its dotted path."""
+    if isinstance(node, DictConfig):
+        if "_component_" in node:
+            yield path, node
+        for key in node:
+            yield from sections(node[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(node, ListConfig):
+        for index, item in enumerate(node):
+            yield from sections(item, f"{path}[{index}]")
+
+
+def check_kd_loss(section: DictConfig) -> None:
+    """The section ``kd_loss`` names a loss that works from hidden states."""
+    component = _component("kd_loss", section)
+    if inspect.isclass(component) and issubclass(component, KDWithChunkedOutputLoss):
+        raise UserError(
+            f"`kd_loss._component_` is {section['_component_']}, which is for torchtune's own recipes; this one never "
+            f"holds full logits, so write {section['_component_'].replace('WithChunkedOutputLoss', 'Loss')} and "
+            "delete `kd_loss.num_output_chunks`."
+        )
+    if not (inspect.isclass(component) and issubclass(component, KDLoss)) or component is KDLoss:
+        raise UserError(
+            f"Expected a loss of torchtune_kd.losses under `kd_loss`, got {section['_component_']}: "
+            "write for example `kd_loss._component_: torchtune_kd.losses.ForwardKLLoss`."
+        )
+
+
+def _component(path: str, section: DictConfig) -> Any:
+    from torchtune.config._utils import _get_component_from_path  # torchtune's own resolver; it has no public name
+
+    dotted = section["_component_"]
+    try:
+        return _get_component_from_path(dotted)
+    except Exception as error:
+        raise UserError(f"`{path}._component_` names {dotted}, which cannot be found: {one_line(error)}") from error
+
+
+def check_component(path: str, section: DictConfig) -> None:
+    """The component exists and takes every keyword that the section gives."""
+    component = _component(path, section)
+    try:
+        parameters = inspect.signature(component).parameters
+    except ValueError:  # some builtins have no signature
+        return
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and component not in _SWALLOW_KEYS
+    for key in section:
+        if key == "_component_" or key in parameters:
+            continue
+        if takes_any and not difflib.get_close_matches(str(key), parameters, n=1, cutoff=0.8):
+            continue  # handed on, as a dataset does to load_dataset; torchtune's loggers swallow it
+        raise UserError(
+            f"Unknown key `{path}.{key}`: {section['_component_']} does not take it, {nearest(key, parameters)}"
+        )
+
+
+# torchtune's loggers that take any keyword and never read it
+_SWALLOW_KEYS = (metric_logging.DiskLogger, metric_logging.TensorBoardLogger)
+
+
+def nearest(key: str, known: Any) -> str:
+    """What to do about a key that is not among the ``known`` ones: the end of a sentence."""
+    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else "delete it or see `tune cp` for a config with every key."
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error that says something, with a full stop."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if text.endswith((".", "?", "!")) else f"{text}."
