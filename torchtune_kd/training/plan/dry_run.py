@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from torchtune_kd.kernels import Objective, _linear
+from torchtune_kd.kernels import Objective, _block, _linear
 from torchtune_kd.kernels._block import BlockLoss, Plan, rows_per_block
 from torchtune_kd.training import models as training_models
 from torchtune_kd.training.metrics import training_metrics
@@ -228,7 +228,10 @@ def _loss_on_meta(tracker: Tracker, device: torch.device) -> Iterator[None]:
     def block_loss(_: str, plan: Plan, max_rows: int, *__: Any) -> "_BlockLossOnMeta":
         return _BlockLossOnMeta(tracker, plan, max_rows, device)
 
+    # the size of the blocks in which gradients are scaled and summed
+    blocks = {"meta": _block._BLOCK_ELEMENTS.get(device.type, _block._BLOCK_ELEMENTS_ELSEWHERE)}
     with (
+        mock.patch.dict(_block._BLOCK_ELEMENTS, blocks),
         mock.patch.object(training_models, "linear_kd_loss", linear_kd_loss),
         mock.patch.object(_linear, "_block_loss", block_loss),
     ):

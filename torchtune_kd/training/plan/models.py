@@ -110,7 +110,9 @@ def _make_runnable(model: TransformerDecoder) -> None:
     for layer in model.layers:
         rotary = layer.attn.pos_embeddings
         if rotary is not None and not getattr(rotary, "is_cache_built", True):
-            table = torch.empty(rotary.max_seq_len, rotary.dim // 2, 2, dtype=torch.float32, device="meta")
+            frequencies = torch.empty(rotary.dim // 2, dtype=torch.float32, device="meta")
+            rotary.register_buffer("theta", frequencies, persistent=False)
+            table = frequencies.new_empty(rotary.max_seq_len, rotary.dim // 2, 2)
             rotary.register_buffer("cache", table, persistent=False)
             rotary.is_cache_built = True
         layer.attn._attention_call = _flash_attention

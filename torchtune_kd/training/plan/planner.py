@@ -83,13 +83,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     memory = request.memory_bytes
     devices = _devices(request, settings, layout)
     models = build_models(run, settings, layout.shards)
-    sequence = request.sequence_length or run.tokenizer.get("max_seq_len") or SEQUENCE
-    longest = min(model.max_seq_len for model in (models.student, models.teacher) if model is not None)
-    if sequence > longest:
-        raise UserError(
-            f"Expected sequences of at most {longest} tokens, the most that teacher and student take, got {sequence}: "
-            "lower `sequence_length`."
-        )
+    sequence = _sequence(request, run, models)
 
     def of_recipe(step: StepFunction) -> RecipePlan:
         return _of_recipe(run, settings, models, layout, sequence, memory, devices, request.network_bandwidth, step)
@@ -138,6 +132,18 @@ def _of_recipe(
         for device in devices
     }
     return RecipePlan(memory, flops_by_phase(dry.operations, steps), travels, most, times)
+
+
+def _sequence(request: Request, cfg: DictConfig, models: Models) -> int:
+    longest = min(model.max_seq_len for model in (models.student, models.teacher) if model is not None)
+    if request.sequence_length is None:
+        return min(cfg.tokenizer.get("max_seq_len") or SEQUENCE, longest)
+    if request.sequence_length > longest:
+        raise UserError(
+            f"Expected sequences of at most {longest} tokens, the most that teacher and student take, got "
+            f"{request.sequence_length}: lower `sequence_length`."
+        )
+    return request.sequence_length
 
 
 def _devices(request: Request, settings: Settings, layout: Layout) -> tuple[Device, ...]:

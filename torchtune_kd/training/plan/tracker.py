@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -68,11 +69,13 @@ class Tracker(TorchDispatchMode):
             return NotImplemented  # NF4Tensor takes itself apart; its parts come here again
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not torch.is_grad_enabled():
+            self._reuse(args[0])
         made = [tensor for tensor in _tensors(out) if tensor.device.type == self._device]
         is_new = [self._add(tensor, self.phase) for tensor in made]
         writes = func._schema.is_mutable
         if writes or any(is_new):
-            count = flop_registry.get(func._overloadpacket)
+            count = _flop_formula(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count is not None else 0
             moved = sum(map(_size, made if not writes else made[:1]))
             moved += sum(_size(tensor) for tensor in _tensors((args, kwargs)) if tensor.device.type == self._device)
@@ -91,6 +94,15 @@ class Tracker(TorchDispatchMode):
         self._total += size
         return True
 
+    def _reuse(self, gradient: Tensor) -> None:
+        """Autograd adds a second gradient of the same tensor to the first one in place, but not under a mode."""
+        key = gradient.untyped_storage()._cdata
+        if key in self._storages:
+            category, size, reference = self._storages[key]
+            self._storages[key] = (category, 0, reference)
+            self.live[category] -= size
+            self._total -= size
+
     def _release(self, key: int, _: Any = None) -> None:
         category, size, _ = self._storages.pop(key)
         self.live[category] -= size
@@ -101,6 +113,14 @@ class Tracker(TorchDispatchMode):
             if self._total > max(self.peaks.values(), default=0):
                 self.at_peak = dict(self.live)
             self.peaks[self.phase] = self._total
+
+
+@functools.cache
+def _flop_formula(operation: Any) -> Any:
+    """PyTorch's formula, which it lists for ``addmm`` and not for ``addmm_``; None for what is no product."""
+    name = operation.__name__
+    functional = getattr(torch.ops.aten, name[:-1], operation) if name.endswith("_") else operation
+    return flop_registry.get(operation) or flop_registry.get(functional)
 
 
 def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

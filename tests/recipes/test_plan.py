@@ -1,0 +1,174 @@
+"""``torchtune_kd/plan`` as a command: its page, its JSON, its sentences."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from measured import sized_config
+from omegaconf import OmegaConf
+
+from torchtune_kd.training import UserError
+from torchtune_kd.training.plan import as_text, plan_run
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+LLAMA = CHECKOUT / "configs" / "llama3_2"
+
+
+@pytest.fixture
+def config(tmp_path):
+    cfg = sized_config(tmp_path, 1, "lora")
+    cfg.device = "cuda"
+    return cfg
+
+
+def run(monkeypatch, capsys, cfg, path, *arguments):
+    """The recipe's file as a program, in this process; returns its exit code, stdout and stderr."""
+    OmegaConf.save(cfg, path)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--config", str(path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(CHECKOUT / "recipes" / "plan.py"), run_name="__main__")
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+@pytest.mark.parametrize("flag", ["--json", "json=True"])
+def test_json_is_all_that_is_printed_and_adds_up(monkeypatch, capsys, tmp_path, config, flag):
+    arguments = ("devices=4", "gpu=H100", "sequence_length=64", flag)
+    code, out, _ = run(monkeypatch, capsys, config, tmp_path / "c.yaml", *arguments)
+    assert code == 0
+    plan = json.loads(out)
+    assert (plan["processes"], plan["shards"], plan["replicas"]) == (4, 4, 1)
+    assert plan["tokens_per_step"] == 4 * 2 * 4 * 64
+    assert plan["parameters"]["trained"] == plan["parameters"]["adapters"] > 0
+    assert plan["device_memory"] == 80 * 2**30
+    for recipe in ("torchtune_kd", "stock"):
+        memory = plan[recipe]["memory"]
+        assert memory["total"] == sum(memory["at_peak"].values()) == memory["phases"][memory["peak_phase"]]
+        assert plan[recipe]["fits"] and plan[recipe]["largest_batch_size"] > 1000
+        assert set(plan[recipe]["flops_per_step"]) == {"teacher", "student", "loss", "backward"}
+        assert plan[recipe]["communication_per_step"]["gradients"] > 0
+        assert plan[recipe]["seconds_per_step"]["H100"]["total"] > 0
+    ours, stock = plan["torchtune_kd"], plan["stock"]
+    assert ours["memory"]["total"] < stock["memory"]["total"]
+    assert ours["communication_per_step"]["heads"] < stock["communication_per_step"]["heads"]
+    assert any("60%" in said for said in plan["assumptions"])
+
+
+def test_page_says_what_a_reader_wants_to_know(config):
+    config.merge_with({"device_memory": "20GiB", "data_parallel_replicate_dim": 2, "devices": 4})
+    page = as_text(plan_run(config))
+    for part in (
+        "4 devices, weights sharded over 2 and copied 2 times; bf16; 4 x 128 tokens a microbatch, 2 a step",
+        "4,096 tokens a step in all",
+        "in adapters)",
+        "gathered and in transit (FSDP2)",
+        "highest point of a step",
+        "in 20.0 GiB of device memory: torchtune-kd fits, at most batch_size=",
+        "TFLOP per step and device",
+        "gradients, between copies",
+        "RTX4090 (165.2 TFLOP/s, 1008 GB/s)",
+        "NVIDIA L40S datasheet",
+        "Assumed:",
+    ):
+        assert part in page
+    assert max(map(len, page.splitlines())) <= 200
+
+
+def test_what_does_not_fit_is_said(config):
+    config.device_memory = "1050MiB"
+    plan = plan_run(config)
+    assert plan.ours.largest_batch == 0
+    assert "torchtune-kd does not fit, at most batch_size=0" in as_text(plan)
+
+
+def test_largest_batch_fits_and_the_next_does_not(config):
+    config.device_memory = "1400MiB"
+    most = plan_run(config).ours.largest_batch
+    assert 4 < most < 1000
+    usable = 1400 * 2**20 * 0.9 - 2**30
+    totals = []
+    for size in (most, most + 1):
+        config.batch_size = size
+        totals.append(plan_run(config).ours.memory.total)
+    assert totals[0] <= usable < totals[1]
+
+
+def test_a_cpu_run_has_times_where_figures_are_given(config):
+    config.device = "cpu"
+    assert plan_run(config).devices == ()
+    config.merge_with({"tflops": 0.5, "bandwidth": 20})
+    plan = plan_run(config)
+    assert plan.ours.times["given"].total > plan.ours.flops["teacher"] / 0.5e12
+    assert "given (0.5 TFLOP/s, 20 GB/s)" in as_text(plan)
+
+
+def test_padded_vocabularies_and_no_teacher_leave_the_stock_recipe_out(config):
+    config.teacher_model.vocab_size = 400
+    plan = plan_run(config)
+    assert plan.stock is None and "its losses fail where heads differ (384 and 400 ids)" in as_text(plan)
+    config.kd_ratio = 0.0
+    plan = plan_run(config)
+    assert plan.stock is None and plan.parameters.teacher == 0 and plan.ours.memory.teacher == 0
+    assert "it always runs a teacher" in as_text(plan)
+
+
+def test_unknown_optimizer_leaves_the_total_open(config):
+    config.merge_with({"device_memory": "8GiB"})
+    config.optimizer._component_ = "torch.optim.Adafactor"
+    page = as_text(plan_run(config))
+    assert "torchtune-kd unknown, since this optimizer's state is" in page and "unknown" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpu": "H1000"}, r"Expected `gpu` to be one of A100.*got H1000: did you mean H100"),
+        ({"device_memory": "lots"}, r"Expected `device_memory` to be a size such as 80GiB or 24GB, got lots"),
+        ({"devices": 0}, r"Expected `devices` to be above 0, got 0"),
+        ({"devices": "two"}, r"Expected `devices` to be int, got 'two'"),
+        ({"tflops": 3}, r"`tflops` .* and `bandwidth` .* together"),
+        ({"devices": 2, "tflops": 3, "bandwidth": 5}, r"Expected `link_bandwidth`"),
+        ({"sequence_length": 4096}, r"Expected sequences of at most 128 tokens.*got 4096: lower `sequence_length`"),
+        ({"devices": 3, "data_parallel_replicate_dim": 2}, r"to be the number of (devices|processes), 3"),
+        ({"batchsize": 3}, r"Unknown key `batchsize` in the config: did you mean `batch_size`"),
+        ({"kd_loss": None}, r"this one has no `kd_loss`: it is another recipe's"),
+        ({"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}}, r"Expected `kd_loss` alone"),
+        ({"model": {"_component_": "torchtune.models.clip.clip_vision_encoder"}}, r"`model"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_sentence(config, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        plan_run(OmegaConf.merge(config, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_ends_with_code_2_and_nothing_on_stdout(monkeypatch, capsys, tmp_path, config):
+    code, out, err = run(monkeypatch, capsys, config, tmp_path / "c.yaml", "gpu=abacus", "--json")
+    assert (code, out) == (2, "") and err.startswith("error: Expected `gpu` to be one of")
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme(tmp_path):
+    """By the real ``tune run``, by name, in a folder of nobody's, with neither weights nor GPU."""
+    command = [str(Path(sys.executable).parent / "tune"), "run", "torchtune_kd/plan", "--config"]
+    command += ["torchtune_kd/llama3_2/8B_to_1B_KD_full_distributed", "devices=8", "device_memory=80GiB", "json=True"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    plan = json.loads(result.stdout)
+    assert plan["parameters"] == {
+        "teacher": 8_030_261_248,
+        "student": 1_235_814_400,
+        "adapters": 0,
+        "trained": 1_235_814_400,
+    }
+    assert plan["torchtune_kd"]["largest_batch_size"] > plan["stock"]["largest_batch_size"] > 0
+    # the command is in the README with its figures
+    readme = (CHECKOUT / "README.md").read_text()
+    assert "tune run torchtune_kd/plan --config torchtune_kd/llama3_2/8B_to_1B_KD_full_distributed" in readme
+    for recipe in ("torchtune_kd", "stock"):
+        assert f"batch_size={plan[recipe]['largest_batch_size']}" in readme
+        assert f"{plan[recipe]['memory']['total'] / 2**30:.2f}" in readme

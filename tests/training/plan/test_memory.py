@@ -1,0 +1,194 @@
+"""The plan's memory is what a run takes: measured on the CPU, and on a GPU where there is one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from measured import SIZES, allocated, measured_step, sized_config, weight_bytes
+from omegaconf import OmegaConf
+from tiny import make_config
+from torchao.dtypes.nf4tensor import to_nf4
+from torchtune.modules import loss as stock_losses
+
+from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
+from torchtune_kd.training import read_settings
+from torchtune_kd.training.plan import Layout, build_models, fits, largest_batch, plan_memory
+from torchtune_kd.training.plan.memory import GIB
+from torchtune_kd.training.plan.models import weight_bytes as planned_weights
+from torchtune_kd.training.plan.stock import dry_stock_step
+from torchtune_kd.training.plan.tracker import tensor_bytes
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
+
+
+def plan(cfg, layout=None, **more):
+    settings = read_settings(cfg, distributed=layout is not None)
+    layout = layout or Layout()
+    return plan_memory(cfg, settings, build_models(cfg, settings, layout.shards), layout, **more)[0]
+
+
+def check(tmp_path, size, kind, **overrides):
+    cfg = sized_config(tmp_path, size, kind, **overrides)
+    planned = plan(cfg, sequence=128)
+    measured, run = measured_step(cfg, KDRecipeSingleDevice)
+    print(f"{size} M, {kind}: planned {planned.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
+    assert planned.teacher + planned.student == weight_bytes(run)
+    state = [v for values in run.optimizer.state.values() for v in values.values() if v.numel() > 1]
+    assert planned.optimizer == sum(map(tensor_bytes, state))
+    assert planned.gradients == sum(map(tensor_bytes, run.trainable))
+    assert planned.total == pytest.approx(measured, rel=0.1)
+    assert sum(planned.at_peak.values()) == planned.total == max(planned.phases.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("full", {}),
+        ("full", {"enable_activation_checkpointing": True, "gradient_accumulation_steps": 1}),
+        ("full", {"optimizer___component_": "torchtune_kd.training.master_adamw.MasterAdamW"}),
+        ("full", {"kd_ratio": 1.0, "dtype": "fp32", "clip_grad_norm": 1.0}),
+        ("lora", {}),
+        ("dora", {"enable_activation_checkpointing": True}),
+        ("qlora", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+)
+def test_plan_is_what_a_small_run_takes(tmp_path, kind, overrides):
+    check(tmp_path, 1, kind, **overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("size", [size for size in SIZES if size > 1])
+def test_plan_is_what_a_run_takes(tmp_path, size, kind):
+    check(tmp_path, size, kind, batch_size=1 if size == max(SIZES) else 2)
+
+
+@pytest.mark.slow
+def test_plan_is_what_two_processes_take(tmp_path):
+    """FSDP2 over gloo: shares, gathered layers, gradients whole until a step's last microbatch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run([*command, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2 * 3
+    for line in lines:
+        print(line)
+        assert line["planned weights"] == line["measured weights"]
+        assert line["planned"] == pytest.approx(line["measured"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] < 30 * GIB, reason="needs a GPU with 30 GiB"
+)
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_plan_is_what_the_true_8b_to_1b_takes_on_a_gpu(tmp_path, kind):
+    small = make_config(tmp_path)
+    cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / f"8B_to_1B_KD_{kind}_single_device.yaml")
+    cfg.merge_with({"checkpointer": None, "teacher_checkpointer": None, "random_weights": True})
+    cfg.merge_with({"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "out"), "batch_size": 2})
+    cfg.tokenizer = {**small.tokenizer, "max_seq_len": 513}
+    cfg.dataset = sized_config(tmp_path / "rows", 1, "full").dataset
+    planned = plan(cfg, sequence=512)
+    recipe = KDRecipeSingleDevice(cfg)
+    recipe.setup(cfg)
+    torch.cuda.reset_peak_memory_stats()
+    recipe.train()
+    recipe.cleanup()
+    measured = torch.cuda.max_memory_allocated()
+    print(f"{kind}: planned {planned.total / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB")
+    assert planned.total == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
+    """Its loss step, on the CPU: torchtune's models and losses in the order of its recipe."""
+    cfg = sized_config(tmp_path, 12, kind, gradient_accumulation_steps=1, batch_size=2)
+    settings = read_settings(cfg, distributed=False)
+    planned = plan_memory(cfg, settings, build_models(cfg, settings), Layout(), 128, run=dry_stock_step)[1]
+    recipe = KDRecipeSingleDevice(cfg)
+    recipe.setup(cfg)
+    student, teacher = recipe._run.student.decoder, recipe._run.teacher.decoder
+    held = weight_bytes(recipe._run)
+    for decoder in (student, teacher):
+        del decoder.unembed
+        decoder.set_num_output_chunks(8)
+    batch = next(iter(recipe._run.loader))
+    kd_loss, class_loss = stock_losses.ForwardKLWithChunkedOutputLoss(), stock_losses.CEWithChunkedOutputLoss()
+
+    def step():
+        logits = student(batch["tokens"])
+        with torch.no_grad():
+            teacher_logits = teacher(batch["tokens"])
+        loss = 0.5 * kd_loss(logits, teacher_logits, batch["labels"]) + 0.5 * class_loss(logits, batch["labels"])
+        del logits, teacher_logits
+        loss.backward()
+
+    assert max(planned.peaks.values()) == pytest.approx(held + allocated(step)[0], rel=0.1)
+    recipe.cleanup()
+
+
+def test_nf4_is_counted_with_its_scales():
+    weight = to_nf4(torch.zeros(512, 512, dtype=torch.bfloat16))
+    # 4 bits a weight, 8 a block of 64, 16 a scaler block of 256 such, then 16 code values and a mean in bf16
+    assert tensor_bytes(weight) == 512 * 512 * (4 + 8 / 64 + 16 / (64 * 256)) / 8 + 2 * (16 + 1)
+
+
+@pytest.mark.slow
+def test_shares_shrink_with_the_number_of_processes():
+    cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")
+    settings = read_settings(cfg, distributed=True)
+    models = build_models(cfg, settings)
+    one, two, eight = (plan_memory(cfg, settings, models, Layout(n, 1, True), 64)[0] for n in (1, 2, 8))
+    teacher = 8_030_261_248 * 2  # Llama 3.1 8B in bf16
+    assert two.teacher - eight.teacher == teacher // 2 - teacher // 8
+    assert two.optimizer == 4 * eight.optimizer == 2 * 1_235_814_400 * 2 / 2  # Llama 3.2 1B, two moments in bf16
+    assert two.gradients == eight.gradients == 1_235_814_400 * 2  # whole until the last microbatch
+    assert one.gathered == 0 < two.gathered == eight.gathered
+    assert one.teacher == planned_weights(models.teacher)
+    often = OmegaConf.merge(cfg, {"gradient_accumulation_steps": 1})
+    once = plan_memory(often, read_settings(often, distributed=True), models, Layout(8, 1, True), 64)[0]
+    assert once.gradients < 0.35 * eight.gradients  # the embedding's whole, an eighth of the layers'
+    copies = plan_memory(cfg, settings, models, Layout(4, 2, True), 64)[0]
+    assert copies.teacher - eight.teacher == teacher // 4 - teacher // 8
+
+
+def test_offloading_leaves_no_layer_inputs(tmp_path):
+    cfg = sized_config(tmp_path, 12, "full", enable_activation_checkpointing=True, gradient_accumulation_steps=1)
+    cfg.device = "cuda"
+    inside = plan(cfg, sequence=128)
+    cfg.enable_activation_offloading = True
+    outside = plan(cfg, sequence=128)
+    inputs = 4 * 4 * 128 * 256 * 2  # layers x B x S x D in bf16
+    last_norm = 2 * 4 * 128 * 256 * 4  # its input and result in fp32
+    assert inputs <= inside.activations - outside.activations <= inputs + last_norm + 2**16
+
+
+def test_fsdp_cpu_offload_leaves_the_shares_to_the_host():
+    cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_lora_distributed.yaml")
+    cfg.fsdp_cpu_offload = True
+    settings = read_settings(cfg, distributed=True)
+    memory = plan_memory(cfg, settings, build_models(cfg, settings), Layout(2, 1, True), 64)[0]
+    assert memory.teacher < 0.1 * GIB and memory.optimizer == 0 and memory.gathered > 2 * GIB
+
+
+def test_unknown_optimizer_is_said_not_guessed(tmp_path):
+    cfg = sized_config(tmp_path, 1, "full", optimizer___component_="torch.optim.Adafactor")
+    memory = plan(cfg, sequence=64)
+    assert memory.optimizer is None and memory.total is None
+
+
+@pytest.mark.parametrize("room", [0, 1, 7, 100, 10**4])
+def test_largest_batch_is_the_last_that_fits(room):
+    """Whatever the memory's shape: affine, with steps, flat at first."""
+    for shape in (lambda b: 5 * b, lambda b: 3 * b + 40 * (b // 7), lambda b: max(30, 4 * b), lambda b: 30):
+        known = {4: shape(4) * GIB}
+        found = largest_batch(lambda b, f=shape: f(b) * GIB, room * GIB, known, most=3000)
+        fitting = [b for b in range(1, 3001) if fits(shape(b) * GIB, room * GIB)]
+        assert found == max(fitting, default=0)
+        assert len(known) < 60

@@ -1,0 +1,46 @@
+"""What an optimizer costs is read off the real one."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from torchtune_kd.training.plan.optimizer import optimizer_cost
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def cost(name, device=CPU, dtype=torch.bfloat16, **options):
+    return optimizer_cost(OmegaConf.create({"optimizer": {"_component_": name, "lr": 1e-3, **options}}), dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "dtype", "state"),
+    [
+        ("torch.optim.AdamW", {"fused": True}, torch.bfloat16, 4),
+        ("torch.optim.AdamW", {}, torch.float32, 8),
+        ("torch.optim.SGD", {}, torch.float32, 0),
+        ("torch.optim.SGD", {"momentum": 0.9}, torch.float32, 4),
+        ("torchtune_kd.training.master_adamw.MasterAdamW", {}, torch.bfloat16, 12),
+    ],
+)
+def test_state_per_element(name, options, dtype, state):
+    found = cost(name, dtype=dtype, **options)
+    assert found.state == state
+    assert found.state_bytes(1000) == 1000 * state
+
+
+def test_temporaries_grow_with_all_parameters_or_with_the_largest():
+    master = cost("torchtune_kd.training.master_adamw.MasterAdamW")
+    assert master.temporary_of_all == 4 and master.temporary_of_one == 0  # gradients in fp32
+    assert master.temporary_bytes(1000, 100) == 4000
+    one_by_one = cost("torch.optim.AdamW", dtype=torch.float32)
+    assert one_by_one.temporary_of_all == 0 and one_by_one.temporary_of_one >= 4
+    at_once = cost("torch.optim.AdamW", CUDA, dtype=torch.float32)  # PyTorch's default there
+    assert at_once.temporary_of_all >= 4
+    fused = cost("torch.optim.AdamW", CUDA, fused=True)
+    assert fused.temporary_of_all == 0
+
+
+def test_what_does_not_grow_with_the_elements_or_is_not_there_is_not_known():
+    assert cost("torch.optim.Adafactor") is None
+    assert cost("torch.optim.AdamW", no_such_option=1) is None
