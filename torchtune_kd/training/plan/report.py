@@ -44,6 +44,10 @@ def assumptions(plan: RunPlan) -> list[str]:
         said.append("compile: True is not modelled: fused layers keep and move less")
     if settings.torch_device.type == "cuda":
         said.append("the loss runs in Triton kernels, without a workspace of their own")
+    if plan.stock is not None and not plan.parameters.adapters:
+        said.append(
+            "the stock recipe trains adapters alone: its column is what it would take if it trained this student"
+        )
     if plan.request.memory_bytes is not None:
         said.append(
             f"of a device's memory {USABLE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB can be used: the rest is CUDA's "
