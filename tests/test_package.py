@@ -181,7 +181,8 @@ def wheel(tmp_path_factory):
             shutil.copytree(ROOT / name, tree / name, ignore=ignore)
         else:
             shutil.copy(ROOT / name, tree / name)
-    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    # without the tree in sys.path: setuptools asks Hugging Face's `kernels`, where that is installed, for a plug-in
+    build = "import sys; sys.path.remove(''); from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", build, out], cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (file,) = out.glob("*.whl")
@@ -193,9 +194,10 @@ def test_wheel_holds_the_tree(wheel):
     assert wheel.name == f"torchtune_kd-{torchtune_kd.__version__}-py3-none-any.whl"
     expected = set()
     for package, folder in MAPPED.items():
-        files = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]
+        files = [file for kind in ("*.py", "*.yaml", "*.slurm") for file in (ROOT / folder).rglob(kind)]
         expected |= {"/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)) for file in files}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected.add("torchtune_kd/launch/README.md")
     assert {name for name in names if not name.endswith("metadata.json")} == expected
     assert any(name.endswith("/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
@@ -216,6 +218,7 @@ def test_wheel_in_the_stock_command(wheel, tmp_path):
     listed = re.findall(r"torchtune_kd/\S+", run("ls"))
     expected = {"kd_single_device", "kd_distributed", "plan"}
     expected |= {str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")}
+    expected |= {"launch/kd_multinode.slurm", "launch/kd_pytorchjob.yaml"}
     assert sorted(listed) == sorted(f"torchtune_kd/{name}" for name in expected)
     run("cp", "torchtune_kd/kd_distributed", "mine.py")
     assert (tmp_path / "mine.py").read_text() == recipe.read_text()
