@@ -1,5 +1,6 @@
-"""Under the real ``tune run``: a worker that dies is started again and goes on; a signal to torchrun reaches the run."""
+"""Under the real ``tune run``: a worker that dies is started again and goes on; a signal to torchrun reaches it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,14 +19,28 @@ from torchtune_kd.training.snapshots import check_whole
 from torchtune_kd.training.world import World
 
 
-def launch(cfg, *options, **environment):
+@contextlib.contextmanager
+def launched(cfg, *options):
+    """torchrun's agent; whatever it has started is gone afterwards."""
+    agent = launch(cfg, *options)
+    try:
+        yield agent
+    finally:
+        for pid in workers(agent) if agent.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        agent.kill()
+        agent.wait()
+
+
+def launch(cfg, *options):
     path = Path(f"{cfg.output_dir}.yaml")
     OmegaConf.save(cfg, path)
     command = [str(Path(sys.executable).parent / "tune"), "run", "--nproc_per_node", "2", *options]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     return subprocess.Popen(
         [*command, "torchtune_kd/kd_distributed", "--config", str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        # with a store of its own for each start: PyTorch 2.13 lets restarted workers read stale addresses
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.DEVNULL,
         stderr=Path(f"{cfg.output_dir}.txt").open("w"),
     )
@@ -47,10 +62,10 @@ def workers(agent):
 def test_max_restarts_goes_on_from_the_last_checkpoint_by_itself(tmp_path):
     options = {"batch_size": 2, "save_every_n_steps": 1, "epochs": 6}
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "restarted"), resume_from_checkpoint=True, **options)
-    agent = launch(cfg, "--max_restarts", "1")
-    wait_for_checkpoint(cfg, agent)
-    os.kill(workers(agent)[-1], signal.SIGKILL)
-    assert agent.wait(300) == 0, Path(f"{cfg.output_dir}.txt").read_text()[-3000:]
+    with launched(cfg, "--max_restarts", "1") as agent:
+        wait_for_checkpoint(cfg, agent)
+        os.kill(workers(agent)[-1], signal.SIGKILL)
+        assert agent.wait(300) == 0, Path(f"{cfg.output_dir}.txt").read_text()[-3000:]
     output = Path(f"{cfg.output_dir}.txt").read_text()
     assert output.count("There is no checkpoint in") == 1 and output.count(f"Going on with {cfg.output_dir}/step_") == 1
     undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"), **options)
@@ -64,10 +79,10 @@ def test_max_restarts_goes_on_from_the_last_checkpoint_by_itself(tmp_path):
 def test_a_signal_to_torchrun_is_a_checkpoint(tmp_path):
     """SLURM's USR1, which torchrun passes on when told to."""
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), batch_size=2, epochs=50)
-    agent = launch(cfg, TORCHELASTIC_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-    wait_for_checkpoint(cfg, agent)
-    agent.send_signal(signal.SIGUSR1)
-    assert agent.wait(60) != 0
+    with launched(cfg, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1") as agent:
+        wait_for_checkpoint(cfg, agent)
+        agent.send_signal(signal.SIGUSR1)
+        assert agent.wait(60) != 0
     output = Path(f"{cfg.output_dir}.txt").read_text()
     newest = step_folders(tmp_path / "stopped")[0]
     assert f"stopped: SIGUSR1 ended the run after step {newest.name.removeprefix('step_')}; its checkpoint is" in output
