@@ -15,8 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from checkout import benchmarks
+from forked import ForkedRun
 from omegaconf import DictConfig, OmegaConf
+from resumable import resumable_config, weights_of
 from safetensors.torch import load_file
 from tiny import ROWS, make_config, read_log
 
@@ -175,3 +178,26 @@ def test_every_rank_ends_within_a_minute_when_the_rendezvous_is_gone(tmp_path, h
         assert nodes.wait(nodes.ended, timeout=A_MINUTE) < A_MINUTE
         assert nodes.agents[1].returncode != 0
         assert not [worker for worker in workers if worker.is_running()]
+
+
+@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_a_checkpoint_of_copies_goes_on_without_them(tmp_path, kind):
+    """Two copies of the weights over two processes each, then two processes that share one: 12 rows a step for both."""
+    options = {"epochs": 3, "optimizer__lr": 1e-4, "batch_size": 12, "run_val_every_n_steps": None}
+    undisturbed = resumable_config(tmp_path, kind, output_dir=str(tmp_path / "undisturbed"), **options)
+    moved = resumable_config(tmp_path, kind, output_dir=str(tmp_path / "moved"), **options)
+    if kind == "qlora":  # no dropout: every process draws its own
+        undisturbed.model.lora_dropout = moved.model.lora_dropout = 0.0
+    ForkedRun(undisturbed).finish()
+
+    moved.batch_size = 3
+    copies = ForkedRun(OmegaConf.merge(moved, {"data_parallel_replicate_dim": 2}), 4)
+    assert copies.wait_for("step", 4)
+    copies.kill()
+    moved.batch_size = 6
+    assert "Going on with" in ForkedRun(OmegaConf.merge(moved, {"resume_from_checkpoint": True}), 2).finish()
+    for step, other in zip(read_log(moved.output_dir), read_log(undisturbed.output_dir), strict=True):
+        for name in other.keys() & {"loss", "grad_norm", "lr", "val_loss"}:
+            assert step[name] == pytest.approx(other[name], rel=1e-5), (step["step"], name)
+    for name, weight in weights_of(undisturbed, 2).items():
+        torch.testing.assert_close(weights_of(moved, 2)[name], weight, rtol=0, atol=1e-5)
