@@ -25,7 +25,8 @@ MANIFEST = FOLDER / "kd_pytorchjob.yaml"
 SRUN = """
 command = sys.argv[sys.argv.index("bash"):]
 Path(state, "srun.pid").write_text(str(os.getpid()))
-tasks = [subprocess.Popen(command) for _ in range(int(os.environ["SLURM_NNODES"]))]
+nodes = range(int(os.environ["SLURM_NNODES"]))
+tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_NODEID": str(node)}) for node in nodes]
 while None in (codes := [task.poll() for task in tasks]):
     if any(codes):  # --kill-on-bad-exit
         for task in tasks:
