@@ -1,6 +1,7 @@
-"""The same tokens on any number of processes: real processes, the real ``tune run``, gloo."""
+"""The same tokens on any number of processes: real processes, gloo."""
 
 import pytest
+from forked import ForkedRun
 from safetensors.torch import load_file
 from tiny import ROWS, make_config, read_log, run_in_process, run_tune
 
@@ -20,7 +21,10 @@ def assert_same_steps(actual, expected, rel):
 UNEVEN = [row for long in ROWS[1:14] for row in ("a", long)][:25]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dora", "qlora", "qdora"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "dora", "qlora", "qdora")]
+
+
+@pytest.mark.parametrize("kind", ["full", *SLOW])
 def test_two_processes_give_the_numbers_of_one(tmp_path, kind):
     """2 processes x batch 2 against one x batch 4."""
     rows = UNEVEN if kind == "full" else ROWS
@@ -35,7 +39,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, kind):
     for cfg in (one, two):
         cfg.dataset_val = cfg.dataset
     run_in_process(one)
-    run_tune(two, RECIPE, nproc=2)
+    ForkedRun(two, 2).finish()
     logs = [read_log(cfg.output_dir) for cfg in (one, two)]
     training = [[step for step in log if "loss" in step] for log in logs]
     assert len(training[0]) == 5
@@ -48,6 +52,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, kind):
         assert merged[1][name].sub(weight).abs().max() <= 1e-4, name
 
 
+@pytest.mark.slow
 def test_accumulation_checkpointing_and_gathered_layers_change_no_number_either(tmp_path):
     one = make_config(tmp_path, output_dir=str(tmp_path / "one"), batch_size=4, max_steps_per_epoch=5)
     two = make_config(
@@ -61,10 +66,11 @@ def test_accumulation_checkpointing_and_gathered_layers_change_no_number_either(
         custom_sharded_layers=["norm"],
     )
     run_in_process(one)
-    run_tune(two, RECIPE, nproc=2)
+    ForkedRun(two, 2).finish()
     assert_same_steps(read_log(two.output_dir), read_log(one.output_dir), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_process_and_accumulation_give_the_numbers_of_the_single_device_recipe(tmp_path):
     single = make_config(tmp_path, output_dir=str(tmp_path / "single"), batch_size=4, max_steps_per_epoch=5)
     one = make_config(
