@@ -1,5 +1,6 @@
 """Runs that are large enough to be measured: configs of a given size without files, and the memory that a run takes."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 
 def measured_step(cfg: DictConfig, recipe: type) -> tuple[int, Any]:
     """Run ``recipe`` for two steps; returns the bytes and the run, closed."""
+    gc.collect()  # what is left of an earlier run must not be freed during this one
     made = recipe(cfg)
     made.setup(cfg)
     try:

@@ -85,11 +85,13 @@ def test_what_does_not_fit_is_said(config):
 
 
 def test_largest_batch_fits_and_the_next_does_not(config):
-    config.device_memory = "1400MiB"
+    config.device_memory = "1250MiB"
+    config.teacher_model.vocab_size = 400  # leaves the stock recipe out
     most = plan_run(config).ours.largest_batch
     assert 4 < most < 1000
-    usable = 1400 * 2**20 * 0.9 - 2**30
+    usable = 1250 * 2**20 * 0.9 - 2**30
     totals = []
+    del config.device_memory
     for size in (most, most + 1):
         config.batch_size = size
         totals.append(plan_run(config).ours.memory.total)
@@ -113,6 +115,16 @@ def test_padded_vocabularies_and_no_teacher_leave_the_stock_recipe_out(config):
     plan = plan_run(config)
     assert plan.stock is None and plan.parameters.teacher == 0 and plan.ours.memory.teacher == 0
     assert "it always runs a teacher" in as_text(plan)
+
+
+def test_what_the_stock_recipe_lacks_is_said(config):
+    assert "it would take" not in as_text(plan_run(config))
+    config.kd_loss._component_ = "torchtune_kd.losses.JSDLoss"
+    config.model._component_ = config.teacher_model._component_
+    for key in [key for key in config.model if key not in config.teacher_model]:
+        del config.model[key]
+    page = as_text(plan_run(config))
+    assert "has no jsd: its forward KL is taken" in page and "what it would take to train this student" in page
 
 
 def test_unknown_optimizer_leaves_the_total_open(config):

@@ -15,7 +15,7 @@ from torchtune_kd.training.plan.request import SEQUENCE, Request, read_request
 from torchtune_kd.training.plan.sharding import Communication, Layout, communication
 from torchtune_kd.training.plan.stock import dry_stock_step, why_stock_cannot
 from torchtune_kd.training.plan.timing import StepTime, flops_by_phase, step_time
-from torchtune_kd.training.settings import Settings
+from torchtune_kd.training.settings import Settings, build_kd_loss
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class RunPlan:
         settings (Settings): the run's plain values.
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
+        divergence (str): of the run's loss.
         parameters (Parameters): of both models.
         devices (tuple[Device, ...]): that times are given for.
         ours (RecipePlan): of this package's recipe.
@@ -57,6 +58,7 @@ class RunPlan:
     settings: Settings
     layout: Layout
     sequence: int
+    divergence: str
     parameters: Parameters
     devices: tuple[Device, ...]
     ours: RecipePlan
@@ -94,6 +96,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         settings=settings,
         layout=layout,
         sequence=sequence,
+        divergence=build_kd_loss(run).divergence,
         parameters=count_parameters(models),
         devices=devices,
         ours=of_recipe(dry_step),

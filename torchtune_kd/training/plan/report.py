@@ -6,6 +6,7 @@ from typing import Any
 
 from torchtune_kd.training.plan.memory import CONTEXT_BYTES, GIB, USABLE, Memory, fits
 from torchtune_kd.training.plan.planner import RecipePlan, RunPlan
+from torchtune_kd.training.plan.stock import STOCK_LOSSES
 from torchtune_kd.training.plan.timing import (
     ACHIEVED_BANDWIDTH,
     ACHIEVED_FLOPS,
@@ -45,9 +46,9 @@ def assumptions(plan: RunPlan) -> list[str]:
     if settings.torch_device.type == "cuda":
         said.append("the loss runs in Triton kernels, without a workspace of their own")
     if plan.stock is not None and not plan.parameters.adapters:
-        said.append(
-            "the stock recipe trains adapters alone: its column is what it would take if it trained this student"
-        )
+        said.append("the stock recipe trains adapters alone: its column is what it would take to train this student")
+    if plan.stock is not None and plan.divergence not in STOCK_LOSSES:
+        said.append(f"the stock recipe has no {plan.divergence}: its forward KL is taken")
     if plan.request.memory_bytes is not None:
         said.append(
             f"of a device's memory {USABLE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB can be used: the rest is CUDA's "

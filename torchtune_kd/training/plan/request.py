@@ -9,6 +9,7 @@ from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.plan.devices import Device, custom_device, find_device, parse_memory
 from torchtune_kd.training.plan.sharding import Layout
 from torchtune_kd.training.settings import DISTRIBUTED_ONLY, Settings, read_settings
+from torchtune_kd.training.world import _mesh_shape  # the rule of kd_distributed
 
 SEQUENCE = 512  # where the tokenizer has no max_seq_len
 
@@ -81,14 +82,8 @@ def read_request(cfg: DictConfig) -> tuple[Request, DictConfig, Settings, Layout
 
 
 def _layout(settings: Settings, devices: int, sharded: bool) -> Layout:
-    replicas, shards = settings.data_parallel_replicate_dim, settings.data_parallel_shard_dim
-    shards = devices // replicas if shards == -1 else shards
-    if replicas * shards != devices:
-        raise UserError(
-            f"Expected data_parallel_replicate_dim x data_parallel_shard_dim to be the number of devices, {devices}, "
-            f"got {replicas} x {shards}: change `devices` or one of them."
-        )
-    return Layout(shards=shards, replicas=replicas, sharded=sharded)
+    *replicas, shards = _mesh_shape(devices, settings.data_parallel_replicate_dim, settings.data_parallel_shard_dim)
+    return Layout(shards=shards, replicas=replicas[0] if replicas else 1, sharded=sharded)
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -17,7 +17,7 @@ from torchtune_kd.training.plan.models import Models, heads
 from torchtune_kd.training.plan.tracker import Tracker
 from torchtune_kd.training.settings import Settings, build_kd_loss
 
-_LOSSES = {
+STOCK_LOSSES = {
     "forward_kl": stock_losses.ForwardKLWithChunkedOutputLoss,
     "reverse_kl": stock_losses.ReverseKLWithChunkedOutputLoss,
     "symmetric_kl": stock_losses.SymmetricKLWithChunkedOutputLoss,
@@ -42,7 +42,7 @@ def dry_stock_step(
     """
     divergence = build_kd_loss(cfg).divergence
     class_loss = stock_losses.CEWithChunkedOutputLoss(_CHUNKS)
-    kd_loss = _LOSSES.get(divergence, _LOSSES["forward_kl"])(num_output_chunks=_CHUNKS)
+    kd_loss = STOCK_LOSSES.get(divergence, STOCK_LOSSES["forward_kl"])(num_output_chunks=_CHUNKS)
     tracker = _Tracker()
     hold_weights(tracker, models)
     tokens = torch.zeros(batch_size, sequence, dtype=torch.long, device="meta")
