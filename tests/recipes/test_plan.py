@@ -64,6 +64,7 @@ def test_page_says_what_a_reader_wants_to_know(config):
         "4 devices, weights sharded over 2 and copied 2 times; bf16; 4 x 128 tokens a microbatch, 2 a step",
         "4,096 tokens a step in all",
         "in adapters)",
+        "  of which adapters",
         "gathered and in transit (FSDP2)",
         "highest point of a step",
         "in 20.0 GiB of device memory: torchtune-kd fits, at most batch_size=",

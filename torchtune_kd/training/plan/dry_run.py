@@ -189,7 +189,10 @@ def gradients_counted(
 
 @contextlib.contextmanager
 def _loss_on_meta(tracker: Tracker, device: torch.device) -> Iterator[None]:
-    """Let :class:`Student` compute its loss from meta tensors as on ``device``."""
+    """Let :class:`Student` compute its loss from meta tensors as on ``device``.
+
+    The kernels' public functions refuse meta tensors, rightly; what is replaced here is put back at the end.
+    """
 
     def linear_kd_loss(
         hidden: Tensor,

@@ -51,8 +51,8 @@ def assumptions(plan: RunPlan) -> list[str]:
         said.append(f"the stock recipe has no {plan.divergence}: its forward KL is taken")
     if plan.request.memory_bytes is not None:
         said.append(
-            f"of a device's memory {USABLE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB can be used: the rest is CUDA's "
-            "context, NCCL and fragmentation"
+            f"of a device's memory {USABLE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB can be used: the rest is for the "
+            "runtime (CUDA's context, NCCL, libraries) and fragmentation"
         )
     if plan.devices:
         said.append(
@@ -110,11 +110,11 @@ def as_text(plan: RunPlan) -> str:
             "TFLOP per step and device",
             _names(recipes),
             [
-                (label, [f"{recipe.flops.get(phase, 0) / 1e12:,.1f}" for recipe in recipes])
+                (label, [_tera(recipe.flops.get(phase, 0)) for recipe in recipes])
                 for phase, label in _PHASES.items()
                 if phase != "optimizer"
             ]
-            + [("together", [f"{sum(recipe.flops.values()) / 1e12:,.1f}" for recipe in recipes])],
+            + [("together", [_tera(sum(recipe.flops.values())) for recipe in recipes])],
         ),
     ]
     if layout.processes > 1:
@@ -134,6 +134,8 @@ def _memory_lines(plan: RunPlan, recipes: Sequence[RecipePlan]) -> list[str]:
             cells += [_gib(_most(recipe.memory).get(part)), _gib(recipe.memory.at_peak.get(part, 0))]
         if any(cell not in ("0.00", "") for cell in cells):
             rows.append((label, cells))
+        if part == "student weights" and plan.parameters.adapters:
+            rows.append(("  of which adapters", [_gib(r.memory.adapters) for r in recipes for _ in range(2)]))
     totals = []
     for recipe in recipes:
         totals += [f"in {recipe.memory.peak_phase}:", _gib(recipe.memory.total, "unknown")]
@@ -237,6 +239,10 @@ def _peaks(device: Any, dtype: str) -> str:
 
 def _gib(size: int | None, unknown: str = "") -> str:
     return unknown if size is None else f"{size / GIB:,.2f}"
+
+
+def _tera(flops: int) -> str:
+    return f"{flops / 1e12:,.1f}" if flops >= 1e13 or not flops else f"{flops / 1e12:.3g}"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
