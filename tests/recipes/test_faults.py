@@ -90,6 +90,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, s
     assert_same_run(cfg, undisturbed)  # log lines that found no room came later
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_final_export_ends_with_one_sentence(tmp_path, monkeypatch, small_disk):
     cfg = resumable_config(tmp_path, output_dir=str(small_disk / "out"))
     with (
@@ -106,6 +107,7 @@ def test_a_full_disk_at_the_final_export_ends_with_one_sentence(tmp_path, monkey
     assert_same_run(cfg, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_file_that_may_not_grow_fails_a_save_and_not_the_run(tmp_path, monkeypatch, capfd, background):
     """The kernel refuses writes beyond RLIMIT_FSIZE as it does on a full disk."""
@@ -245,6 +247,7 @@ def test_a_row_that_cannot_be_tokenised_is_named(tmp_path, packed):
 # --- signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(tmp_path, name):
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), save_every_n_steps=None)
@@ -264,6 +267,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(tmp_path,
         assert_same_run(cfg, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_validation_leaves_it_for_the_resumed_run(tmp_path):
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), save_every_n_steps=None)
     run = ForkedRun(cfg, hold=("validation", 2))

@@ -26,6 +26,12 @@ from torchtune_kd.training import UserError, folders
 from torchtune_kd.training.folders import step_folders
 from torchtune_kd.training.manifest import Manifest
 
+MASTER = "torchtune_kd.training.master_adamw.MasterAdamW"
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
 
 class Killed(BaseException):
     """Stands for SIGKILL where a test wants the moment exactly; test_kill.py sends the real one."""
@@ -56,12 +62,28 @@ def resume(cfg, **overrides):
     return again
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_resumed_run_is_the_undisturbed_one(tmp_path, monkeypatch, kind):
+# (student, optimizer): LoRA has dropout; what an optimizer keeps is its own affair, in types and shapes
+STUDENTS = {
+    "full": ("full", None, "fp32"),
+    "lora": ("lora", None, "fp32"),
+    "qdora": ("qdora", None, "bf16"),
+    "momentum": ("full", {"_component_": "torch.optim.SGD", "lr": 1e-5, "momentum": 0.9}, "fp32"),
+    "master weights": ("full", {"_component_": MASTER, "lr": 1e-3}, "bf16"),
+    "master weights in fp32": ("full", {"_component_": MASTER, "lr": 1e-3}, "fp32"),
+    "8 bit": ("full", {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}, "bf16"),
+}
+
+
+@pytest.mark.parametrize("student", [name if name == "lora" else slow(name) for name in STUDENTS])
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, monkeypatch, student):
     """Killed right after a checkpoint, between two, at a validation, and at the end of an epoch."""
-    undisturbed = config(tmp_path, kind, output_dir=str(tmp_path / "undisturbed"))
+    monkeypatch.setattr("torch._dynamo.config.disable", True)  # torchao compiles its optimizer, for minutes
+    kind, optimizer, dtype = STUDENTS[student]
+    undisturbed = config(tmp_path, kind, output_dir=str(tmp_path / "undisturbed"), dtype=dtype)
+    cfg = config(tmp_path, kind, output_dir=str(tmp_path / "killed"), dtype=dtype)
+    if optimizer is not None:
+        undisturbed.optimizer, cfg.optimizer = optimizer, optimizer
     run_in_process(undisturbed)
-    cfg = config(tmp_path, kind, output_dir=str(tmp_path / "killed"))
     killed_run(cfg, monkeypatch, 3)
     for step in (4, 6, 9):
         killed_run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), monkeypatch, step)
@@ -69,7 +91,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, monkeypatch, kind):
     assert_same_run(cfg, undisturbed)
 
 
-@pytest.mark.parametrize("place", ["writing", "before renaming", "validation", "step", "export"])
+@pytest.mark.parametrize("place", ["before renaming", *map(slow, ("writing", "validation", "step", "export"))])
 def test_killed_in_the_middle_of_anything(tmp_path, monkeypatch, place):
     undisturbed = config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
     run_in_process(undisturbed)
@@ -117,6 +139,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert Manifest.read(tmp_path / "out" / "step_2").validation["val_kl"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoints_written_in_the_background_are_the_same(tmp_path):
     undisturbed = config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
     run_in_process(undisturbed)
@@ -175,7 +198,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+FAST_DAMAGE = ("a flipped byte", "a manifest that is no JSON")
+
+
+@pytest.mark.parametrize("damage", [name if name in FAST_DAMAGE else slow(name) for name in DAMAGE])
 def test_a_damaged_checkpoint_is_stepped_over(tmp_path, monkeypatch, capsys, damage):
     cfg = config(tmp_path)
     killed_run(cfg, monkeypatch, 6)
@@ -196,6 +222,7 @@ def test_a_damaged_checkpoint_is_stepped_over(tmp_path, monkeypatch, capsys, dam
     assert (tmp_path / "out" / "step_6.damaged").is_dir()  # kept for whoever wants to look
 
 
+@pytest.mark.slow
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path, monkeypatch):
     cfg = config(tmp_path, keep_last_n=1)
     killed_run(cfg, monkeypatch, 2)
@@ -237,7 +264,7 @@ def swap_tokenizer(folder):
     path.write_text(path.read_text().replace('"normalized": false', '"normalized": true'))
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [name if name in ("teacher swapped", "loss") else slow(name) for name in CHANGES])
 def test_another_teacher_tokenizer_dataset_or_loss_is_refused_by_name(tmp_path, monkeypatch, capsys, change):
     cfg = config(tmp_path, epochs=1)
     killed_run(cfg, monkeypatch, 2)
@@ -255,6 +282,7 @@ def test_another_teacher_tokenizer_dataset_or_loss_is_refused_by_name(tmp_path, 
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] >= 6
 
 
+@pytest.mark.slow
 def test_another_student_is_refused_for_good(tmp_path, monkeypatch):
     cfg = config(tmp_path, "lora")
     killed_run(cfg, monkeypatch, 2)
@@ -263,6 +291,7 @@ def test_another_student_is_refused_for_good(tmp_path, monkeypatch):
         resume(cfg, resume_despite_changes=True)
 
 
+@pytest.mark.slow
 def test_a_moved_folder_is_the_same_run(tmp_path, monkeypatch):
     """Files count by their content: the job may be restarted where the disk has another name."""
     cfg = config(tmp_path / "here", epochs=1)
@@ -273,6 +302,7 @@ def test_a_moved_folder_is_the_same_run(tmp_path, monkeypatch):
     assert [line["step"] for line in read_log(moved.output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"optimizer.lr": 1e-4}, {"epochs": 3}])
 def test_new_options_count_where_they_are_allowed(tmp_path, monkeypatch, options):
     """Learning rates after resuming are those of a run that had the new options from the start."""
@@ -287,6 +317,7 @@ def test_new_options_count_where_they_are_allowed(tmp_path, monkeypatch, options
     assert rates[0][4:] == pytest.approx(rates[1][4:], rel=1e-12) and len(rates[0]) == len(rates[1])
 
 
+@pytest.mark.slow
 def test_a_seed_drawn_at_random_is_kept(tmp_path, monkeypatch):
     cfg = config(tmp_path, seed=None, epochs=1)
     killed_run(cfg, monkeypatch, 2)
