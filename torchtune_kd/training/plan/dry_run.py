@@ -76,7 +76,7 @@ def dry_step(
     student = Student(models.student, kd_loss, settings.kd_ratio).train()
     teacher = Teacher(models.teacher) if models.teacher is not None else None
     if settings.enable_activation_offloading:
-        student.offload_activations = offloaded()
+        student.offload_activations = _offloaded()
     tracker = Tracker()
     hold_weights(tracker, models)
     labels = torch.zeros(batch_size, sequence, dtype=torch.long)  # on the host, as in a run
@@ -260,7 +260,7 @@ class _BlockLossOnMeta:
         return values[0], values[1:]
 
 
-def offloaded() -> Any:
+def _offloaded() -> Any:
     """Activations leave the device when autograd saves them and come back when it reads them."""
 
     def pack(tensor: Tensor) -> Any:

@@ -1,7 +1,8 @@
 """torchtune 0.6.1's own KD recipe on the same models, on the meta device.
 
 The student runs before the teacher, so its activations are held meanwhile; both models' logits of all tokens exist in
-full, as a list of chunks; autograd keeps the losses' fp32 intermediates of every chunk.
+full, as a list of chunks; autograd keeps the losses' fp32 intermediates of every chunk. It reads
+``enable_activation_offloading`` and does nothing with it.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune.modules import loss as stock_losses
 
-from torchtune_kd.training.plan.dry_run import WEIGHTS, DryStep, gradients_counted, hold_weights, offloaded
+from torchtune_kd.training.plan.dry_run import WEIGHTS, DryStep, gradients_counted, hold_weights
 from torchtune_kd.training.plan.models import Models, heads
 from torchtune_kd.training.plan.tracker import Tracker
 from torchtune_kd.training.settings import Settings, build_kd_loss
@@ -47,12 +48,10 @@ def dry_stock_step(
     hold_weights(tracker, models)
     tokens = torch.zeros(batch_size, sequence, dtype=torch.long, device="meta")
     tracker.hold("student", [tokens])
-    offload = offloaded() if settings.enable_activation_offloading else contextlib.nullcontext()
     counted = gradients_counted(tracker, models, settings, shards, reduced_at_once=True)
     with _whole_output(models), counted, tracker:
         tracker.phase = "student"
-        with offload:
-            logits = models.student.train()(tokens)
+        logits = models.student.train()(tokens)
         tracker.phase = "teacher"
         with torch.no_grad():
             teacher_logits = models.teacher.eval()(tokens)
