@@ -1,6 +1,7 @@
 """The keys that ``torchtune_kd/plan`` reads beside those of a run's config."""
 
 import dataclasses
+import difflib
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -8,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.plan.devices import Device, custom_device, find_device, parse_memory
 from torchtune_kd.training.plan.sharding import Layout
-from torchtune_kd.training.settings import DISTRIBUTED_ONLY, Settings, read_settings
+from torchtune_kd.training.settings import COMPONENTS, DISTRIBUTED_ONLY, Settings, read_settings
 from torchtune_kd.training.world import _mesh_shape  # the rule of kd_distributed
 
 SEQUENCE = 512  # where the tokenizer has no max_seq_len
@@ -75,6 +76,11 @@ def read_request(cfg: DictConfig) -> tuple[Request, DictConfig, Settings, Layout
             "Expected a config of torchtune_kd/kd_single_device or torchtune_kd/kd_distributed, but this one has no "
             "`kd_loss`: it is another recipe's, see `tune ls` for ours."
         )
+    known = {field.name for field in dataclasses.fields(Settings)} | set(COMPONENTS)
+    for key in run:
+        meant = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.8)
+        if meant and key not in known:
+            raise UserError(f"Unknown key `{key}`: did you mean `{meant[0]}`?")
     distributed = any(key in run for key in DISTRIBUTED_ONLY)
     devices = request.devices or (2 if distributed else 1)
     settings = read_settings(run, distributed=distributed or devices > 1)
