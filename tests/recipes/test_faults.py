@@ -19,7 +19,7 @@ from tiny import make_config, read_log, run_in_process
 
 import torchtune_kd.training.models as models_module
 import torchtune_kd.training.run as run_module
-from torchtune_kd.training import RunError, UserError
+from torchtune_kd.training import RunError, Stopped, UserError
 from torchtune_kd.training.folders import step_folders
 from torchtune_kd.training.manifest import Manifest
 
@@ -340,3 +340,30 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_a_minute(tmp_path,
     assert "Traceback" not in run.output()
     run.kill()
     assert all(is_whole(folder) for folder in step_folders(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_a_save_in_the_background_that_fails_is_made_up_for_when_the_run_is_stopped(tmp_path, monkeypatch):
+    """The signal comes while the failing checkpoint of the same step is being written: the run writes it again."""
+    cfg = resumable_config(tmp_path, enable_async_checkpointing=True)
+    original, failures = Manifest.write, []
+
+    def fail_once(self, folder):
+        if self.progress["global_step"] == 4 and not failures:
+            failures.append(folder)
+            raise OSError(28, "No space left on device")
+        original(self, folder)
+
+    monkeypatch.setattr(Manifest, "write", fail_once)
+    checkpoint_if_due = run_module.checkpoint_if_due
+
+    def stop_at_4(run):
+        checkpoint_if_due(run)
+        if run.progress.global_step == 4:
+            run.stopping = True
+            checkpoint_if_due(run)
+
+    monkeypatch.setattr("torchtune_kd.training.checkpoint_if_due", stop_at_4)
+    with pytest.raises(Stopped, match=r"after step 4; its checkpoint is .*/step_4: go on"):
+        run_in_process(cfg)
+    assert len(failures) == 1 and is_whole(tmp_path / "out" / "step_4")

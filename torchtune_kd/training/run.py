@@ -233,6 +233,8 @@ def checkpoint_if_due(run: Run) -> None:
     Raises:
         Stopped: after a signal.
     """
+    if run.stopping:
+        run.saver.finish()  # if that one fails there is still time for another
     due = run.saver.is_due(run.progress, run.validation)
     missing = run.progress.global_step > 0 and not run.saver.is_written(run.progress)
     good = True

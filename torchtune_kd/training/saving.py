@@ -53,6 +53,7 @@ class Saver:
         self._config, self._versions = OmegaConf.to_container(cfg, resolve=True), _versions()
         self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
         self._on_disk = None if written is None else _state(written)
+        self._undo: tuple[Progress, float | None] | None = None  # if what is being written fails
         self._writer = SnapshotWriter(
             output,
             world,
@@ -77,8 +78,13 @@ class Saver:
     def save(
         self, state: dict[str, Any], progress: Progress, validation: dict[str, float] | None, *, wait: bool = False
     ) -> bool:
-        """Write ``step_<n>``, in the background if the config says so and not ``wait``; False if that failed."""
-        best = progress.best
+        """Write ``step_<n>``, in the background if the config says so and not ``wait``.
+
+        Returns:
+            bool: False if it could not be written, which of one in the background shows at :meth:`finish`.
+        """
+        self.finish()
+        self._undo = progress, progress.best
         if self._is_best(progress, validation):
             progress.best = validation[self._settings.keep_best]
         manifest = Manifest(
@@ -92,16 +98,17 @@ class Saver:
             validation=validation,
             log_file=self._log.file(),
         )
-        good = self._writer.write(state, manifest, wait=wait)
-        if good:
-            self._on_disk = _state(progress)
-        else:
-            progress.best = best
-        return good
+        self._on_disk = _state(progress)
+        self._writer.write(state, manifest)
+        return self.finish() if wait or not self._settings.enable_async_checkpointing else True
 
-    def finish(self) -> None:
-        """Wait for what is being written in the background."""
-        self._writer.finish()
+    def finish(self) -> bool:
+        """Wait for what is being written in the background; False if the last checkpoint could not be written."""
+        good = self._writer.finish()
+        if not good and self._undo is not None:
+            (progress, best), self._undo = self._undo, None
+            progress.best, self._on_disk = best, None
+        return good
 
     def folder(self, step: int) -> Path:
         return folders.step_folder(self._output, step)
@@ -119,8 +126,10 @@ class Saver:
         return value < progress.best if self._lower else value > progress.best
 
     def _is_better(self, one: Manifest, other: Manifest) -> bool:
-        values = (one.validation[self._settings.keep_best], other.validation[self._settings.keep_best])
-        return values[0] < values[1] if self._lower else values[0] > values[1]
+        value, other_value = (manifest.validation.get(self._settings.keep_best) for manifest in (one, other))
+        if value is None or other_value is None:  # from before keep_best named this metric
+            return other_value is None and value is not None
+        return value < other_value if self._lower else value > other_value
 
 
 def _state(progress: Progress) -> tuple[int, bool]:

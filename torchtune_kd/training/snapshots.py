@@ -59,32 +59,31 @@ class SnapshotWriter:
         self._keep_last_n, self._is_better = keep_last_n, is_better
         self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._under_way: Future[bool] | None = None
+        self._good = True  # the last checkpoint could be written
         self._group = world.host_group
         if in_background and world.sharded:  # its own, since the training thread uses the other one meanwhile
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def write(self, state: dict[str, Any], manifest: Manifest, *, wait: bool = False) -> bool:
-        """Write ``step_<n>``; one that cannot be written is given up with a sentence.
+    def write(self, state: dict[str, Any], manifest: Manifest) -> None:
+        """Write ``step_<n>``; one that cannot be written is given up with a sentence, and :meth:`finish` tells.
 
         Args:
             state (dict[str, Any]): (nested) tensors and plain values; sharded tensors as DTensors.
             manifest (Manifest): what else is to be known; ``files`` is filled in here.
-            wait (bool): return when the checkpoint is on the disk even where writing in the background was asked for.
-
-        Returns:
-            bool: False if this checkpoint, or one that was written in the background before, could not be written.
         """
-        before = self.finish()
+        self.finish()
         if self._pool is None:
-            return self._write(state, manifest) and before
+            self._good = self._write(state, manifest)
+            return
         staged = BlockingAsyncStager().stage(state)
         self._under_way = self._pool.submit(self._write, staged, copy.deepcopy(manifest))
-        return self.finish() and before if wait else before
 
     def finish(self) -> bool:
-        """Wait for what is being written in the background; False if it could not be written."""
+        """Wait for what is being written in the background; False if the last checkpoint could not be written."""
         under_way, self._under_way = self._under_way, None
-        return under_way.result() if under_way is not None else True
+        if under_way is not None:
+            self._good = under_way.result()
+        return self._good
 
     def close(self) -> None:
         """Wait, and end the thread."""
