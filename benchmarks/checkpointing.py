@@ -20,11 +20,12 @@ from statistics import median
 
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks._measure import describe_machine
-from benchmarks.recipe import LENGTH, make_config, our_recipe, write_rows
 from torchtune_kd.models.pruning import prune_checkpoint, select_layers
 from torchtune_kd.models.smollm2 import fetch_smollm2
 from torchtune_kd.training.errors import one_sentence
+
+from ._measure import describe_machine
+from .recipe import LENGTH, make_config, our_recipe, write_rows
 
 SIDES = ("without", "with", "background")
 

@@ -22,11 +22,12 @@ from statistics import median
 
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks._measure import describe_machine
-from benchmarks._recipe_parts import print_parts
 from torchtune_kd.models.pruning import prune_checkpoint, select_layers
 from torchtune_kd.models.smollm2 import fetch_smollm2
 from torchtune_kd.training.errors import one_sentence
+
+from ._measure import describe_machine
+from ._recipe_parts import print_parts
 
 BATCH, LENGTH = 4, 256
 LORA = {
