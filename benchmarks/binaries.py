@@ -219,15 +219,20 @@ def specialise(kernel: triton.JITFunction, *args: object, **kwargs: object) -> B
     return Binary(kernel.fn.__name__, kernel.fn.__module__, *parts)
 
 
-def compile_binary(case: str, binary: Binary, arch: int) -> Report:
-    """For ``sm_<arch>``."""
+def compiled(binary: Binary, arch: int) -> Any:
+    """Triton's compiled kernel for ``sm_<arch>``."""
     kernel = getattr(sys.modules[binary.module], binary.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in binary.aligned}
+    source = ASTSource(kernel, dict(binary.signature), dict(binary.constants), attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(binary.options))
+
+
+def compile_binary(case: str, binary: Binary, arch: int) -> Report:
+    """For ``sm_<arch>``."""
+    code = compiled(binary, arch)
     constants, options = dict(binary.constants), dict(binary.options)
-    source = ASTSource(kernel, dict(binary.signature), constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = _usage(compiled.asm["cubin"])
-    warps, shared, ttir = compiled.metadata.num_warps, compiled.metadata.shared, compiled.asm["ttir"]
+    usage = _usage(code.asm["cubin"])
+    warps, shared, ttir = code.metadata.num_warps, code.metadata.shared, code.asm["ttir"]
     programs = programs_per_sm(arch, usage["REG"], warps, shared)
     return Report(
         case=case,
@@ -241,8 +246,8 @@ def compile_binary(case: str, binary: Binary, arch: int) -> Report:
         shared_bytes=shared,
         programs_per_sm=programs,
         warps_per_sm=programs * warps,
-        loads=_widths("ld", compiled.asm["ptx"]),
-        stores=_widths("st", compiled.asm["ptx"]),
+        loads=_widths("ld", code.asm["ptx"]),
+        stores=_widths("st", code.asm["ptx"]),
         scalar_loads=len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ttir)),
         scalar_stores=len(re.findall(r"tt\.store [^\n]*: !tt\.ptr", ttir)),
     )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._block import Plan
+from ._block import Plan, sent
 from ._checks import (
     BACKENDS,
     check_choice,
@@ -132,7 +132,7 @@ def softmax_kd_loss(
     flat_labels = None
     if labels is not None:
         known = vocab if group is None else None
-        flat_labels = check_labels(labels, known, ignore_index).to(student_logits.device, non_blocking=True)
+        flat_labels = sent(check_labels(labels, known, ignore_index), student_logits.device)
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
@@ -196,8 +196,7 @@ def linear_kd_loss(
         chunk_tokens (int | None): tokens per chunk; None chooses them so that both chunks of logits take at
             most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens). PyTorch's loss arithmetic needs
             another 14 MiB on a CPU and 224 MiB elsewhere, Triton's nothing.
-        backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
-            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
+        backend (str): see :func:`softmax_kd_loss`; of the loss arithmetic, the products are PyTorch's.
         return_metrics (bool | Sequence[str]): see :func:`softmax_kd_loss`.
 
     Returns:

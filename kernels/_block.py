@@ -44,6 +44,13 @@ def answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for: from pageable memory it might."""
+    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def is_triton(backend: str) -> bool:
     """Whether one of the Triton backends was chosen."""
     return backend.startswith("triton")

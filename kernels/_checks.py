@@ -57,10 +57,10 @@ def check_group(backend: str, group: object, student_ids: int, teacher_ids: int 
     Raises:
         ValueError: if `backend` cannot, or the models' shards do not cover the same ids.
     """
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not part of the group given; call with a group that it belongs to")
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group must be a torch.distributed.ProcessGroup or None, but got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("this process is not part of the group given; call with a group that it belongs to")
     if backend != "triton":
         raise ValueError(
             f"group= works with backend='triton' (CUDA tensors, or TRITON_INTERPRET=1), but {backend!r} was asked for "

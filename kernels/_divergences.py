@@ -20,7 +20,7 @@ from torch import Tensor
 # Stands for a ratio x/0. In fp32 no two ids that both have a probability reach it.
 _MAX_RATIO = 1e30
 # By how much the log-ratio that stands for +inf in a gradient exceeds the row's largest finite one.
-_BEYOND_FINITE = 80.0
+BEYOND_FINITE = 80.0
 # Below this weight of its first member log(mixture/member) is taken where 1 + (difference) would cancel.
 _SMALL_WEIGHT = 0.01
 _INF = float("inf")
@@ -97,7 +97,7 @@ def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Te
         if grad is not None:
             largest = torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0, out=x).amax(-1, keepdim=True)
             # where r is -inf q is 0, and any finite number will do
-            r.nan_to_num_(nan=0.0).clamp_(max=largest.add_(_BEYOND_FINITE))
+            r.nan_to_num_(nan=0.0).clamp_(max=largest.add_(BEYOND_FINITE))
             grad.mul_(beta).add_(_centred(dist.q, r, x), alpha=1.0 - beta)
     return value
 

@@ -18,6 +18,7 @@ from ._block import (
     is_triton,
     rows_per_block,
     scaled,
+    sent,
     slices,
     working_dtype,
 )
@@ -174,12 +175,13 @@ def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: st
     kernel then visits every token and gives ignored ones zeros.
     """
     if is_triton(backend) and not answers_at_once(labels.device):
+        labels = labels.to(device, non_blocking=True)
         return Tokens(None, labels, (labels != ignore_index).sum())
     index = (labels != ignore_index).nonzero().squeeze(-1)
     count = torch.full((), len(index), device=device)
     if len(index) == len(labels):
-        return Tokens(None, labels.to(device, non_blocking=True), count)
-    return Tokens(index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True), count)
+        return Tokens(None, sent(labels, device), count)
+    return Tokens(sent(index, device), sent(labels[index], device), count)
 
 
 def _walk(

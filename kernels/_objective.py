@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 
 # Name -> default of ``beta``; None where the divergence has no such parameter.
 DEFAULT_BETA = {
@@ -62,6 +63,10 @@ class Objective:
             raise ValueError(f"kd_ratio must be a number in [0, 1], but got {self.kd_ratio!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, but got {self.ignore_index!r}")
+        # whole numbers would be compiled into kernels of their own
+        for name in ("temperature", "kd_ratio", "beta"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
 
     @property
     def divergence_scale(self) -> float:
@@ -70,4 +75,4 @@ class Objective:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

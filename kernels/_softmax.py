@@ -79,7 +79,9 @@ def softmax_forward(
     if plan.want_grad:
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         grad[..., plan.vocab :] = 0
-    row_scale = 1.0 / count.clamp(min=1) if _mean_is_inside(backend, plan.reduction, student.dtype) else None
+    row_scale = None
+    if _mean_is_inside(backend, plan.reduction, student.dtype):
+        row_scale = count.clamp(min=1).float().reciprocal()  # 1 / an integer would have the default dtype
     if group is not None:
         from ._triton_parallel import Group, parallel_rows
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._block import Plan, Rows
 from ._triton_kernels import RESULTS, rows_kernel, scale_kernel
-from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, one, rows_of, slope, variant_of
+from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, rows_of, slope, variant_of
 from ._triton_split import split_rows
 
 
@@ -48,7 +48,7 @@ def rows(
     blocks = blocks_for(plan.vocab, variant.THREE_PASSES, variant.METRICS)
     teacher = student if teacher is None else teacher
     out = student if grad_out is None else grad_out
-    scale = one(student.device) if row_scale is None else row_scale.contiguous()
+    scale = student.new_ones((), dtype=torch.float32) if row_scale is None else row_scale.contiguous()
     with on(student.device):
         rows_kernel[(n_tokens,)](
             student, teacher, results if labels is None else labels, out, results, scale,

@@ -3,7 +3,8 @@
 Legend: N rows, V ids. ``results`` is ``[N, RESULTS]`` in fp32: the loss, then the metrics in their order.
 Rows are addressed as
 ``(row // inner)·outer_stride + (row % inner)·inner_stride``, which covers ``[B, S, V]`` that no view flattens.
-No argument that grows with N is specialised on: a new number of tokens compiles nothing.
+No argument that grows with N is specialised on, but for strides between sequences (a multiple of 16 or not, 32 bits or
+64): a new number of tokens compiles nothing where rows are contiguous, and at most twice where they are not.
 """
 
 import triton
@@ -33,10 +34,16 @@ def row_start(pointer, row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def load_logit(row, label, n_ids, stride):
-    """The label's logit; NaN for a label outside the vocabulary, which the host does not see."""
-    inside = (label >= 0) & (label < n_ids)
-    return tl.load(row + label.to(tl.int64) * stride, mask=inside, other=float("nan")).to(tl.float32)
+def id_in(label, start, n_ids):
+    """A label (64 bits) as one of the n_ids ids from `start` on; -1 if it is none of them."""
+    label -= start
+    return tl.where((label >= 0) & (label < n_ids), label, -1).to(tl.int32)
+
+
+@triton.jit
+def load_logit(row, label, stride, other):
+    """The label's logit; `other` where the label lies elsewhere (-1)."""
+    return tl.load(row + label.to(tl.int64) * stride, mask=label >= 0, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -101,6 +108,8 @@ def rows_kernel(
     o = row_start(out, row, out_inner, out_outer_stride, out_inner_stride)
     results += row.to(tl.int64) * RESULTS
     label = -1
+    label_s = 0.0
+    label_t = 0.0
     if HAS_LABELS:
         label = tl.load(labels + row)
         if label == ignore_index:
@@ -108,7 +117,12 @@ def rows_kernel(
                 fill_zeros(o, n_ids, out_stride, BLOCK)
             store_zeros(results)
             return
-        label = label.to(tl.int32)
+        # NaN for a label outside of the vocabulary, which the host does not see. Read now, because the gradient may be
+        # written over the logits: the reductions of the first pass are barriers in between.
+        label = id_in(label, 0, n_ids)
+        label_s = load_logit(s, label, student_stride, float("nan"))
+        if HAS_TEACHER:
+            label_t = load_logit(t, label, teacher_stride, float("nan"))
 
     SECOND: tl.constexpr = GRADIENT or METRICS or THREE_PASSES
     m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, top = statistics(
@@ -122,9 +136,9 @@ def rows_kernel(
     class_loss = 0.0
     teacher_class_loss = 0.0
     if HAS_LABELS:  # of use at T = 1 or with AT_1; for anything else its weight is 0
-        class_loss = cross_entropy(load_logit(s, label, n_ids, student_stride), m_s, n_s)
+        class_loss = cross_entropy(label_s, m_s, n_s)
         if HAS_TEACHER:
-            teacher_class_loss = cross_entropy(load_logit(t, label, n_ids, teacher_stride), m_t, n_t)
+            teacher_class_loss = cross_entropy(label_t, m_t, n_t)
     divergence = 0.0
     centre = 0.0
     limit = 0.0

@@ -15,7 +15,6 @@ from ._metrics import METRICS
 from ._triton_kernels import RESULTS
 
 _LOG2_E = math.log2(math.e)
-_ONES = {}
 assert RESULTS.value == 1 + len(METRICS)
 
 
@@ -119,13 +118,6 @@ def addresses(tensor: Tensor) -> tuple[int, int, int, int]:
     except RuntimeError:
         return tensor.shape[1], *tensor.stride()
     return 1, flat.stride(0), 0, flat.stride(1)
-
-
-def one(device: torch.device) -> Tensor:
-    """A 1 on the device, made once."""
-    if device not in _ONES:
-        _ONES[device] = torch.ones((), dtype=torch.float32, device=device)
-    return _ONES[device]
 
 
 def on(device: torch.device):

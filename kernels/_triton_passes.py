@@ -6,9 +6,12 @@ Legend: V ids of the row (or of its part); T temperature, ``c = log2(e)/T``; ``m
 ``us = (s - m_s)·c``; for the rest see ``_triton_math.py``.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
+from ._divergences import BEYOND_FINITE as _BEYOND_FINITE
 from ._triton_math import (
     LN2,
     LOG2_E,
@@ -20,7 +23,7 @@ from ._triton_math import (
 )
 
 # By how much, in powers of 2, the log-ratio that stands for +inf in a gradient exceeds the row's largest finite one.
-BEYOND_FINITE = tl.constexpr(115.41560327111707)  # 80·log2(e)
+BEYOND_FINITE = tl.constexpr(_BEYOND_FINITE * math.log2(math.e))
 # Logits from here down are taken for -inf. A running maximum starts here, finite, so that differences are.
 LOWEST = tl.constexpr(-1.0e30)
 GROUP = tl.constexpr(8)  # 128 bits of bf16
@@ -62,6 +65,13 @@ def load_block(row, offsets, n_ids, stride):
 def exponent(logits, c, largest):
     """(logits - largest)·c. In this order it is exactly 0 at the largest, which one multiply-add would miss."""
     return (logits - largest) * c
+
+
+@triton.jit
+def log_ratio(s, largest_s, t, largest_t, c):
+    """us - ut, exactly 0 where the models are equal: as a difference of two products the compiler would round only one
+    of them (a fused multiply-add), and leave the rounding error of the other."""
+    return ((s - largest_s) - (t - largest_t)) * c
 
 
 @triton.jit
@@ -110,6 +120,9 @@ def statistics(
     for start in range(0, n_ids, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         s = load_block(student, offsets, n_ids, student_stride)
+        t = s
+        if HAS_TEACHER:  # before the maximum of s, so that both loads are in flight at a time
+            t = load_block(teacher, offsets, n_ids, teacher_stride)
         new_s = tl.maximum(m_s, tl.max(s, 0))
         us = exponent(s, c, new_s)
         e_s = tl.exp2(us)
@@ -117,19 +130,19 @@ def statistics(
         if AT_1:
             n_s = n_s * tl.exp2((m_s - new_s) * LOG2_E) + fold(tl.exp2(exponent(s, LOG2_E, new_s)))
         if HAS_TEACHER:
-            t = load_block(teacher, offsets, n_ids, teacher_stride)
             new_t = tl.maximum(m_t, tl.max(t, 0))
+            apart = log_ratio(s, new_s, t, new_t, c)
             ut = exponent(t, c, new_t)
             e_t = tl.exp2(ut)
             move_t = move_of(m_t, new_t, c)
             if FORWARD:
-                forward = moved_forward(forward, d_t, move_s, move_t) + fold(weighted(e_t, ut - us))
+                forward = moved_forward(forward, d_t, move_s, move_t) + fold(weighted(e_t, -apart))
             if REVERSE:
                 allowed = t > LOWEST
                 reverse = moved_reverse(reverse, d_s, ruled_out, move_s, move_t)
-                reverse += fold(tl.where(allowed, weighted(e_s, us - ut), 0.0))
+                reverse += fold(tl.where(allowed, weighted(e_s, apart), 0.0))
                 ruled_out = tl.exp2(move_s) * ruled_out + fold(tl.where(allowed, 0.0, e_s))
-                top = tl.maximum(top - (move_t - move_s), fold_max(tl.where(allowed, us - ut, LOWEST)))
+                top = tl.maximum(top - (move_t - move_s), fold_max(tl.where(allowed, apart, LOWEST)))
             if AT_1:
                 n_t = n_t * tl.exp2((m_t - new_t) * LOG2_E) + fold(tl.exp2(exponent(t, LOG2_E, new_t)))
             d_t = d_t * tl.exp2(move_t) + fold(e_t)
@@ -212,7 +225,7 @@ def finish(
             ut = exponent(t, c, m_t)
             lp = ut - tl.log2(d_t)
             p = tl.exp2(lp)
-            r = (us - ut) + (tl.log2(d_t) - tl.log2(d_s))
+            r = log_ratio(s, m_s, t, m_t, c) + (tl.log2(d_t) - tl.log2(d_s))
             if TERMS and HAS_KD:
                 terms, parts = divergence_terms(DIVERGENCE, beta, rest, p, q, lp, lq, r)
                 value += fold(terms)
@@ -228,7 +241,7 @@ def finish(
                 if AT_1:
                     lp_1 = exponent(t, LOG2_E, m_t) - tl.log2(n_t)
                     p_1 = tl.exp2(lp_1)
-                    r_1 = (exponent(s, LOG2_E, m_s) - exponent(t, LOG2_E, m_t)) + (tl.log2(n_t) - tl.log2(n_s))
+                    r_1 = log_ratio(s, m_s, t, m_t, LOG2_E) + (tl.log2(n_t) - tl.log2(n_s))
                 kl += fold(forward_kl_terms(p_1, difference(p_1, q_1, r_1), r_1))
                 entropy_t -= fold(weighted(p_1, lp_1))
                 acceptance += fold(0.5 * (p_1 + q_1 - tl.abs(p_1 - q_1)))  # tl.minimum would hide a NaN

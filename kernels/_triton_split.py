@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._block import Plan, Rows, slices
 from ._triton_kernels import RESULTS
-from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, one, rows_of, slope, variant_of
+from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, rows_of, slope, variant_of
 from ._triton_split_kernels import (
     COLUMNS,
     TERMS,
@@ -34,7 +34,7 @@ def split_rows(
     row_scale: Tensor | None = None,
 ) -> Rows:
     """``_triton.rows`` with every row split over several programs, and as many rows at a time as half the device's L2
-    cache holds: further passes over them read the cache, not memory. Costs four to six launches per such group.
+    cache holds: further passes over them read the cache, not memory. Costs six or seven launches per such group.
     """
     n_tokens = student.shape[:-1].numel()
     if n_tokens == 0:
@@ -76,7 +76,7 @@ class Walk:
         self.student, self.labels, self.plan = student, labels, plan
         self.teacher = student if teacher is None else teacher
         self.out = student if grad_out is None else grad_out
-        self.row_scale = one(student.device) if row_scale is None else row_scale.contiguous()
+        self.row_scale = student.new_ones((), dtype=torch.float32) if row_scale is None else row_scale.contiguous()
         self.variant = variant_of(plan, labels is not None)
         self.needs_terms = self.variant.METRICS or self.variant.THREE_PASSES
         self.ignore_index = plan.objective.ignore_index if ignore_index is None else ignore_index

@@ -13,7 +13,7 @@ in int32. Tensors that grow with N start at the first row of the launch.
 import triton
 import triton.language as tl
 
-from ._triton_kernels import RESULTS, kl_value, load_logit, row_start, store_results, store_zeros
+from ._triton_kernels import RESULTS, id_in, kl_value, load_logit, row_start, store_results, store_zeros
 from ._triton_math import LOG2_E
 from ._triton_passes import (
     LOWEST,
@@ -93,11 +93,10 @@ def statistics_kernel(
         if label == ignore_index:
             store_statistics(to, LOWEST, LOWEST, LOWEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
             return
-        label = label.to(tl.int32) - start
-        if (label >= 0) & (label < n_part):
-            label_s = load_logit(s, label, n_part, student_stride)
-            if HAS_TEACHER:
-                label_t = load_logit(t, label, n_part, teacher_stride)
+        label = id_in(label, start, n_part)
+        label_s = load_logit(s, label, student_stride, 0.0)
+        if HAS_TEACHER:
+            label_t = load_logit(t, label, teacher_stride, 0.0)
     m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, top = statistics(
         s, t, n_part, student_stride, teacher_stride, c, HAS_TEACHER, AT_1, FORWARD,
         DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK,
@@ -200,7 +199,7 @@ def finish_kernel(
                 tl.store(firsts + to * 2, NO_ID)
                 tl.store(firsts + to * 2 + 1, NO_ID)
             return
-        label = label.to(tl.int32) - start
+        label = id_in(label, start, n_part)
     m_s, m_t, top, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(
         merged + local.to(tl.int64) * COLUMNS
     )

@@ -99,6 +99,33 @@ print(json.dumps([tight.spilled_bytes, tight.narrow, odd.narrow]))
     assert odd > 0  # rows of odd length start anywhere
 
 
+def test_no_difference_of_products_is_contracted():
+    """a·c - b·c as one multiply-add and a product is not 0 where a = b, and equal models are not where it is."""
+    code = """
+import re
+answer = {}
+for name in sys.argv[1:]:
+    case = next(case for case in binaries.all_cases() if case.name == name)
+    for binary in binaries.binaries_of(case):
+        ptx = binaries.compiled(binary, 90).asm["ptx"]
+        factors = {m[1]: m[2] for m in re.finditer(r"mul\\.f32\\s+(%r\\d+), (\\S+), \\S+;", ptx)}
+        negated = {m[1]: m[2] for m in re.finditer(r"neg\\.f32\\s+(%r\\d+), (%r\\d+);", ptx)}
+        fused = re.findall(r"fma\\.rn\\.f32\\s+%r\\d+, (\\S+), \\S+, (%r\\d+);", ptx)
+        key = f"{name}: {binary.kernel}"
+        answer[key] = sum(negated.get(addend) in factors and factors[negated[addend]] == c for c, addend in fused)
+        assert fused, key
+print(json.dumps(answer))
+"""
+    cases = (
+        "forward_kl T=1 ce gradient",
+        "reverse_kl T=2 loss",
+        "tvd T=2 ce gradient all-metrics",
+        "forward_kl T=1 loss",
+    )
+    found = compiling(code, *cases)
+    assert found and not any(found.values()), found
+
+
 # registers of a thread, warps, bytes of shared memory -> programs, as NVIDIA's occupancy calculator has them
 OCCUPANCY = [
     (80, 32, 8, 0, 8),  # by warps: 64

@@ -1,18 +1,21 @@
 """The Triton kernels, interpreted, against the formula in fp64 over the grid."""
 
+import itertools
+
 import pytest
 import torch
 from grid import GRID, VALUES
 from grid_checks import check_hidden, check_logits
 
-from torchtune_kd.kernels import Objective, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels._block import Plan
 
 pytest.importorskip("triton")
-from torchtune_kd.kernels import _triton_split
+from torchtune_kd.kernels import _triton, _triton_split
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of lanes that are masked out
 
-F64 = torch.float64
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 # A program is a row, so that more rows are more of the same and a program takes milliseconds here: 129 become 5.
 ROWS = {0: 0, 1: 1, 3: 3, 129: 5}
@@ -65,11 +68,39 @@ def test_the_linear_function_takes_them_too(other):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-8)
 
 
+# Every divergence with every vocabulary of real models, and with them all kinds of logits and the ends of T.
+LARGE = [
+    (name, v, (0.5, 1.0, 2.0, 8.0)[i % 4], ("all", "some")[i % 2], ((BF16, BF16), (F32, BF16))[i % 3 // 2], kind)
+    for i, ((name, v), kind) in enumerate(
+        zip(
+            itertools.product(DIVERGENCES, [49152, 128256, 151936]),
+            itertools.cycle(["normal", "masked", "close", "huge", "strided"]),
+            strict=False,
+        )
+    )
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("v", [49152, 128256, 151936])
-def test_vocabularies_of_real_models(divergence, v):
-    case = (v, 2, 2.0, 0.3, "all", (torch.bfloat16, torch.bfloat16), "normal")
-    check_logits(divergence, Objective(divergence).beta, *case, "triton")
+@pytest.mark.parametrize(("name", "v", "t", "labels", "dtypes", "kind"), LARGE)
+def test_vocabularies_of_real_models(name, v, t, labels, dtypes, kind, backend):
+    check_logits(name, Objective(name).beta, v, 2, t, 0.3, labels, dtypes, kind, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "v"), [("forward_kl", 128256), ("jsd", 151936), ("reverse_kl", 49152)])
+def test_heads_of_real_models(name, v, backend):
+    check_hidden(name, v, 2, 2.0, 0.3, "some", (BF16, BF16), "normal", 1, backend)
+
+
+def test_labels_outside_of_the_vocabulary_give_nan():
+    """As a device sees them, whose labels the host does not look at."""
+    student, teacher = torch.randn(2, 6, 20)
+    labels = torch.tensor([3, -100, 20, -1, 2**32 + 3, 19])
+    plan = Plan(Objective(kd_ratio=0.5), (), 20, "none", True, False)
+    for rows in (_triton.rows, _triton_split.split_rows):
+        loss = rows(student, teacher, labels, plan, None).loss
+        assert loss.isnan().tolist() == [False, False, True, True, True, False]
 
 
 @pytest.mark.parametrize("ruled_out", [slice(0, 2048), slice(5, 6)])
