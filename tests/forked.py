@@ -135,7 +135,7 @@ def _main(
 def _announce(events: Any, hold: tuple[str, int] | None, woken: Any) -> None:
     """Send a word when a part of the run begins; the part itself is not changed."""
     import torchtune_kd.training as kd
-    from torchtune_kd.training import folders, run
+    from torchtune_kd.training import folders, run, step
     from torchtune_kd.training.snapshots import SnapshotWriter
 
     def announced(function: Any, event: str) -> Any:
@@ -151,6 +151,7 @@ def _announce(events: Any, hold: tuple[str, int] | None, woken: Any) -> None:
         return wrapper
 
     run.accumulate_gradients = announced(run.accumulate_gradients, "step")
+    step.forward = announced(step.forward, "microbatch")
     run.evaluate = announced(run.evaluate, "validation")
     SnapshotWriter._write = announced(SnapshotWriter._write, "save")
     run.save_epoch = announced(run.save_epoch, "export")

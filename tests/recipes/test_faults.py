@@ -268,6 +268,27 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_within_a_step_waits_for_the_microbatch_only(tmp_path, size):
+    """The step is given up and done anew: with its dropout, its data and, on two processes, its reduced gradients."""
+    split = {"batch_size": 1, "gradient_accumulation_steps": 4 // size, "save_every_n_steps": None}
+    cfg = resumable_config(tmp_path, "lora", output_dir=str(tmp_path / "stopped"), **split)
+    run = ForkedRun(cfg, size, hold=("microbatch", 2 * 4 // size + 1))  # the first of step 3
+    assert run.wait_for("microbatch", 2 * 4 // size + 1)
+    run.send(signal.SIGTERM, ranks=[0])
+    time.sleep(0.2)
+    run.wake()
+    assert run.join() == [75] * size
+    assert "SIGTERM ended the run after step 2; its checkpoint is" in run.output()
+    (folder,) = step_folders(tmp_path / "stopped")
+    assert folder.name == "step_2" and is_whole(folder)
+    ForkedRun(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), size).finish()
+    undisturbed = resumable_config(tmp_path, "lora", output_dir=str(tmp_path / "undisturbed"), **split)
+    ForkedRun(undisturbed, size).finish()
+    assert_same_run(cfg, undisturbed)
+
+
+@pytest.mark.slow
 def test_a_signal_in_a_validation_leaves_it_for_the_resumed_run(tmp_path):
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"), save_every_n_steps=None)
     run = ForkedRun(cfg, hold=("validation", 2))

@@ -30,7 +30,7 @@ from torchtune_kd.training.phases import phase
 from torchtune_kd.training.preflight import check_run, output_folder, run_folders
 from torchtune_kd.training.progress import Progress
 from torchtune_kd.training.resume import Found, check_same_run, find_checkpoint, gather_state, restore_state
-from torchtune_kd.training.rng import preserved_rng
+from torchtune_kd.training.rng import preserved_rng, rng_state, set_rng_state
 from torchtune_kd.training.saving import Saver
 from torchtune_kd.training.settings import Settings, build, build_kd_loss
 from torchtune_kd.training.signals import StopRequests
@@ -158,15 +158,22 @@ def steps(run: Run, epoch: int) -> Iterator[list[Batch]]:
 def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     """Gradients of one step's microbatches, clipping, update, schedule, log.
 
-    A step without a finite loss and gradient leaves weights and optimizer as they are.
+    A step without a finite loss and gradient leaves weights and optimizer as they are. A signal ends a step between
+    two of its microbatches: the run is then where it was before the step, which the resumed run begins anew.
 
     Raises:
         RunError: after ``max_skipped_steps`` such steps in a row, or if memory runs out.
     """
     progress, settings = run.progress, run.settings
     metrics = run.log.wants(progress.global_step + 1)
+    generators = rng_state(run.world.device)
     with out_of_memory_explained(run, step):
-        sums = accumulate_gradients(run.student, run.teacher, step, metrics, run.ignore_index, run.world)
+        sums = accumulate_gradients(
+            run.student, run.teacher, step, metrics, run.ignore_index, run.world, lambda: _asked_to_stop(run)
+        )
+        if sums is None:
+            set_rng_state(generators, run.world.device)
+            return
         loss, grad_norm = _agree(run, sums, gradient_norm(run.trainable, settings.clip_grad_norm))
         lr = run.optimizer.param_groups[0]["lr"]
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -266,9 +273,7 @@ def _agree(run: Run, sums: dict[str, Tensor], grad_norm: Tensor) -> tuple[float,
 
 
 def _asked_to_stop(run: Run) -> bool:
-    run.stopping = run.stopping or bool(
-        run.world.sum(torch.full((), float(run.stop_requests.pending), device=run.world.device)) > 0
-    )
+    run.stopping = run.stopping or run.world.any(run.stop_requests.pending)
     return run.stopping
 
 

@@ -6,7 +6,7 @@
 once and nothing is rescaled afterwards. FSDP2 averages gradients over the W processes, hence the factor W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchtune_kd.training.data import Batch, attention_inputs
 from torchtune_kd.training.models import HostTensor, Student, Teacher
 from torchtune_kd.training.phases import phase, student_phases
+from torchtune_kd.training.sharding import reshard
 from torchtune_kd.training.world import World
 
 
@@ -49,16 +50,26 @@ def accumulate_gradients(
     metrics: tuple[str, ...],
     ignore_index: int,
     world: World,
-) -> dict[str, Tensor]:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Tensor] | None:
     """Forward and backward over the microbatches of one step; gradients are those of L above, complete and reduced.
 
+    ``interrupted`` is asked between two microbatches, on all processes with the same answer; if it is true the step
+    is given up and its gradients are of no use.
+
     Returns:
-        dict[str, Tensor]: sums over this process's tokens: ``loss``, the metrics asked for, ``num_tokens``.
+        dict[str, Tensor] | None: sums over this process's tokens: ``loss``, the metrics asked for, ``num_tokens``;
+        None if the step was given up.
     """
     num_tokens = world.sum(torch.full((), float(count_valid_tokens(step, ignore_index)), device=world.device))
     scale = world.size / num_tokens.clamp(min=1)  # no valid token anywhere: the loss sum is 0 and stays 0
     sums: dict[str, Tensor] = {}
     for index, batch in enumerate(step):
+        if index > 0 and interrupted():
+            if teacher is not None:
+                teacher.release()
+            reshard(student)
+            return None
         if isinstance(student, FSDPModule):
             is_last = index + 1 == len(step)
             student.set_requires_gradient_sync(is_last)

@@ -30,6 +30,7 @@ class World:
     ``mesh`` has the dimension ``dp_shard``, over which weights are sharded, and, for hybrid sharding, before it
     ``dp_replicate``, over which they are copies. ``node_group`` are the processes of this node, its reader first.
     ``host_group`` are all processes, over gloo and with :data:`PATIENCE`: for whatever is no part of a step.
+    ``step_group`` are all of them over gloo without patience: for what the hosts agree on within a step.
     """
 
     device: torch.device
@@ -39,6 +40,7 @@ class World:
     mesh: DeviceMesh | None = None
     node_group: dist.ProcessGroup | None = None
     host_group: dist.ProcessGroup | None = None
+    step_group: dist.ProcessGroup | None = None
 
     @property
     def is_rank_zero(self) -> bool:
@@ -62,6 +64,14 @@ class World:
         if self.sharded:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true on any process; nobody waits for a device."""
+        if not self.sharded:
+            return value
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.step_group)
+        return bool(flag)
 
     def barrier(self) -> None:
         """Wait, with patience, until every process is here."""
@@ -97,7 +107,7 @@ class World:
         if not self.sharded:
             return
         _set_pg_timeout(timedelta(seconds=seconds))
-        for group in self.mesh.get_all_groups():
+        for group in (*self.mesh.get_all_groups(), self.step_group):
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
     @contextlib.contextmanager
@@ -148,7 +158,7 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
         backend = training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload)
         dist.init_process_group(backend, timeout=PATIENCE)
     names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
-    host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    host_group, step_group = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     rank, size = dist.get_rank(), dist.get_world_size()
     # the torchrun agent that started a process; its host where there is no agent
     nodes: list[str] = [""] * size
@@ -164,6 +174,7 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
         mesh=init_device_mesh(here.type, mesh_shape, mesh_dim_names=names),
         node_group=dist.new_group(on_this_node, timeout=PATIENCE, use_local_synchronization=True),
         host_group=host_group,
+        step_group=step_group,
     )
 
 
