@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from interpreter import patch_language_once_a_launch
 
 from torchtune_kd.kernels import DIVERGENCES, Objective, _api, _checks
+
+patch_language_once_a_launch()
 
 # Every divergence at its default, at a lopsided beta, at the ends where formulas change, and near them.
 VARIANTS = [
