@@ -25,6 +25,7 @@ MANIFEST = FOLDER / "kd_pytorchjob.yaml"
 SRUN = """
 command = sys.argv[sys.argv.index("bash"):]
 Path(state, "srun.pid").write_text(str(os.getpid()))
+Path(state, "cpus").write_text(os.environ.get("SRUN_CPUS_PER_TASK", "1"))  # as srun does it from 22.05 on
 nodes = range(int(os.environ["SLURM_NNODES"]))
 tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_NODEID": str(node)}) for node in nodes]
 while None in (codes := [task.poll() for task in tasks]):
@@ -55,6 +56,7 @@ def stand_in(folder: Path) -> dict[str, str]:
         (folder / name).chmod(0o755)
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "PROCESSES": "1"}
+    job["SLURM_CPUS_PER_TASK"] = "64"
     return os.environ | job | {"PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -96,6 +98,7 @@ def test_a_job_that_fails_is_tried_again_and_then_ends_with_its_code(tmp_path):
     output = (tmp_path / "job.out").read_text()
     assert [f"attempt {n} ended with 7" in output for n in range(3)] == [True, True, False]
     assert not (tmp_path / "slurm" / "requeued").exists()
+    assert (tmp_path / "slurm" / "cpus").read_text() == "64"  # what the job asked for reaches the workers
 
 
 def commands() -> dict[str, str]:
