@@ -1,5 +1,6 @@
 """A folder that bears its name is whole, whenever the process died."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -100,3 +101,42 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in (9, 100, 20):
         (tmp_path / f"step_{step}").mkdir()
     assert [path.name for path in folders.step_folders(tmp_path)] == ["step_100", "step_20", "step_9"]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_an_earlier_run_that_is_replaced_is_never_in_the_way(tmp_path, monkeypatch, number):
+    """Whenever the first run that overwrites it dies, the second one does, too, and leaves nothing of it."""
+    stale = [write(tmp_path / f"step_{step}", "old") for step in (2, 4)]
+    written = write(folders.partial(tmp_path / "step_1"), "new")
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        die_at(patch, number)
+        folders.publish(written, tmp_path / "step_1", list(stale))
+    folders.clean_up(tmp_path)
+    left = [path for path in stale if path.exists()]
+    if not (tmp_path / "step_1").exists():
+        folders.publish(write(folders.partial(tmp_path / "step_1"), "new"), tmp_path / "step_1", left)
+    folders.clean_up(tmp_path)
+    assert content_of(tmp_path / "step_1") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_what_was_set_aside_goes_when_something_has_replaced_it(tmp_path):
+    aside = write(tmp_path / "replaced_epoch_0", "old")
+    folders.clean_up(tmp_path)
+    assert content_of(aside) == "old"
+    write(tmp_path / "step_2", "new")
+    folders.clean_up(tmp_path)
+    assert not aside.exists()
+
+
+def test_a_folder_that_cannot_be_deleted_does_not_undo_the_new_one(tmp_path, monkeypatch):
+    stale = [write(tmp_path / "step_2", "old")]
+    written = write(folders.partial(tmp_path / "step_4"), "new")
+
+    def refuse(path, **_):
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"replaced_step_2 could not be deleted"):
+        patch.setattr(shutil, "rmtree", refuse)
+        folders.publish(written, tmp_path / "step_4", stale)
+    assert content_of(tmp_path / "step_4") == "new" and not stale

@@ -65,13 +65,15 @@ def save_epoch(
             adapter_only = settings.save_adapter_weights_only
             _write_epoch(checkpointer, content, folder, epoch, stale, adapter_only=adapter_only)
         except _FAILURES as error:
-            problem = one_line(error).rstrip(".")
+            problem = f"({one_line(error).rstrip('.')}): make room there, "
+            if folders.step_folders(folder.parent):
+                problem += "then go on from the last checkpoint with `resume_from_checkpoint: True`."
+            else:
+                problem += "then start again; with `save_every_n_steps` set there would be a checkpoint to go on with."
     problem = world.gather(problem)[0]
     if problem is not None:
-        raise RunError(
-            f"The weights of epoch {epoch} could not be written to {output_folder(cfg, settings)} ({problem}): make "
-            "room there, then go on from the last checkpoint with `resume_from_checkpoint: True`."
-        )
+        output = output_folder(cfg, settings)
+        raise RunError(f"The weights of epoch {epoch} could not be written to {output} {problem}")
 
 
 # safetensors' own error is a plain Exception, torch's a RuntimeError

@@ -2,17 +2,21 @@
 
 ``step_40.partial`` is being written, ``step_40.old`` is what a new ``step_40`` is about to replace,
 ``step_40.deleted`` is being deleted, and ``step_40.damaged`` was found damaged when a run was resumed.
+``replaced_step_40`` is of an earlier run, which this one was told to overwrite.
 """
 
 import contextlib
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 STEP = re.compile(r"step_(\d+)")
 PARTIAL, OLD, DELETED, DAMAGED = ".partial", ".old", ".deleted", ".damaged"
+REPLACED = "replaced_"
+_OF_A_RUN = re.compile(r"(step|epoch)_\d+")
 _HALF_DONE = re.compile(r"((?:step|epoch)_\d+)(\.partial|\.old|\.deleted)")
 
 
@@ -41,16 +45,20 @@ def publish(written: Path, folder: Path, stale: list[Path]) -> None:
     """
     old = folder.with_name(folder.name + OLD)
     flush(written)
-    replaced = [path.rename(path.with_name(f"replaced_{path.name}")) for path in stale]
-    stale.clear()
+    replaced = []
+    while stale:
+        aside = stale[0].with_name(REPLACED + stale[0].name)
+        if aside.exists():
+            shutil.rmtree(aside)
+        replaced.append(stale[0].rename(aside))
+        del stale[0]
     if folder.exists():
         folder.rename(old)
     written.rename(folder)
     _flush_one(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
-    for path in replaced:
-        shutil.rmtree(path)
+    for path in (old, *replaced):  # what is written is whole by now, whether or not these go
+        if path.exists():
+            _remove(path)
 
 
 def delete(folder: Path) -> None:
@@ -73,7 +81,12 @@ def clean_up(output: Path) -> None:
     """What a killed run left half done in ``output``: forget what was begun, keep what was about to be replaced."""
     if not output.is_dir():
         return
-    for path in sorted(output.iterdir()):
+    paths = sorted(output.iterdir())
+    if any(_OF_A_RUN.fullmatch(path.name) for path in paths):  # else nothing has replaced them yet
+        for path in paths:
+            if path.name.startswith(REPLACED) and _OF_A_RUN.fullmatch(path.name.removeprefix(REPLACED)):
+                shutil.rmtree(path)
+    for path in paths:
         match = _HALF_DONE.fullmatch(path.name)
         if match is None:
             continue
@@ -81,6 +94,13 @@ def clean_up(output: Path) -> None:
             path.rename(path.with_name(match[1]))
         else:
             shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        warnings.warn(f"{folder} could not be deleted ({error}): delete it by hand.", stacklevel=3)
 
 
 def flush(folder: Path) -> None:

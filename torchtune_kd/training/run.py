@@ -246,10 +246,7 @@ def checkpoint_if_due(run: Run) -> None:
     missing = run.progress.global_step > 0 and not run.saver.is_written(run.progress)
     good = True
     if due or (run.stopping and missing):
-        run.progress.tokens = run.log.all_tokens()
-        state = gather_state(run.student, run.optimizer, run.lr_scheduler, run.world)
-        good = run.saver.save(state, run.progress, run.validation, wait=run.stopping)
-        run.log.restart_clock()
+        good = _write_checkpoint(run, wait=run.stopping)
     if run.stopping:
         step, name = run.progress.global_step, run.stop_requests.name or "a signal to another process"
         kept = f"its checkpoint is {run.saver.folder(step)}" if good and step else "no checkpoint of it is written"
@@ -257,10 +254,23 @@ def checkpoint_if_due(run: Run) -> None:
 
 
 def save(run: Run, epoch: int) -> None:
-    """Write the weights of an epoch; the time it takes is left out of the tokens per second."""
+    """Write the weights of an epoch; the time it takes is left out of the tokens per second.
+
+    Where checkpoints are wanted one comes first: a run with an epoch and without a checkpoint could not go on.
+    """
     run.saver.finish()
+    if run.settings.save_every_n_steps is not None and not run.saver.has_written:
+        _write_checkpoint(run, wait=True)
     save_epoch(run.student, run.checkpointer, run.cfg, run.settings, run.world, epoch, run.stale)
     run.log.restart_clock()
+
+
+def _write_checkpoint(run: Run, *, wait: bool) -> bool:
+    run.progress.tokens = run.log.all_tokens()
+    state = gather_state(run.student, run.optimizer, run.lr_scheduler, run.world)
+    good = run.saver.save(state, run.progress, run.validation, wait=wait)
+    run.log.restart_clock()
+    return good
 
 
 def _agree(run: Run, sums: dict[str, Tensor], grad_norm: Tensor) -> tuple[float, float]:

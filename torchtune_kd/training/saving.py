@@ -71,6 +71,11 @@ class Saver:
         every = self._settings.save_every_n_steps
         return (every is not None and progress.global_step % every == 0) or self._is_best(progress, validation)
 
+    @property
+    def has_written(self) -> bool:
+        """Whether there is a checkpoint to go on with, if this run should be killed."""
+        return self._on_disk is not None
+
     def is_written(self, progress: Progress) -> bool:
         """Whether the last checkpoint is of this very moment."""
         return self._on_disk == _state(progress)
@@ -127,8 +132,10 @@ class Saver:
 
     def _is_better(self, one: Manifest, other: Manifest) -> bool:
         value, other_value = (manifest.validation.get(self._settings.keep_best) for manifest in (one, other))
-        if value is None or other_value is None:  # from before keep_best named this metric
-            return other_value is None and value is not None
+        # none: from before keep_best named this metric; nor is what is not finite ever the best
+        known, other_known = (v is not None and math.isfinite(v) for v in (value, other_value))
+        if not (known and other_known):
+            return known
         return value < other_value if self._lower else value > other_value
 
 
