@@ -7,6 +7,7 @@ Every process writes its shards and its random generators, rank 0 the manifest. 
 import contextlib
 import copy
 import io
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # has no public name
+from torch.utils._pytree import tree_map_only
 
 from torchtune_kd.training import folders
 from torchtune_kd.training.manifest import Damaged, Manifest, file_facts
@@ -75,8 +77,12 @@ class SnapshotWriter:
         if self._pool is None:
             self._good = self._write(state, manifest)
             return
-        staged = BlockingAsyncStager().stage(state)
-        self._under_way = self._pool.submit(self._write, staged, copy.deepcopy(manifest))
+        staged, problem = None, None
+        try:
+            staged = tree_map_only(Tensor, host_copy, state)
+        except (RuntimeError, MemoryError) as error:
+            problem = f"its copy in host memory: {_cause(error)}"
+        self._under_way = self._pool.submit(self._write, staged, copy.deepcopy(manifest), problem)
 
     def finish(self) -> bool:
         """Wait for what is being written in the background; False if the last checkpoint could not be written."""
@@ -91,10 +97,39 @@ class SnapshotWriter:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _write(self, state: dict[str, Any], manifest: Manifest) -> bool:
+    def _write(self, state: dict[str, Any] | None, manifest: Manifest, problem: str | None = None) -> bool:
+        """False if it could not be written; ``problem`` is what this process knows beforehand, without a ``state``."""
         folder = folders.step_folder(self._output, manifest.progress["global_step"])
         partial = folders.partial(folder)
-        problem, facts = None, {}
+        problem = self._first(problem) if self._pool is not None else problem
+        written = self._gather(self._write_shards(state, partial) if problem is None else (problem, {}))
+        problem = next((problem for problem, _ in written if problem is not None), None)
+        if self._world.is_rank_zero and problem is None:
+            manifest.files = {name: fact for _, facts in written for name, fact in facts.items()}
+            try:
+                problem = _elsewhere(partial, [facts for _, facts in written])
+                if problem is None:
+                    manifest.write(partial)
+                    folders.publish(partial, folder, self._stale)
+            except OSError as error:
+                problem = _cause(error)
+            if problem is None:
+                self._rotate()
+        problem = self._first(problem)
+        if problem is None:
+            return True
+        if self._world.reads_files:  # each node's, since it may not be the same folder
+            shutil.rmtree(partial, ignore_errors=True)
+        if self._world.is_rank_zero:
+            self._say(
+                f"warning: the checkpoint {folder} could not be written ({problem}): the run goes on, and the "
+                "checkpoint before it stays the last."
+            )
+        self._gather(None)  # nobody begins the next one before all have deleted this one
+        return False
+
+    def _write_shards(self, state: dict[str, Any], partial: Path) -> tuple[str | None, dict[str, Any]]:
+        """What went wrong, if anything did, and the facts of the files that this process has written."""
         try:
             with _single_process_is_no_surprise():
                 dcp.save(
@@ -103,29 +138,9 @@ class SnapshotWriter:
                     process_group=self._group,
                     no_dist=not self._world.sharded,
                 )
-            mine = [path for path in partial.iterdir() if self._is_mine(path)]
-            facts = {path.name: file_facts(path) for path in mine}
+            return None, {path.name: file_facts(path) for path in partial.iterdir() if self._is_mine(path)}
         except _FAILURES as error:
-            problem = _cause(error)
-        told = self._gather((problem, facts))
-        problem = next((problem for problem, _ in told if problem is not None), None)
-        if self._world.is_rank_zero and problem is None:
-            manifest.files = {name: fact for _, facts in told for name, fact in facts.items()}
-            try:
-                manifest.write(partial)
-                folders.publish(partial, folder, self._stale)
-            except OSError as error:
-                problem = _cause(error)
-        if self._world.is_rank_zero:
-            if problem is None:
-                self._rotate()
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
-                self._say(
-                    f"warning: the checkpoint {folder} could not be written ({problem}): the run goes on, and the "
-                    "checkpoint before it stays the last."
-                )
-        return self._gather(problem)[0] is None
+            return _cause(error), {}
 
     def _is_mine(self, path: Path) -> bool:
         """Each process names its files ``__<rank>_<n>.distcp``; what else there is belongs to rank 0."""
@@ -152,12 +167,30 @@ class SnapshotWriter:
                 except OSError as error:
                     self._say(f"warning: the old checkpoint {folder} could not be deleted ({_cause(error)}).")
 
+    def _first(self, problem: str | None) -> str | None:
+        """The first process's problem that has one, on all of them."""
+        return next((problem for problem in self._gather(problem) if problem is not None), None)
+
     def _gather(self, value: Any) -> list[Any]:
         if not self._world.sharded:
             return [value]
         values = [None] * self._world.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU of a tensor of any type, layout and sharding; nothing of it shares memory with ``tensor``.
+
+    Types made of other tensors (DTensor, torchao's optimizer states) are copied part by part: few of them know how to
+    copy themselves, and torch's own stagers ask them to.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.detach().to("cpu", copy=True)
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    parts = {name: host_copy(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+    return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
 
 
 def check_whole(folder: Path, world: World) -> Manifest:
@@ -208,6 +241,24 @@ def layout(folder: Path) -> dict[str, Any]:
 def room_for(found: Any) -> Tensor:
     """Room for something packed, given its metadata."""
     return torch.empty(found.size, dtype=torch.uint8)
+
+
+def _elsewhere(partial: Path, facts: list[dict[str, Any]]) -> str | None:
+    """What rank 0 does not find of the files whose ``facts`` each rank gives; a sentence without a full stop."""
+    for rank, names in enumerate(facts):
+        for name, fact in names.items():
+            try:
+                with (partial / name).open("rb") as file:  # network file systems look anew when a file is opened
+                    size = os.fstat(file.fileno()).st_size
+            except FileNotFoundError:
+                size = None
+            if size != fact["bytes"]:
+                found = f"lacks {name}" if size is None else f"has {size} of {fact['bytes']} bytes of {name}"
+                return (
+                    f"`output_dir` is not the same folder on every node: on rank 0's {partial} {found}, which rank "
+                    f"{rank} has written; put `output_dir` on a file system that all nodes share"
+                )
+    return None
 
 
 @contextlib.contextmanager

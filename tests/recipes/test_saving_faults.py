@@ -1,0 +1,142 @@
+"""Checkpoints that cannot be written or read as usual: what is lost (nothing), and the one sentence that says so."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
+from resumable import assert_same_run, resumable_config
+from tiny import run_in_process
+
+import torchtune_kd.training.snapshots as snapshots
+from torchtune_kd.training.folders import step_folders
+from torchtune_kd.training.manifest import Manifest
+from torchtune_kd.training.snapshots import SnapshotWriter
+from torchtune_kd.training.world import World
+
+
+def manifest(step):
+    return Manifest(
+        progress={"global_step": step}, seed=0, processes=2, identity={}, config={}, versions={}, saved_at="now"
+    )
+
+
+class Meeting:
+    """Two threads, each a rank that sees its own file system: what they gather, and the files that a save writes."""
+
+    def __init__(self):
+        self.barrier, self.values = threading.Barrier(2, timeout=20), [None, None]
+
+    def gather(self, writer, value):
+        self.values[writer._world.rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+def save_on_two(monkeypatch, outputs, steps):
+    """Whether each rank's saves succeed, and what is said; each writes one file into its ``outputs``."""
+    meeting, said, good = Meeting(), [], [[], []]
+    monkeypatch.setattr(SnapshotWriter, "_gather", lambda writer, value: meeting.gather(writer, value))
+
+    def write_own(state, storage_writer, **_):
+        folder = storage_writer.path
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / f"__{state['rank']}_0.distcp").write_bytes(bytes(100))
+
+    monkeypatch.setattr(dcp, "save", write_own)
+
+    def rank_main(rank):
+        world = World(device=torch.device("cpu"), rank=rank, size=2, sharded=True)
+        writer = SnapshotWriter(
+            outputs[rank], world, stale=[], keep_last_n=1, is_better=None, in_background=False, say=said.append
+        )
+        for step in steps:
+            writer.write({"rank": rank}, manifest(step))
+            good[rank].append(writer.finish())
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return good, said
+
+
+def test_an_output_folder_that_nodes_do_not_share_fails_every_save(tmp_path, monkeypatch):
+    outputs = [tmp_path / "a" / "out", tmp_path / "b" / "out"]
+    good, said = save_on_two(monkeypatch, outputs, [2, 4])
+    assert good == [[False, False], [False, False]]
+    assert said[0] == (
+        f"warning: the checkpoint {outputs[0]}/step_2 could not be written (`output_dir` is not the same folder on "
+        f"every node: on rank 0's {outputs[0]}/step_2.partial lacks __1_0.distcp, which rank 1 has written; put "
+        "`output_dir` on a file system that all nodes share): the run goes on, and the checkpoint before it stays "
+        "the last."
+    )
+    assert len(said) == 2
+    assert not [path for output in outputs for path in output.iterdir()]  # nor does a node keep what it wrote
+
+
+def test_one_that_they_share_holds_what_all_have_written(tmp_path, monkeypatch):
+    good, said = save_on_two(monkeypatch, [tmp_path, tmp_path], [2, 4])
+    assert good == [[True, True], [True, True]] and not said
+    (folder,) = step_folders(tmp_path)
+    found = Manifest.read(folder)
+    assert folder.name == "step_4" and sorted(found.files) == ["__0_0.distcp", "__1_0.distcp"]
+    found.check_files(folder, found.files)
+
+
+# --- copies in host memory
+
+
+@pytest.mark.slow
+def test_an_8_bit_optimizer_is_saved_in_the_background(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao compiles its optimizer, for minutes
+    optimizer = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
+    undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"), dtype="bf16")
+    cfg = resumable_config(tmp_path, enable_async_checkpointing=True, dtype="bf16", keep_last_n=9)
+    undisturbed.optimizer, cfg.optimizer = optimizer, optimizer
+    run_in_process(undisturbed)
+    run_in_process(cfg)
+    for folder in step_folders(tmp_path / "out"):  # all after step 6 go, as if the run had been killed then
+        if int(folder.name.removeprefix("step_")) > 6:
+            snapshots.folders.delete(folder)
+    snapshots.shutil.rmtree(tmp_path / "out" / "epoch_1")
+    run_in_process(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    assert_same_run(cfg, undisturbed)
+
+
+def test_a_copy_shares_no_memory_whatever_the_type():
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    plain, state = torch.randn(4, 256).t(), OptimState8bit.zeros((4, 256))
+    copies = snapshots.host_copy(plain), snapshots.host_copy(state)
+    expected = plain.clone(), state.dequantize().clone()
+    plain.zero_()
+    state.copy_(torch.ones(4, 256))
+    assert torch.equal(copies[0], expected[0]) and copies[0].stride() == expected[0].stride()
+    assert type(copies[1]) is OptimState8bit and torch.equal(copies[1].dequantize(), expected[1])
+
+
+def test_no_room_for_the_copy_fails_the_save_and_not_the_run(tmp_path, monkeypatch, capfd):
+    cfg = resumable_config(tmp_path, enable_async_checkpointing=True, keep_last_n=9)
+    write, copied = SnapshotWriter.write, snapshots.host_copy
+
+    def fail(tensor):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def write_but_4(self, state, manifest):
+        monkeypatch.setattr(snapshots, "host_copy", fail if manifest.progress["global_step"] == 4 else copied)
+        write(self, state, manifest)
+
+    monkeypatch.setattr(SnapshotWriter, "write", write_but_4)
+    run_in_process(cfg)
+    message = capfd.readouterr().err
+    assert (
+        f"warning: the checkpoint {tmp_path}/out/step_4 could not be written (its copy in host memory: "
+        "DefaultCPUAllocator: can't allocate memory): the run goes on" in message
+    )
+    assert "step_4" not in [folder.name for folder in step_folders(tmp_path / "out")]
+    assert "Traceback" not in message and (tmp_path / "out" / "step_6").is_dir()
