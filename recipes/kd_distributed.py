@@ -85,12 +85,12 @@ class KDRecipeDistributed(FTRecipeInterface):
 def recipe_main(cfg: DictConfig) -> None:
     """Values come from the YAML file first, then from ``key=value`` on the command line."""
     config.log_config(recipe_name="KDRecipeDistributed", cfg=cfg)
-    recipe = KDRecipeDistributed(cfg=cfg)
-    try:
+    with kd.said_before_cleanup() as cleanup:
+        cleanup.callback(kd.leave_process_group)  # also if the next line fails
+        recipe = KDRecipeDistributed(cfg=cfg)
+        cleanup.callback(recipe.cleanup)
         recipe.setup(cfg=cfg)
         recipe.train()
-    finally:
-        recipe.cleanup()
 
 
 if __name__ == "__main__":

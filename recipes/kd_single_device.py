@@ -70,12 +70,11 @@ class KDRecipeSingleDevice(FTRecipeInterface):
 def recipe_main(cfg: DictConfig) -> None:
     """Values come from the YAML file first, then from ``key=value`` on the command line."""
     config.log_config(recipe_name="KDRecipeSingleDevice", cfg=cfg)
-    recipe = KDRecipeSingleDevice(cfg=cfg)
-    try:
+    with kd.said_before_cleanup() as cleanup:
+        recipe = KDRecipeSingleDevice(cfg=cfg)
+        cleanup.callback(recipe.cleanup)
         recipe.setup(cfg=cfg)
         recipe.train()
-    finally:
-        recipe.cleanup()
 
 
 if __name__ == "__main__":

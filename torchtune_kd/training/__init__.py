@@ -6,7 +6,7 @@ from torchtune_kd._versions import check_versions
 check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
 
 from torchtune_kd.training.data import build_loaders, microbatches
-from torchtune_kd.training.errors import RunError, Stopped, UserError, one_sentence
+from torchtune_kd.training.errors import RunError, Stopped, UserError, one_sentence, said_before_cleanup
 from torchtune_kd.training.evaluate import evaluate
 from torchtune_kd.training.loading import load_weights
 from torchtune_kd.training.metrics import validation_metrics
@@ -50,6 +50,7 @@ __all__ = [
     "one_sentence",
     "optimizer_step",
     "read_settings",
+    "said_before_cleanup",
     "save",
     "set_up",
     "single_process",

@@ -5,14 +5,23 @@
 | 2 | :class:`UserError`: the config, the files or the launch; the same command would fail again |
 | 3 | :class:`RunError`: the run cannot go on (no finite step, no memory, no space for the weights, a process is gone) |
 | 75 | :class:`Stopped`: a signal asked for it and a checkpoint is written; resume with the same command |
+| 130 | SIGINT before or after training |
 """
 
+import contextlib
 import functools
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+CLEANUP_LIMIT = 20.0  # seconds that a process among several takes to clean up after an error
 
 
 class UserError(ValueError):
@@ -33,6 +42,42 @@ class Stopped(Exception):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+@contextlib.contextmanager
+def said_before_cleanup() -> Iterator[contextlib.ExitStack]:
+    """Clean up after the block, and say before that why it failed, since cleaning up may then wait or fail as well.
+
+    Where several processes take part, one that fails is gone after :data:`CLEANUP_LIMIT` at the latest, so that its
+    launcher can end or restart the others. :class:`Stopped` and a good end wait for as long as it takes.
+
+    Yields:
+        contextlib.ExitStack: takes what is to be called at the end, the last first.
+
+    Raises:
+        SystemExit: for an error that has a sentence, with its exit code.
+    """
+    with contextlib.ExitStack() as cleanup:
+        try:
+            yield cleanup
+        except (Exception, KeyboardInterrupt) as error:
+            code = _say(error)
+            in_haste = _several_processes() and not isinstance(error, Stopped)
+            if in_haste:
+                if code is None:
+                    traceback.print_exception(error)
+                code = code or 1
+                _exit_after(CLEANUP_LIMIT, code)
+            try:
+                cleanup.close()
+            except Exception as another:
+                print(f"(Cleaning up failed as well: {another!r})", file=sys.stderr, flush=True)
+            if in_haste:  # what NCCL, gloo and loggers do at the interpreter's end may wait for other processes too
+                sys.stdout.flush()
+                os._exit(code)
+            if code is None:
+                raise
+            raise SystemExit(code) from error
+
+
 def one_sentence(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a recipe's main function: the errors above end the process with their sentence and exit code."""
 
@@ -40,28 +85,65 @@ def one_sentence(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return recipe_main(*args, **kwargs)
-        except (UserError, RunError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
-        except Stopped as stopped:
-            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
-            sys.exit(stopped.exit_code)
-        except RuntimeError as error:
-            if not _a_process_is_missing(error):
+        except (Exception, KeyboardInterrupt) as error:
+            code = _say(error)
+            if code is None:
                 raise
-            print(
-                "error: Another process of the run is gone, or this one waited for it for longer than "
-                "`process_group_timeout`; its own output says why. Go on from the last checkpoint with "
-                "`resume_from_checkpoint=True`, which torchrun's --max_restarts does by itself. "
-                f"({' '.join(str(error).split())[:300]})",
-                file=sys.stderr,
-                flush=True,
-            )
-            sys.exit(RunError.exit_code)
+            sys.exit(code)
 
     return wrapper
 
 
-def _a_process_is_missing(error: RuntimeError) -> bool:
+def _say(error: BaseException) -> int | None:
+    """Print the sentence of ``error`` and return its exit code; None, and nothing printed, if it has none."""
+    code = getattr(error, "exit_code", RunError.exit_code)
+    if isinstance(error, (UserError, RunError)):
+        said = f"error: {error}"
+    elif isinstance(error, Stopped):
+        said = f"stopped: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+        said = "stopped: SIGINT came while nothing was being trained; start again with the same command."
+    elif _memory_is_full(error):
+        said = (
+            "error: The memory of a device ran out outside of the steps' own phases: a smaller `batch_size`, more "
+            "processes, or a LoRA builder as `model._component_` leave more of it; `tune run torchtune_kd/plan` with "
+            f"this config shows what takes it. ({_shortened(error)})"
+        )
+    elif _a_process_is_missing(error):
+        said = (
+            "error: Another process of the run is gone, or this one waited for it for longer than "
+            "`process_group_timeout`; its own output says why. Go on from the last checkpoint with "
+            f"`resume_from_checkpoint=True`, which torchrun's --max_restarts does by itself. ({_shortened(error)})"
+        )
+    else:
+        return None
+    print(said, file=sys.stderr, flush=True)
+    return code
+
+
+def _memory_is_full(error: BaseException) -> bool:
+    """The allocator's error, or that of NCCL, which takes memory of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, dist.DistError) and "out of memory" in str(error).lower()
+    )
+
+
+def _a_process_is_missing(error: BaseException) -> bool:
     """What collectives raise then: NCCL errors of their own type, gloo's a RuntimeError that names its source file."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    """End this process then, whatever its main thread waits for."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
+
+
+def _shortened(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -22,6 +22,7 @@ from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.training.adapters import initial_adapters
 from torchtune_kd.training.loading import check_weights, load_sharded, load_weights, load_whole
+from torchtune_kd.training.phases import loading
 from torchtune_kd.training.random_weights import NoInitialValues, RandomWeights
 from torchtune_kd.training.settings import Settings, build
 from torchtune_kd.training.sharding import reshard, shard
@@ -121,18 +122,19 @@ def build_teacher(cfg: DictConfig, settings: Settings, world: World) -> Teacher 
     """The teacher with its weights, frozen, in the run's dtype; None at kd_ratio 0."""
     if not settings.uses_teacher:
         return None
-    _, weights = load_weights(cfg.get("teacher_checkpointer"), "teacher_checkpointer", world)
-    decoder = _build_decoder(cfg, "teacher_model", settings, world)
-    weights = weights or RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
-    check_weights(decoder, weights, "teacher_checkpointer")
-    teacher = Teacher(decoder)
-    if settings.compile:
-        training.compile_model(decoder, verbose=world.is_rank_zero)
-    if world.sharded:
-        shard(teacher, settings, world)
-        load_sharded(decoder, weights, {}, settings, world)
-    else:
-        load_whole(decoder, weights, {})
+    with loading("teacher", world.device):
+        _, weights = load_weights(cfg.get("teacher_checkpointer"), "teacher_checkpointer", world)
+        decoder = _build_decoder(cfg, "teacher_model", settings, world)
+        weights = weights or RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
+        check_weights(decoder, weights, "teacher_checkpointer")
+        teacher = Teacher(decoder)
+        if settings.compile:
+            training.compile_model(decoder, verbose=world.is_rank_zero)
+        if world.sharded:
+            shard(teacher, settings, world)
+            load_sharded(decoder, weights, {}, settings, world)
+        else:
+            load_whole(decoder, weights, {})
     return teacher
 
 
@@ -146,24 +148,25 @@ def build_student(
 ) -> Student:
     """The student with its weights, and with trainable parameters marked: its adapters if it has any, else all."""
     common_utils._use_low_cpu_ram = settings.low_cpu_ram
-    decoder = _build_decoder(cfg, "model", settings, world)
-    weights = weights or RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
-    check_weights(decoder, weights, "checkpointer")
-    adapters = get_adapter_params(decoder)
-    if adapters:
-        set_trainable_params(decoder, adapters)
-    student = Student(decoder, kd_loss, settings.kd_ratio).train()
-    if settings.compile:
-        training.compile_model(decoder, verbose=world.is_rank_zero)
-    if settings.enable_activation_checkpointing:
-        training.set_activation_checkpointing(decoder, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    adapter_weights = initial_adapters(decoder, weights, settings.torch_dtype, seed) if world.reads_files else {}
-    if world.sharded:
-        shard(student, settings, world, extra_layers=settings.custom_sharded_layers)
-        student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
-        load_sharded(decoder, weights, adapter_weights, settings, world)
-    else:
-        load_whole(decoder, weights, adapter_weights)
+    with loading("student", world.device):
+        decoder = _build_decoder(cfg, "model", settings, world)
+        weights = weights or RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
+        check_weights(decoder, weights, "checkpointer")
+        adapters = get_adapter_params(decoder)
+        if adapters:
+            set_trainable_params(decoder, adapters)
+        student = Student(decoder, kd_loss, settings.kd_ratio).train()
+        if settings.compile:
+            training.compile_model(decoder, verbose=world.is_rank_zero)
+        if settings.enable_activation_checkpointing:
+            training.set_activation_checkpointing(decoder, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        adapter_weights = initial_adapters(decoder, weights, settings.torch_dtype, seed) if world.reads_files else {}
+        if world.sharded:
+            shard(student, settings, world, extra_layers=settings.custom_sharded_layers)
+            student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
+            load_sharded(decoder, weights, adapter_weights, settings, world)
+        else:
+            load_whole(decoder, weights, adapter_weights)
     student.offload_activations = training.get_act_offloading_ctx_manager(
         decoder, settings.enable_activation_offloading
     )

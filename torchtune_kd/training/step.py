@@ -89,6 +89,7 @@ def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
+@phase("optimizer")
 def gradient_norm(parameters: Sequence[nn.Parameter], clip: float | None) -> Tensor:
     """The 2-norm of all gradients over all processes (0-d, fp32); with ``clip`` they are scaled down to that norm."""
     # torch.nn.utils.get_total_norm would sum bf16 gradients in bf16

@@ -1,0 +1,21 @@
+"""Two processes that fail, each in another way, while their cleaning up waits or fails; see test_errors.py."""
+
+import time
+
+import torch.distributed as dist
+
+from torchtune_kd.training import RunError, UserError, errors, said_before_cleanup
+
+
+def fail() -> None:
+    raise RuntimeError("the connection is closed")
+
+
+def recipe_main() -> None:
+    errors.CLEANUP_LIMIT = 1.0
+    with said_before_cleanup() as cleanup:
+        if dist.get_rank() == 0:
+            cleanup.callback(time.sleep, 600)
+            raise RunError("The memory of cuda:0 ran out.")
+        cleanup.callback(fail)
+        raise UserError("A file is missing on this node.")
