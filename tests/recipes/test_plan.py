@@ -11,7 +11,7 @@ from measured import sized_config
 from omegaconf import OmegaConf
 
 from torchtune_kd.training import UserError
-from torchtune_kd.training.plan import as_text, plan_run
+from torchtune_kd.training.plan import as_dict, as_text, plan_run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LLAMA = CHECKOUT / "configs" / "llama3_2"
@@ -106,6 +106,20 @@ def test_a_cpu_run_has_times_where_figures_are_given(config):
     plan = plan_run(config)
     assert plan.ours.times["given"].total > plan.ours.flops["teacher"] / 0.5e12
     assert "given (0.5 TFLOP/s, 20 GB/s)" in as_text(plan)
+
+
+@pytest.mark.parametrize("key", ["fsdp_cpu_offload", "enable_activation_offloading"])
+def test_no_time_is_expected_of_a_run_that_offloads(config, key):
+    config.merge_with({"devices": 2, "gpu": "H100"})
+    assert "seconds per step" in as_text(plan_run(config))
+    config.merge_with({key: True, "enable_activation_checkpointing": True})
+    plan = plan_run(config)
+    page = as_text(plan)
+    assert f"The expected time of a step is left out: with `{key}` a step also waits for copies" in page
+    assert "seconds per step" not in page and "roofline" not in page and "an operation reaches" not in page
+    values = as_dict(plan)
+    assert values["torchtune_kd"]["seconds_per_step"] is values["stock"]["seconds_per_step"] is None
+    assert values["why_no_times"] == plan.why_no_times and values["device_memory"] == 80 * 2**30
 
 
 def test_padded_vocabularies_and_no_teacher_leave_the_stock_recipe_out(config):

@@ -14,7 +14,7 @@ from torchtune_kd.training.plan.optimizer import optimizer_cost
 from torchtune_kd.training.plan.request import SEQUENCE, Request, read_request
 from torchtune_kd.training.plan.sharding import Communication, Layout, communication
 from torchtune_kd.training.plan.stock import dry_stock_step, why_stock_cannot
-from torchtune_kd.training.plan.timing import StepTime, flops_by_phase, step_time
+from torchtune_kd.training.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
 from torchtune_kd.training.settings import Settings, build_kd_loss
 
 
@@ -27,7 +27,7 @@ class RecipePlan:
         flops (dict[str, int]): per optimizer step and device, by phase.
         communication (Communication): per optimizer step and device.
         largest_batch (int | None): ``batch_size`` that fits ``device_memory``, 0 for none; None if it is not given.
-        times (dict[str, StepTime]): of one optimizer step, by device.
+        times (dict[str, StepTime]): of one optimizer step, by device; empty where the plan says ``why_no_times``.
     """
 
     memory: Memory
@@ -49,6 +49,7 @@ class RunPlan:
         divergence (str): of the run's loss.
         parameters (Parameters): of both models.
         devices (tuple[Device, ...]): that times are given for.
+        why_no_times (str | None): why there are none; ``devices`` is empty then.
         ours (RecipePlan): of this package's recipe.
         stock (RecipePlan | None): of torchtune's recipe.
         why_no_stock (str | None): why there is none.
@@ -61,6 +62,7 @@ class RunPlan:
     divergence: str
     parameters: Parameters
     devices: tuple[Device, ...]
+    why_no_times: str | None
     ours: RecipePlan
     stock: RecipePlan | None
     why_no_stock: str | None
@@ -83,7 +85,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     """
     request, run, settings, layout = read_request(cfg)
     memory = request.memory_bytes
-    devices = _devices(request, settings, layout)
+    why_no_times = why_times_cannot(settings)
+    devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(run, settings, layout.shards)
     sequence = _sequence(request, run, models)
 
@@ -99,6 +102,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         divergence=build_kd_loss(run).divergence,
         parameters=count_parameters(models),
         devices=devices,
+        why_no_times=why_no_times,
         ours=of_recipe(dry_step),
         stock=None if why else of_recipe(dry_stock_step),
         why_no_stock=why,

@@ -84,6 +84,7 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
         "torchtune_kd": _recipe_dict(plan, plan.ours),
         "stock": None if plan.stock is None else _recipe_dict(plan, plan.stock),
         "why_no_stock": plan.why_no_stock,
+        "why_no_times": plan.why_no_times,
         "devices": [asdict(device) for device in plan.devices],
         "assumptions": assumptions(plan),
     }
@@ -121,6 +122,8 @@ def as_text(plan: RunPlan) -> str:
         lines += ["", *_communication_lines(recipes)]
     if plan.devices:
         lines += ["", *_time_lines(plan, recipes)]
+    if plan.why_no_times:
+        lines += ["", f"The expected time of a step is left out: {plan.why_no_times}."]
     if plan.why_no_stock:
         lines += ["", f"torchtune's stock recipe is left out: {plan.why_no_stock}."]
     return "\n".join([*lines, "", "Assumed:", *(f"- {said}" for said in assumptions(plan))])
@@ -208,7 +211,9 @@ def _recipe_dict(plan: RunPlan, recipe: RecipePlan) -> dict[str, Any]:
         "largest_batch_size": recipe.largest_batch,
         "flops_per_step": recipe.flops,
         "communication_per_step": asdict(recipe.communication),
-        "seconds_per_step": {
+        "seconds_per_step": None
+        if plan.why_no_times
+        else {
             name: {"total": time.total, "exposed_communication": time.exposed, **time.phases}
             for name, time in recipe.times.items()
         },

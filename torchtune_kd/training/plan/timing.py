@@ -10,6 +10,7 @@ from torchtune_kd.training.plan.devices import Device
 from torchtune_kd.training.plan.optimizer import OptimizerCost
 from torchtune_kd.training.plan.sharding import Communication, Layout
 from torchtune_kd.training.plan.tracker import Operation, tensor_bytes
+from torchtune_kd.training.settings import Settings
 
 # What of the datasheets' peaks is reached, and what an operation costs at least: typical of eager PyTorch with large
 # matrices. They are assumptions, and printed as such.
@@ -43,6 +44,18 @@ def flops_by_phase(operations: Iterable[Operation], microbatches: int) -> dict[s
     for operation in operations:
         counts[operation.phase] += operation.flops * microbatches
     return dict(counts)
+
+
+def why_times_cannot(settings: Settings) -> str | None:
+    """What of these settings has no expected time, in a sentence without its end; None where all have one."""
+    names = ("fsdp_cpu_offload", "enable_activation_offloading")
+    used = [f"`{name}`" for name in names if getattr(settings, name)]
+    if not used:
+        return None
+    return (
+        f"with {' and '.join(used)} a step also waits for copies between host and device, and, where the optimizer's "
+        "state is in host memory, for the host's cores, which are not modelled"
+    )
 
 
 def step_time(
