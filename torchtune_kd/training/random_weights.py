@@ -59,7 +59,8 @@ class RandomWeights(Mapping[str, Tensor]):
         decoder (nn.Module): the model, on any device, ``meta`` included; names and shapes are read off it.
         section (str): ``model`` or ``teacher_model``, so that the two differ.
         dtype (torch.dtype): of the tensors.
-        seed (int): of the values.
+        seed (int): of the values. A run gives the config's ``seed``, and 0 where that is null: what it draws then for
+            its order and dropout leaves these weights alone, so that any two such runs have the same models.
     """
 
     def __init__(self, decoder: nn.Module, section: str, dtype: torch.dtype, seed: int) -> None:
