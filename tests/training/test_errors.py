@@ -93,6 +93,16 @@ def test_memory_for_the_gradients_norm_counts_as_the_optimizers(tmp_path, monkey
         run_in_process(make_config(tmp_path, clip_grad_norm=1.0))
 
 
+@pytest.mark.slow
+def test_a_process_that_hangs_in_the_first_step_is_not_waited_for_longer_than_in_another(tmp_path):
+    run = ForkedRun(make_config(tmp_path, process_group_timeout=5), 2, hold=("step", 1))
+    assert run.wait_for("step", 1)
+    run.processes[1].join(60)
+    assert run.processes[1].exitcode == 3, run.output(1)
+    assert "error: Another process of the run is gone, or this one waited for it" in run.output(1)
+    run.kill()
+
+
 def test_sigint_while_a_run_is_set_up_is_one_sentence(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

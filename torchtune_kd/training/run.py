@@ -121,6 +121,9 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     profiler = build_profiler(cfg, world.device)
     if found is not None:
         restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
+    if not settings.compile:
+        world.barrier()
+        world.limit_waiting(settings.process_group_timeout)
     return Run(
         cfg=cfg,
         settings=settings,
@@ -205,7 +208,7 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
         )
         if progress.skipped_in_a_row >= settings.max_skipped_steps:
             end_run(step, rows, progress, loss, grad_norm, output_folder(run.cfg, settings), run.world)
-    run.world.limit_waiting(settings.process_group_timeout)  # the first step waited for compilers and caches
+    run.world.limit_waiting(settings.process_group_timeout)  # a first step that is compiled was waited for
     run.profiler.step()
 
 

@@ -102,7 +102,8 @@ class World:
     def limit_waiting(self, seconds: float) -> None:
         """From now on a process that waits longer than ``seconds`` for another within a step ends with an error.
 
-        To be called after the first step: until then processes wait for downloads, files and compilers.
+        To be called when all are set up, or, where models are compiled, after the first step: until then processes
+        wait for downloads, files and compilers.
         """
         if not self.sharded:
             return
