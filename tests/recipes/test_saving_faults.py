@@ -1,17 +1,23 @@
 """Checkpoints that cannot be written or read as usual: what is lost (nothing), and the one sentence that says so."""
 
+import json
+import shutil
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forked import ForkedRun
 from omegaconf import OmegaConf
 from resumable import assert_same_run, resumable_config
 from tiny import run_in_process
 
 import torchtune_kd.training.snapshots as snapshots
+from torchtune_kd.training import UserError
 from torchtune_kd.training.folders import step_folders
-from torchtune_kd.training.manifest import Manifest
+from torchtune_kd.training.manifest import Damaged, Manifest
+from torchtune_kd.training.manifest import _checksum as checksum
 from torchtune_kd.training.snapshots import SnapshotWriter
 from torchtune_kd.training.world import World
 
@@ -100,11 +106,24 @@ def test_an_8_bit_optimizer_is_saved_in_the_background(tmp_path, monkeypatch):
     undisturbed.optimizer, cfg.optimizer = optimizer, optimizer
     run_in_process(undisturbed)
     run_in_process(cfg)
-    for folder in step_folders(tmp_path / "out"):  # all after step 6 go, as if the run had been killed then
+    for folder in step_folders(tmp_path / "out"):  # what is after step 6 goes, as if the run had been killed then
         if int(folder.name.removeprefix("step_")) > 6:
-            snapshots.folders.delete(folder)
-    snapshots.shutil.rmtree(tmp_path / "out" / "epoch_1")
+            shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "out" / "epoch_1")
     run_in_process(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    assert_same_run(cfg, undisturbed)
+
+
+@pytest.mark.slow
+def test_shards_are_saved_in_the_background(tmp_path):
+    undisturbed = resumable_config(
+        tmp_path, batch_size=2, keep_last_n=9, enable_async_checkpointing=True, output_dir=str(tmp_path / "undisturbed")
+    )
+    ForkedRun(undisturbed, 2).finish()
+    after_6 = shutil.ignore_patterns("step_8", "step_1?", "epoch_1")
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "out", ignore=after_6)
+    cfg = OmegaConf.merge(undisturbed, {"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": True})
+    assert "step 6" in ForkedRun(cfg, 2).finish()
     assert_same_run(cfg, undisturbed)
 
 
@@ -140,3 +159,45 @@ def test_no_room_for_the_copy_fails_the_save_and_not_the_run(tmp_path, monkeypat
     )
     assert "step_4" not in [folder.name for folder in step_folders(tmp_path / "out")]
     assert "Traceback" not in message and (tmp_path / "out" / "step_6").is_dir()
+
+
+# --- going on with it
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """The config that goes on with a run that ended before its last export."""
+    cfg = resumable_config(tmp_path, epochs=1)
+    run_in_process(cfg)
+    shutil.rmtree(tmp_path / "out" / "epoch_0")
+    return OmegaConf.merge(cfg, {"resume_from_checkpoint": True})
+
+
+def test_a_log_that_finds_no_room_is_left_as_it_is(tmp_path, interrupted):
+    log = tmp_path / "out" / "logs" / "log.txt"
+    before = log.read_text()
+    shorter = log.with_name("log.txt.partial")
+    shorter.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"The log {log} could not be cut to .* \(.*No space left.*\): make room"):
+        run_in_process(interrupted)
+    assert log.read_text() == before and not shorter.is_symlink()
+    run_in_process(interrupted)
+    assert (tmp_path / "out" / "epoch_0").is_dir()
+
+
+def test_the_progress_of_another_version_is_refused_and_nothing_renamed(tmp_path, interrupted):
+    folder = step_folders(tmp_path / "out")[0]
+    found = Manifest.read(folder)
+    found.progress["rows"] = found.progress.pop("samples")
+    found.versions["torchtune_kd"] = "0.0.7"
+    found.write(folder)
+    with pytest.raises(UserError, match=rf"{folder} was written by torchtune_kd 0.0.7.*\(without samples, with rows\)"):
+        run_in_process(interrupted)
+    assert folder.is_dir()
+
+
+def test_a_manifest_with_the_fields_of_another_version_is_not_read(tmp_path):
+    content = asdict(manifest(2)) | {"more": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps(content | {"checksum": checksum(content)}))
+    with pytest.raises(Damaged, match="has the fields of another version"):
+        Manifest.read(tmp_path)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Manifest:
             raise Damaged(f"its format is {content.get('format')}, and this version reads {FORMAT}")
         if checksum != _checksum(content):
             raise Damaged(f"its {NAME} is not as it was written")
+        if content.keys() != {each.name for each in fields(cls)}:
+            raise Damaged(f"its {NAME} has the fields of another version")
         return cls(**content)
 
     def check_files(self, folder: Path, names: Iterable[str]) -> None:

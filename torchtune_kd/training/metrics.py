@@ -69,8 +69,14 @@ class TrainingLog:
         self._logger: Any = None
         self._told = False  # that the log cannot be written
         self._bar: tqdm | None = None
+        problem = None
+        if world.is_rank_zero and (old := _log_to_go_on_with(cfg, settings, log_file)) is not None:
+            problem = _cut_log(old, progress)
+        problem = world.gather(problem)[0]
+        if problem is not None:
+            raise UserError(problem)
         if world.is_rank_zero:
-            self._logger = _build_logger(cfg, settings, progress, log_file)
+            self._logger = _build_logger(cfg, settings, log_file)
             self._logger.log_config(cfg)
             self._bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", dynamic_ncols=True)
         self._memory = settings.log_peak_memory_stats and world.device.type == "cuda"
@@ -186,32 +192,47 @@ def lower_is_better(settings: Settings, metric: str) -> bool:
     return metric.removeprefix("val_") not in ("top1_agreement", "acceptance_rate")
 
 
-def _build_logger(cfg: DictConfig, settings: Settings, progress: Progress, log_file: str | None) -> Any:
+def _build_logger(cfg: DictConfig, settings: Settings, log_file: str | None) -> Any:
     """The component under ``metric_logger``; torchtune's log on disk goes on where the checkpoint was written."""
-    section = cfg.metric_logger
-    name = section.get("filename") or (log_file and Path(log_file).name)
-    on_disk = section["_component_"].rpartition(".")[2] == DiskLogger.__name__
-    if settings.resume_from_checkpoint and on_disk and name:
-        path = Path(str(section.log_dir)) / name
-        if path.is_file():
-            _cut_log(path, progress)
-        section = OmegaConf.merge(section, {"filename": name})
+    section, path = cfg.metric_logger, _log_to_go_on_with(cfg, settings, log_file)
+    if path is not None:
+        section = OmegaConf.merge(section, {"filename": path.name})
     return build({"metric_logger": section}, "metric_logger")
 
 
-def _cut_log(path: Path, progress: Progress) -> None:
-    """Drop the lines of steps that are to be done again, and one that a kill cut short."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+def _log_to_go_on_with(cfg: DictConfig, settings: Settings, log_file: str | None) -> Path | None:
+    section = cfg.metric_logger
+    name = section.get("filename") or (log_file and Path(log_file).name)
+    on_disk = section["_component_"].rpartition(".")[2] == DiskLogger.__name__
+    return Path(str(section.log_dir)) / name if settings.resume_from_checkpoint and on_disk and name else None
+
+
+def _cut_log(path: Path, progress: Progress) -> str | None:
+    """Drop the lines of steps that are to be done again, and one that a kill cut short; a sentence if that fails."""
+    shorter = path.with_name(path.name + ".partial")
+    try:
+        if not path.is_file():
+            return None
+        shorter.write_text("".join(_lines_until(progress, path.read_text())))
+        shorter.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            shorter.unlink(missing_ok=True)
+        return (
+            f"The log {path} could not be cut to where the checkpoint was written ({one_line(error).rstrip('.')}): "
+            "make room there, or make it writable, then start again."
+        )
+    return None
+
+
+def _lines_until(progress: Progress, log: str) -> Iterator[str]:
+    for line in log.splitlines(keepends=True):
         match = re.match(r"Step (\d+) \| (val_)?", line)
         if match is None or not line.endswith("\n"):
             continue
         step, pending = int(match[1]), match[2] is not None and progress.validation_pending
         if step < progress.global_step or (step == progress.global_step and not pending):
-            kept.append(line)
-    shorter = path.with_name(path.name + ".partial")
-    shorter.write_text("".join(kept))
-    shorter.replace(path)
+            yield line
 
 
 _SHOWN = ("val_loss", "val_class_loss", "val_kl", "val_top1_agreement")

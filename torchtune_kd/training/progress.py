@@ -1,6 +1,6 @@
 """Where a run stands between two optimizer steps: the numbers that are the same on every process."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -16,15 +16,19 @@ class Progress:
     step_in_epoch: int = 0
     samples: int = 0  # of this epoch
     tokens: int = 0  # valid tokens of the run
-    tokens_since_log: int = 0  # of these, the ones that no log line counts yet
-    seconds_since_log: float = 0.0
     skipped_steps: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
     best: float | None = None  # the best value so far of the metric that keep_best names
     validation_pending: bool = True  # validation is due before the next step
 
-    def end_epoch(self) -> None:
-        self.epoch, self.step_in_epoch, self.samples = self.epoch + 1, 0, 0
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def differences(cls, saved: dict[str, Any]) -> list[str]:
+        """How another version's :meth:`to_dict` differs from this one's: "without <field>", "with <field>"."""
+        ours = {field.name for field in fields(cls)}
+        return [
+            *(f"without {name}" for name in sorted(ours - saved.keys())),
+            *(f"with {name}" for name in sorted(saved.keys() - ours)),
+        ]

@@ -23,8 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # has no public name
 from torch.utils._pytree import tree_map_only
 
+import torchtune_kd
 from torchtune_kd.training import folders
+from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.manifest import Damaged, Manifest, file_facts
+from torchtune_kd.training.progress import Progress
 from torchtune_kd.training.settings import one_line
 from torchtune_kd.training.world import PATIENCE, World
 
@@ -198,6 +201,7 @@ def check_whole(folder: Path, world: World) -> Manifest:
 
     Raises:
         Damaged: on all processes, with what rank 0 or the first other process found.
+        UserError: if it is whole, and another version wrote it that counts otherwise.
     """
     problem = manifest = None
     try:
@@ -208,6 +212,13 @@ def check_whole(folder: Path, world: World) -> Manifest:
     problem = next((problem for problem in world.gather(problem) if problem is not None), None)
     if problem is not None:
         raise Damaged(problem)
+    differences = Progress.differences(manifest.progress)
+    if differences:
+        raise UserError(
+            f"The checkpoint {folder} was written by torchtune_kd {manifest.versions.get('torchtune_kd')}, whose "
+            f"record of the run's progress is another ({', '.join(differences)}), and this is "
+            f"{torchtune_kd.__version__}: go on with that version or choose another `output_dir`."
+        )
     return manifest
 
 
