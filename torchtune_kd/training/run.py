@@ -38,6 +38,10 @@ from torchtune_kd.training.step import accumulate_gradients, gradient_norm
 from torchtune_kd.training.world import World
 
 
+# The first step also opens connections and compiles kernels: it may take so many times as long as another.
+FIRST_STEP = 5
+
+
 @dataclass
 class Run:
     """What ``set_up`` has built, and where the run stands."""
@@ -123,7 +127,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
     if not settings.compile:
         world.barrier()
-        world.limit_waiting(settings.process_group_timeout)
+        world.limit_waiting(FIRST_STEP * settings.process_group_timeout)
     return Run(
         cfg=cfg,
         settings=settings,
@@ -207,8 +211,9 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
             f"({grad_norm:g}) is not finite: weights and optimizer are as before ({progress.skipped_steps} so far)."
         )
         if progress.skipped_in_a_row >= settings.max_skipped_steps:
+            run.saver.finish()
             end_run(step, rows, progress, loss, grad_norm, output_folder(run.cfg, settings), run.world)
-    run.world.limit_waiting(settings.process_group_timeout)  # a first step that is compiled was waited for
+    run.world.limit_waiting(settings.process_group_timeout)
     run.profiler.step()
 
 
