@@ -37,7 +37,6 @@ from torchtune_kd.training.signals import StopRequests
 from torchtune_kd.training.step import accumulate_gradients, gradient_norm
 from torchtune_kd.training.world import World
 
-
 # The first step also opens connections and compiles kernels: it may take so many times as long as another.
 FIRST_STEP = 5
 
