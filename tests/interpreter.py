@@ -1,5 +1,6 @@
 """Triton's interpreter at less than half its time, for tests: what it does, it does not do again and again."""
 
+import functools
 import importlib.util
 
 
@@ -8,6 +9,7 @@ class _Nothing:
         """Nothing was replaced."""
 
 
+@functools.cache
 def patch_language_once_a_launch() -> None:
     """Let a launch look through Triton's language once for what the interpreter replaces there.
 

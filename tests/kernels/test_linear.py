@@ -37,13 +37,13 @@ def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, 
     assert not any(grad.any() for grad in gradients(loss, inputs))
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 128, 2048])
+@pytest.mark.parametrize("chunk_tokens", [None, 4, 64])
 def test_an_fp16_head_gradient_that_leaves_the_range_before_it_is_divided(chunk_tokens, backend):
-    """2048 tokens of one kind: the sum of their contributions is 2048 times the mean, beyond 65504."""
-    n, v, d = 2048, 5, 4
+    """64 tokens of one kind: the sum of their contributions is 64 times the mean, beyond 65504."""
+    n, v, d = 64, 5, 4
     teacher = torch.randn(d)
     inputs = {
-        "student_hidden": torch.full((n, d), 60.0),
+        "student_hidden": torch.full((n, d), 2000.0),
         "student_weight": torch.zeros(v, d),
         "teacher_hidden": teacher.expand(n, d),
         "teacher_weight": torch.randn(v, d) * 5,
