@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from resumable import assert_same_run, resumable_config, weights_of
 from safetensors.torch import load_file, save_file
 from tiny import make_config, read_log, run_in_process
+from torchtune.modules import TransformerDecoder
 
 import torchtune_kd.training.models as models_module
 import torchtune_kd.training.run as run_module
@@ -198,28 +199,36 @@ def test_all_processes_skip_the_same_step(tmp_path):
 
 
 PHASES = {
-    "teacher": lambda patch: patch.setattr(models_module.Teacher, "forward", out_of_memory),
-    "student forward": lambda patch: patch.setattr("torchtune.modules.TransformerDecoder.forward", only_student),
-    "loss": lambda patch: patch.setattr(models_module, "linear_kd_loss", out_of_memory),
-    "backward": lambda patch: patch.setattr(torch.Tensor, "backward", out_of_memory),
-    "optimizer": lambda patch: patch.setattr(torch.optim.AdamW, "step", out_of_memory),
+    "teacher": (models_module.Teacher, "forward"),
+    "student forward": (TransformerDecoder, "forward"),
+    "loss": (models_module, "linear_kd_loss"),
+    "backward": (torch.Tensor, "backward"),
+    "optimizer": (torch.optim.AdamW, "step"),
 }
 
 
-def out_of_memory(*args, **kwargs):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+def runs_out_once(monkeypatch, owner, name, when=lambda *_: True):
+    """The memory of a device that is full, which what computes the advice does without."""
+    original, full = getattr(owner, name), []
 
-
-def only_student(self, *args, **kwargs):
-    if any(parameter.requires_grad for parameter in self.parameters()):
+    def function(*args, **kwargs):
+        if full or not when(*args):
+            return original(*args, **kwargs)
+        full.append(True)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    return torch.zeros(*args[0].shape, 256)
+
+    monkeypatch.setattr(owner, name, function)
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_out_of_memory_names_the_phase_and_what_helps_most(tmp_path, monkeypatch, phase):
     cfg = make_config(tmp_path)
-    PHASES[phase](monkeypatch)
+    trains = phase == "student forward"
+    runs_out_once(
+        monkeypatch,
+        *PHASES[phase],
+        when=lambda owner, *_: not trains or any(parameter.requires_grad for parameter in owner.parameters()),
+    )
     with pytest.raises(RunError) as ended:
         run_in_process(cfg)
     message = str(ended.value)
@@ -227,7 +236,7 @@ def test_out_of_memory_names_the_phase_and_what_helps_most(tmp_path, monkeypatch
     savings = [
         float(size) * {"GiB": 1024, "MiB": 1}[unit] for size, unit in re.findall(r"saves ([\d.]+) (GiB|MiB)", message)
     ]
-    assert len(savings) == 3 and savings == sorted(savings, reverse=True) and savings[0] > 0
+    assert 2 <= len(savings) <= 3 and savings == sorted(savings, reverse=True) and savings[0] > 0
     if phase == "optimizer":  # by then activations are gone
         assert "activation" not in message and "batch_size" not in message
 

@@ -1,25 +1,26 @@
 """Out of memory: in which phase, and which settings would help most, with how much each saves.
 
-The savings are estimates from the sizes of the run's own tensors. Legend: N tokens of the largest microbatch.
+What a setting saves is what ``torchtune_kd/plan`` computes for that phase without it, less what it computes with it.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torchao.dtypes.nf4tensor import NF4Tensor
+from omegaconf import DictConfig, OmegaConf
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
 
 from torchtune_kd.training.data import Batch
-from torchtune_kd.training.errors import RunError
-from torchtune_kd.training.models import Student, Teacher
+from torchtune_kd.training.errors import RunError, UserError
 from torchtune_kd.training.phases import OutOfMemory
+from torchtune_kd.training.plan.dry_run import dry_step, dry_validation
+from torchtune_kd.training.plan.memory import plan_memory
+from torchtune_kd.training.plan.models import build_models
+from torchtune_kd.training.plan.sharding import Layout
 from torchtune_kd.training.settings import Settings
 from torchtune_kd.training.world import World
 
@@ -27,32 +28,68 @@ if TYPE_CHECKING:
     from torchtune_kd.training.run import Run
 
 GIB = 2**30
-WITH_ACTIVATIONS = ("student forward", "loss", "backward")
-ALL = ("teacher", *WITH_ACTIVATIONS, "optimizer")
+BEST = 3  # settings that are named
+LORA = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True, "lora_rank": 16}
+ADAM_8BIT = "torchao.optim.AdamW8bit"
 
 
 @dataclass(frozen=True)
-class Advice:
-    """A change of the config: how it is written, the bytes that it saves on a device, the phases that it helps."""
-
-    change: str
-    saves: int
-    phases: tuple[str, ...] = ALL
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes on this device, and what they grow with."""
+class Shape:
+    """Of the microbatches that ran out of memory."""
 
     batch_size: int
     sequence: int
-    activations: int  # what autograd keeps of the student's layers without checkpointing
-    layer_inputs: int  # what it keeps with checkpointing
-    one_layer: int
-    hidden: int  # last hidden states of both models and the gradient of the student's
-    weights: int  # of both models, this process's share
-    trained: int
-    optimizer: int
+    validation: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run as ``torchtune_kd/plan`` needs it."""
+
+    cfg: DictConfig
+    settings: Settings
+    layout: Layout
+    shape: Shape
+
+    def phases(self) -> dict[str, int]:
+        """The highest number of bytes in each phase of a step.
+
+        Raises:
+            UserError: if a model cannot be built.
+        """
+        models = build_models(self.cfg, self.settings, self.layout.shards)
+        run = dry_validation if self.shape.validation else dry_step
+        shape = self.shape
+        memory, _ = plan_memory(
+            self.cfg, self.settings, models, self.layout, shape.sequence, batch_size=shape.batch_size, run=run
+        )
+        return {"student forward" if phase == "student" else phase: size for phase, size in memory.phases.items()}
+
+    def with_keys(self, keys: dict[str, Any]) -> "Case":
+        """The same with other values in the config; ``None`` takes a key out."""
+        cfg = OmegaConf.create(OmegaConf.to_container(self.cfg))
+        for key, value in keys.items():
+            if value is None:
+                section, _, name = key.rpartition(".")
+                OmegaConf.select(cfg, section).pop(name, None)
+            else:
+                OmegaConf.update(cfg, key, value, force_add=True)
+        plain = {key: value for key, value in keys.items() if hasattr(self.settings, key)}
+        return replace(self, cfg=cfg, settings=replace(self.settings, **plain))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to do otherwise: how it is written, and what it makes of the run."""
+
+    text: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
+    shape: Shape | None = None
+
+    def of(self, case: Case) -> Case:
+        changed = case.with_keys(self.keys)
+        return replace(changed, layout=self.layout or case.layout, shape=self.shape or case.shape)
 
 
 @contextlib.contextmanager
@@ -67,118 +104,99 @@ def out_of_memory_explained(run: "Run", step: Sequence[Batch] | None) -> Iterato
         yield
     except OutOfMemory as error:
         where = f"in step {run.global_step + 1}" if step else f"in the validation after step {run.global_step}"
-        sizes = measure((run.student, run.teacher), run.optimizer, step or list(itertools.islice(run.val_loader, 1)))
-        advice = advise(run.cfg, run.settings, run.world, sizes)
-        best = sorted((a for a in advice if error.phase in a.phases and a.saves > 0), key=lambda a: -a.saves)[:3]
+        batches = step or list(itertools.islice(run.val_loader, 1))
+        batch_size, sequence = max((batch["tokens"].shape for batch in batches), key=lambda shape: shape.numel())
+        world, shards = run.world, run.world.num_shards
+        layout = Layout(shards=shards, replicas=world.size // shards, sharded=world.sharded)
+        case = Case(run.cfg, run.settings, layout, Shape(batch_size, sequence, validation=step is None))
         raise RunError(
-            f"The memory of {run.world.device} ran out {where}, phase: {error.phase} ({_in_use(run.world.device)}"
-            f"microbatches of up to {sizes.batch_size} x {sizes.sequence} tokens); what would help most, by estimate: "
-            + "; ".join(f"{a.change} saves {_shown(a.saves)}" for a in best)
-            + "."
+            f"The memory of {world.device} ran out {where}, phase: {error.phase} ({_in_use(world)}"
+            f"microbatches of up to {batch_size} x {sequence} tokens); {advice(case, error.phase)}"
         ) from error
 
 
-def advise(cfg: DictConfig, settings: Settings, world: World, sizes: Sizes) -> list[Advice]:
-    """Every change that would save something in this run."""
-    kept = sizes.activations
-    found = []
-    if settings.enable_activation_checkpointing:
-        kept = 0 if settings.enable_activation_offloading else sizes.layer_inputs
-        if not settings.enable_activation_offloading and world.device.type == "cuda":
-            found.append(Advice("`enable_activation_offloading: True`", sizes.layer_inputs, WITH_ACTIVATIONS))
+def advice(case: Case, phase: str) -> str:
+    """The end of the sentence: the changes that lower this phase's memory most, and by how much."""
+    try:
+        before = case.phases()[phase]
+    except (UserError, RuntimeError) as why:
+        return f"what would help cannot be worked out ({' '.join(str(why).split())[:200]})."
+    saved = []
+    for change in changes(case):
+        # what does not go together with the run, such as a builder that wants other arguments, is no advice
+        with contextlib.suppress(UserError, RuntimeError):
+            saved.append((before - change.of(case).phases()[phase], change.text))
+    best = sorted((item for item in saved if item[0] > 0), key=lambda item: -item[0])[:BEST]
+    if not best:
+        return "no setting would save any: take a smaller model."
+    named = "; ".join(f"{text} saves {_shown(size)}" for size, text in best)
+    return f"what would help most, as `tune run torchtune_kd/plan` computes it: {named}."
+
+
+def changes(case: Case) -> Iterator[Change]:
+    """Everything that could save something in this run."""
+    settings, layout, shape, cfg = case.settings, case.layout, case.shape, case.cfg
+    on_gpu = settings.torch_device.type == "cuda"
+    if not settings.enable_activation_checkpointing:
+        key = "enable_activation_checkpointing"
+        yield Change(f"`{key}: True`", {key: True})
+    elif on_gpu and not settings.enable_activation_offloading:
+        key = "enable_activation_offloading"
+        yield Change(f"`{key}: True`", {key: True})
+    if shape.batch_size > 1:
+        half = shape.batch_size // 2
+        smaller = replace(shape, batch_size=half)
+        if shape.validation:
+            yield Change(f"`batch_size_val: {half}`", {"batch_size_val": half}, shape=smaller)
+        else:
+            steps = settings.gradient_accumulation_steps * settings.batch_size // half
+            keys = {"batch_size": half, "gradient_accumulation_steps": steps}
+            yield Change(" with ".join(f"`{key}: {value}`" for key, value in keys.items()), keys, shape=smaller)
     else:
-        saved = sizes.activations - sizes.layer_inputs - sizes.one_layer
-        found.append(Advice("`enable_activation_checkpointing: True`", saved, WITH_ACTIVATIONS))
-    by_tokens = (kept + sizes.hidden) // 2
-    if settings.batch_size > 1:
-        half, steps = settings.batch_size // 2, settings.gradient_accumulation_steps * 2
-        change = f"`batch_size: {half}` with `gradient_accumulation_steps: {steps}`"
-        found.append(Advice(change, by_tokens, ("teacher", *WITH_ACTIVATIONS)))
-    else:
-        change = f"`tokenizer.max_seq_len: {sizes.sequence // 2}`"
-        found.append(Advice(change, by_tokens, ("teacher", *WITH_ACTIVATIONS)))
+        half = shape.sequence // 2
+        yield Change(f"`tokenizer.max_seq_len: {half}`", shape=replace(shape, sequence=half))
     if settings.dtype == "fp32":
-        half = (sizes.weights + sizes.optimizer + sizes.trained + kept) // 2
-        found.append(Advice("`dtype: bf16`", half))
-    name = str(cfg.optimizer["_component_"])
-    if "8bit" not in name:  # two bytes an element, and in torch's AdamW state of the weights' dtype two of them
-        elements = sizes.optimizer // _optimizer_bytes_per_element(settings, name)
-        change = "`optimizer._component_: torchao.optim.AdamW8bit`"
-        found.append(Advice(change, max(sizes.optimizer - 2 * elements, 0)))
-    if sizes.trained > sizes.weights // 50:  # all weights of the student train
-        found.append(Advice("a LoRA builder as `model._component_`", sizes.trained + sizes.optimizer))
-    if not world.sharded:
-        saved = (sizes.weights + sizes.optimizer + sizes.trained) // 2
-        found.append(Advice("kd_distributed on two devices", saved))
-    else:
-        if not settings.fsdp_reshard_after_forward:
-            whole = sizes.weights * (world.num_shards - 1)
-            found.append(Advice("`fsdp_reshard_after_forward: True`", whole))
-        if not settings.fsdp_cpu_offload and world.device.type == "cuda":
-            found.append(Advice("`fsdp_cpu_offload: True`", sizes.weights + sizes.optimizer))
-        saved = (sizes.weights + sizes.optimizer + sizes.trained) // 2
-        found.append(Advice(f"{2 * world.num_shards} processes that share the weights instead of half as many", saved))
-    return found
+        yield Change("`dtype: bf16`", {"dtype": "bf16"})
+    if "8bit" not in cfg.optimizer["_component_"]:
+        keys = {"optimizer._component_": ADAM_8BIT, "optimizer.fused": None, "optimizer.foreach": None}
+        yield Change(f"`optimizer._component_: {ADAM_8BIT}`", keys)
+    yield from _adapters(cfg)
+    if not layout.sharded:
+        yield Change("torchtune_kd/kd_distributed on two devices", layout=Layout(shards=2, sharded=True))
+        return
+    if not settings.fsdp_reshard_after_forward:
+        yield Change("`fsdp_reshard_after_forward: True`", {"fsdp_reshard_after_forward": True})
+    if on_gpu and not settings.fsdp_cpu_offload:
+        yield Change("`fsdp_cpu_offload: True`", {"fsdp_cpu_offload": True})
+    more = replace(layout, shards=2 * layout.shards)
+    yield Change(f"{more.shards} processes that share the weights instead of {layout.shards}", layout=more)
 
 
-def measure(models: tuple[Student, Teacher | None], optimizer: Optimizer, batches: Sequence[Batch]) -> Sizes:
-    """The run's sizes; of activations an estimate: the inputs and outputs of every linear layer."""
-    student, teacher = models
-    batch_size, sequence = max((batch["tokens"].shape for batch in batches), key=lambda shape: shape[0] * shape[1])
-    tokens, layers = batch_size * sequence, student.decoder.layers
-    weight = next(iter(student.decoder.tok_embeddings.parameters()))
-    widths = [sum(_width(module) for module in layer.modules()) for layer in layers]
-    hidden = weight.shape[1] * weight.element_size()
-    teacher_hidden = 0
-    if teacher is not None:
-        table = next(iter(teacher.decoder.tok_embeddings.parameters()))
-        teacher_hidden = table.shape[1] * table.element_size()
-    trained = [p for p in student.parameters() if p.requires_grad]
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    return Sizes(
-        batch_size=batch_size,
-        sequence=sequence,
-        activations=tokens * sum(widths) * weight.element_size(),
-        layer_inputs=tokens * len(layers) * hidden,
-        one_layer=tokens * max(widths) * weight.element_size(),
-        hidden=tokens * (2 * hidden + teacher_hidden),
-        weights=_bytes(p for model in models if model is not None for p in model.parameters()),
-        trained=_bytes(trained),
-        # before the first update there is none yet: two moments in the weights' dtype
-        optimizer=_bytes(state) or 2 * _bytes(trained),
-    )
+def _adapters(cfg: DictConfig) -> Iterator[Change]:
+    """Few trained weights in place of all, few bits of those that are not trained."""
+    module, _, name = cfg.model["_component_"].rpartition(".")
+    lora, quantised = f"{module}.lora_{name}", f"{module}.q{name}"
+    if _exists(lora):
+        keys = {"model._component_": lora, **{f"model.{key}": value for key, value in LORA.items()}}
+        yield Change(f"`model._component_: {lora}` of rank {LORA['lora_rank']}", keys)
+    if name.startswith("lora_") and _exists(quantised):
+        yield Change(f"`model._component_: {quantised}`", {"model._component_": quantised})
 
 
-def _optimizer_bytes_per_element(settings: Settings, name: str) -> int:
-    if name.endswith("MasterAdamW"):
-        return 12
-    return 2 * settings.torch_dtype.itemsize
-
-
-def _width(module: nn.Module) -> int:
-    """Elements per token that a matrix of a layer reads and writes; adapters count by their inner width."""
-    weight = getattr(module, "weight", None)
-    return sum(weight.shape) if isinstance(weight, Tensor) and weight.ndim == 2 else 0
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """On this device: of a sharded tensor this process's part."""
-    return sum(map(_bytes_of_one, tensors))
-
-
-def _bytes_of_one(tensor: Any) -> int:
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if isinstance(tensor, NF4Tensor):
-        return sum(_bytes_of_one(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
+def _exists(component: str) -> bool:
+    try:
+        _get_component_from_path(component)
+    except InstantiationError:
+        return False
+    return True
 
 
 def _shown(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
-def _in_use(device: torch.device) -> str:
-    if device.type != "cuda":
+def _in_use(world: World) -> str:
+    if world.device.type != "cuda":
         return ""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(world.device)
     return f"{(total - free) / GIB:.2f} of {total / GIB:.2f} GiB are in use; "

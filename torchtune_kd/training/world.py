@@ -153,12 +153,12 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
             f"Expected one CUDA device per process, but --nproc_per_node is {local_size} and this host has "
             f"{torch.cuda.device_count()}: lower --nproc_per_node or set `device: cpu`."
         )
-    mesh_shape = _mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
+    shape = mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
     here = _device(device)
     if not dist.is_initialized():
         backend = training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload)
         dist.init_process_group(backend, timeout=PATIENCE)
-    names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
+    names = ("dp_replicate", "dp_shard")[-len(shape) :]
     host_group, step_group = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     rank, size = dist.get_rank(), dist.get_world_size()
     # the torchrun agent that started a process; its host where there is no agent
@@ -166,13 +166,13 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
     dist.all_gather_object(nodes, os.environ.get("GROUP_RANK", socket.gethostname()), group=host_group)
     on_this_node = [other for other in range(size) if nodes[other] == nodes[rank]]
     if rank == 0 and len(set(nodes)) > 1:
-        print(describe_layout(nodes, mesh_shape[-1]), file=sys.stderr, flush=True)
+        print(describe_layout(nodes, shape[-1]), file=sys.stderr, flush=True)
     return World(
         device=here,
         rank=rank,
         size=size,
         sharded=True,
-        mesh=init_device_mesh(here.type, mesh_shape, mesh_dim_names=names),
+        mesh=init_device_mesh(here.type, shape, mesh_dim_names=names),
         node_group=dist.new_group(on_this_node, timeout=PATIENCE, use_local_synchronization=True),
         host_group=host_group,
         step_group=step_group,
@@ -192,7 +192,12 @@ def describe_layout(nodes: Sequence[str], shards: int) -> str:
     return f"{line}."
 
 
-def _mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...]:
+def mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...]:
+    """``(shards,)``, or ``(replicas, shards)`` for hybrid sharding; the arguments of :func:`join_process_group`.
+
+    Raises:
+        UserError: if ``size`` processes do not divide as asked.
+    """
     shards = size // replicate_dim if shard_dim == -1 else shard_dim
     if replicate_dim * shards != size:
         raise UserError(

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torchao.optim import AdamW8bit
 
 from torchtune_kd.training.plan.optimizer import optimizer_cost
+from torchtune_kd.training.plan.tracker import tensor_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -44,3 +46,16 @@ def test_temporaries_grow_with_all_parameters_or_with_the_largest():
 def test_what_does_not_grow_with_the_elements_or_is_not_there_is_not_known():
     assert cost("torch.optim.Adafactor") is None
     assert cost("torch.optim.AdamW", no_such_option=1) is None
+
+
+def test_the_8_bit_state_is_that_of_a_large_parameter():
+    """One byte per element and state, a scale per 256; what is below 4096 elements stays in the weights' dtype."""
+    found = cost("torchao.optim.AdamW8bit")
+    parameter = torch.nn.Parameter(torch.randn(128, 256, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = AdamW8bit([parameter], lr=1e-3)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    state = sum(map(tensor_bytes, (optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq"))))
+    assert found.state_bytes(parameter.numel()) == pytest.approx(state, rel=0.05)
+    assert found.state == pytest.approx(2 * (1 + 4 / 256), rel=0.01)

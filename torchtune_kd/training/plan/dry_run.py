@@ -1,4 +1,4 @@
-"""One microbatch of the real training step on the meta device: its memory and its FLOPs.
+"""One microbatch of the real training step, or of a validation, on the meta device: its memory and its FLOPs.
 
 The models, the step and the loss are those of the recipe. Two things are stood in for: the loss arithmetic on one
 chunk of logits, which needs values (its workspace is allocated as on the device), and the offloading of activations.
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from torchtune_kd.kernels import Objective, _block, _linear
 from torchtune_kd.kernels._block import BlockLoss, Plan, rows_per_block
+from torchtune_kd.losses import KDLoss
 from torchtune_kd.training import models as training_models
-from torchtune_kd.training.metrics import training_metrics
+from torchtune_kd.training.data import Batch
+from torchtune_kd.training.metrics import training_metrics, validation_metrics
 from torchtune_kd.training.models import Student, Teacher
 from torchtune_kd.training.plan.models import Models
 from torchtune_kd.training.plan.tracker import Operation, Tracker
 from torchtune_kd.training.settings import Settings, build_kd_loss
-from torchtune_kd.training.step import accumulate_gradients
+from torchtune_kd.training.step import accumulate_gradients, forward
 from torchtune_kd.training.world import World
 
 PHASES = ("teacher", "student", "loss", "backward")
@@ -72,34 +74,67 @@ def dry_step(
         sequence (int): S.
         shards (int): processes that share the weights: FSDP2 leaves each its part of the gradients.
     """
+    at_once = settings.gradient_accumulation_steps == 1  # else in the last microbatch
+    with _dry_run(cfg, settings, models, batch_size, sequence) as dry:
+        with gradients_counted(dry.tracker, models, settings, shards, reduced_at_once=at_once), dry.tracker:
+            accumulate_gradients(
+                dry.student.train(),
+                dry.teacher,
+                [dry.batch],
+                training_metrics(settings),
+                dry.kd_loss.ignore_index,
+                World(torch.device("meta")),
+            )
+            gradients = dry.tracker.live["gradients"]
+        return dry.result(gradients)
+
+
+def dry_validation(
+    cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int, shards: int = 1
+) -> DryStep:
+    """Run one batch of a validation: as :func:`dry_step`, without gradients."""
+    with _dry_run(cfg, settings, models, batch_size, sequence) as dry:
+        with torch.no_grad(), dry.tracker:
+            world = World(torch.device("meta"))
+            forward(dry.student.eval(), dry.teacher, dry.batch, validation_metrics(settings), world)
+        return dry.result(gradients=0)
+
+
+@dataclass(frozen=True)
+class _DryRun:
+    tracker: Tracker
+    student: Student
+    teacher: Teacher | None
+    kd_loss: KDLoss
+    batch: Batch
+    sizes: dict[str, int]
+
+    def result(self, gradients: int) -> DryStep:
+        return DryStep(
+            peaks=self.tracker.peaks,
+            at_peak=self.tracker.at_peak,
+            kept=self.sizes["kept"],
+            loss=self.tracker.peaks["loss"] - self.sizes["before loss"],
+            gradients=gradients,
+            operations=self.tracker.operations,
+        )
+
+
+@contextlib.contextmanager
+def _dry_run(cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
     kd_loss = build_kd_loss(cfg)
-    student = Student(models.student, kd_loss, settings.kd_ratio).train()
+    student = Student(models.student, kd_loss, settings.kd_ratio)
     teacher = Teacher(models.teacher) if models.teacher is not None else None
     if settings.enable_activation_offloading:
         student.offload_activations = _offloaded()
     tracker = Tracker()
     hold_weights(tracker, models)
     labels = torch.zeros(batch_size, sequence, dtype=torch.long)  # on the host, as in a run
-    batch = {"tokens": labels, "labels": labels}
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, student, "offload_activations", contextlib.nullcontext())
         sizes = stack.enter_context(_phases(tracker, student, teacher))
-        at_once = settings.gradient_accumulation_steps == 1  # else in the last microbatch
-        stack.enter_context(gradients_counted(tracker, models, settings, shards, reduced_at_once=at_once))
         stack.enter_context(_loss_on_meta(tracker, settings.torch_device))
-        stack.enter_context(tracker)
-        accumulate_gradients(
-            student, teacher, [batch], training_metrics(settings), kd_loss.ignore_index, World(torch.device("meta"))
-        )
-        gradients = tracker.live["gradients"]
-    return DryStep(
-        peaks=tracker.peaks,
-        at_peak=tracker.at_peak,
-        kept=sizes["kept"],
-        loss=tracker.peaks["loss"] - sizes["before loss"],
-        gradients=gradients,
-        operations=tracker.operations,
-    )
+        yield _DryRun(tracker, student, teacher, kd_loss, {"tokens": labels, "labels": labels}, sizes)
 
 
 def hold_weights(tracker: Tracker, models: Models) -> None:
@@ -211,9 +246,8 @@ def _loss_on_meta(tracker: Tracker, device: torch.device) -> Iterator[None]:
         tokens, has_teacher = labels.numel(), teacher_weight is not None
         vocab = min(w.shape[0] for w in (weight, teacher_weight) if w is not None)
         logit = sum(w.element_size() for w in (weight, teacher_weight) if w is not None)
-        plan = Plan(
-            Objective(kd_ratio=kd_ratio, **objective), return_metrics, vocab, reduction, has_teacher, want_grad=True
-        )
+        terms, want_grad = Objective(kd_ratio=kd_ratio, **objective), torch.is_grad_enabled()
+        plan = Plan(terms, return_metrics, vocab, reduction, has_teacher, want_grad)
         loss, metrics, count = _linear.LinearKD.apply(
             hidden.flatten(0, 1),
             weight,

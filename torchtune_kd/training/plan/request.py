@@ -10,7 +10,7 @@ from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.plan.devices import Device, custom_device, find_device, parse_memory
 from torchtune_kd.training.plan.sharding import Layout
 from torchtune_kd.training.settings import COMPONENTS, DISTRIBUTED_ONLY, Settings, read_settings
-from torchtune_kd.training.world import _mesh_shape  # the rule of kd_distributed
+from torchtune_kd.training.world import mesh_shape
 
 SEQUENCE = 512  # where the tokenizer has no max_seq_len
 
@@ -88,7 +88,7 @@ def read_request(cfg: DictConfig) -> tuple[Request, DictConfig, Settings, Layout
 
 
 def _layout(settings: Settings, devices: int, sharded: bool) -> Layout:
-    *replicas, shards = _mesh_shape(devices, settings.data_parallel_replicate_dim, settings.data_parallel_shard_dim)
+    *replicas, shards = mesh_shape(devices, settings.data_parallel_replicate_dim, settings.data_parallel_shard_dim)
     return Layout(shards=shards, replicas=replicas[0] if replicas else 1, sharded=sharded)
 
 

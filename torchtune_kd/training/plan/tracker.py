@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
-from torchao.dtypes.nf4tensor import NF4Tensor
 
 
 class Operation(NamedTuple):
@@ -65,8 +64,8 @@ class Tracker(TorchDispatchMode):
         self.operations.append(Operation(self.phase, flops, size))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(issubclass(kind, NF4Tensor) for kind in types):
-            return NotImplemented  # NF4Tensor takes itself apart; its parts come here again
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # such as NF4Tensor, which takes itself apart; its parts come here again
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not torch.is_grad_enabled():
@@ -124,16 +123,16 @@ def _flop_formula(operation: Any) -> Any:
 
 
 def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors themselves, and of NF4 weights the plain ones that they consist of."""
+    """The tensors themselves, and of NF4 weights and 8-bit states the plain ones that they consist of."""
     for tensor in tensors:
-        if isinstance(tensor, NF4Tensor):
-            yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        if is_traceable_wrapper_subclass(tensor):
+            yield from plain_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         else:
             yield tensor
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Memory of a tensor's elements; of NF4 weights with their scales and code values."""
+    """Memory of a tensor's elements; of NF4 weights and 8-bit states with their scales and code values."""
     return sum(map(_size, plain_tensors([tensor])))
 
 

@@ -1,0 +1,77 @@
+"""What a setting is said to save against two measured runs, without it and with it."""
+
+import pytest
+from measured import measured_step, sized_config
+from tiny import make_config
+
+from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
+from torchtune_kd.training import read_settings
+from torchtune_kd.training.memory_advice import Case, Shape, advice, changes
+from torchtune_kd.training.plan import Layout
+
+
+def case_of(cfg, *, validation=False, layout=None):
+    settings = read_settings(cfg, distributed=layout is not None)
+    return Case(cfg, settings, layout or Layout(), Shape(settings.batch_size, 128, validation=validation))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("batch_size", {}),
+        ("enable_activation_checkpointing", {}),
+        ("dtype", {"dtype": "fp32"}),
+        ("tokenizer.max_seq_len", {"batch_size": 1}),
+    ],
+)
+def test_what_a_setting_saves_is_what_a_run_takes_less(tmp_path, kind, key, overrides):
+    case = case_of(sized_config(tmp_path, 1, kind, **overrides))
+    (change,) = [change for change in changes(case) if change.text.startswith(f"`{key}")]
+    changed = change.of(case)
+    predicted = max(case.phases().values()) - max(changed.phases().values())
+    if key == "tokenizer.max_seq_len":
+        changed.cfg.tokenizer.max_seq_len = changed.shape.sequence + 1  # torchtune cuts text to one less
+    before, _ = measured_step(case.cfg, KDRecipeSingleDevice)
+    after, _ = measured_step(changed.cfg, KDRecipeSingleDevice)
+    assert predicted > 0
+    assert predicted == pytest.approx(before - after, rel=0.1)
+
+
+def test_every_change_can_be_planned_and_names_what_it_changes(tmp_path):
+    cfg = make_config(tmp_path, dtype="fp32")
+    cfg.optimizer.fused = True
+    cfg.model = {"_component_": "torchtune.models.llama3_2.llama3_2_1b"}
+    cfg.teacher_model = {"_component_": "torchtune.models.llama3_2.llama3_2_1b"}
+    for layout in (None, Layout(shards=2, sharded=True)):
+        case = case_of(cfg, layout=layout)
+        texts = []
+        for change in changes(case):
+            texts.append(change.text)
+            read_settings(change.of(case).cfg, distributed=layout is not None)
+        more = "torchtune_kd/kd_distributed on two devices"
+        more = more if layout is None else "4 processes that share the weights instead of 2"
+        assert texts == [
+            "`enable_activation_checkpointing: True`",
+            "`batch_size: 2` with `gradient_accumulation_steps: 2`",
+            "`dtype: bf16`",
+            "`optimizer._component_: torchao.optim.AdamW8bit`",
+            "`model._component_: torchtune.models.llama3_2.lora_llama3_2_1b` of rank 16",
+            more,
+        ]
+    assert "lora_llama3_2_1b` of rank 16 saves" in advice(case_of(cfg), "optimizer")
+
+
+def test_a_validation_is_planned_without_gradients(tmp_path):
+    cfg = sized_config(tmp_path, 1, "full")
+    training, validation = case_of(cfg), case_of(cfg, validation=True)
+    assert validation.phases()["loss"] < training.phases()["loss"]
+    said = advice(validation, "loss")
+    assert "`batch_size_val: 2` saves" in said
+    assert "activation" not in said and "gradient_accumulation_steps" not in said
+
+
+def test_what_cannot_be_planned_is_said(tmp_path):
+    case = case_of(make_config(tmp_path))
+    case.cfg.model._component_ = "torch.nn.Linear"
+    assert advice(case, "loss").startswith("what would help cannot be worked out (")
