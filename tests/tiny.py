@@ -14,7 +14,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import Dataset
 from torchtune import config
+from torchtune.datasets import text_completion_dataset
 from torchtune.models.convert_weights import tune_to_hf
 
 TEACHER = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512}
@@ -101,6 +103,27 @@ def dataset_section(path: Path, **more: Any) -> dict:
 def empty_dataset(tokenizer: Any) -> list:
     """A dataset whose filters left nothing."""
     return []
+
+
+class NoisyRows(Dataset):
+    """Rows with one random token in each, another one every time."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self.rows[index]
+        tokens = list(row["tokens"])
+        tokens[torch.randint(len(tokens), ()).item()] = torch.randint(3, VOCAB // 2, ()).item()
+        return {"tokens": tokens, "labels": tokens}
+
+
+def noisy_dataset(tokenizer: Any, **more: Any) -> NoisyRows:
+    """:func:`dataset_section`'s, as data augmentation changes it."""
+    return NoisyRows(text_completion_dataset(tokenizer, **more))
 
 
 def checkpointer_section(folder: Path) -> dict:

@@ -277,10 +277,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_signal_within_a_step_waits_for_the_microbatch_only(tmp_path, size):
-    """The step is given up and done anew: with its dropout, its data and, on two processes, its reduced gradients."""
+@pytest.mark.parametrize(("size", "more"), [(1, {}), (2, {}), (2, {"fsdp_reshard_after_forward": False})])
+def test_a_signal_within_a_step_waits_for_the_microbatch_only(tmp_path, size, more):
+    """The step is given up and done anew: its dropout, its data, which are random here, and the reduced gradients."""
     split = {"batch_size": 1, "gradient_accumulation_steps": 4 // size, "save_every_n_steps": None}
+    split |= {"dataset___component_": "tiny.noisy_dataset", **more}
     cfg = resumable_config(tmp_path, "lora", output_dir=str(tmp_path / "stopped"), **split)
     run = ForkedRun(cfg, size, hold=("microbatch", 2 * 4 // size + 1))  # the first of step 3
     assert run.wait_for("microbatch", 2 * 4 // size + 1)

@@ -74,3 +74,12 @@ def test_the_state_is_read_from_the_sampler(tmp_path):
     (loader,) = loaders(10, 1, 2, True, 4)
     assert loader.sampler.state_dict() == {"epoch": 1, "position": 4}
     assert seen(loader) == loader.sampler.order()[4:]
+
+
+def test_beyond_the_end_no_step_is_left():
+    """Where a run goes on although its dataset became shorter, or its epochs did."""
+    (loader,) = loaders(10, 1, 2, shuffle=True, position=14)
+    assert steps_left(loader, 2, None) == 0
+    assert not list(microbatches(loader, 2, steps_left(loader, 2, None)))
+    (loader,) = loaders(10, 1, 2, shuffle=True, position=2)
+    assert steps_left(loader, 2, max_steps=-1) == 0

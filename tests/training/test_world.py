@@ -7,7 +7,7 @@ from tiny import STUDENT, make_config, model_section
 
 from torchtune_kd.training import UserError, World, join_process_group, read_settings
 from torchtune_kd.training.preflight import on_meta
-from torchtune_kd.training.world import _mesh_shape, describe_layout
+from torchtune_kd.training.world import describe_layout, mesh_shape
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
     [(8, 1, -1, (8,)), (8, 1, 8, (8,)), (8, 2, -1, (2, 4)), (8, 2, 4, (2, 4)), (2, 2, -1, (2, 1)), (1, 1, -1, (1,))],
 )
 def test_the_mesh_has_a_second_dimension_for_copies(size, replicate_dim, shard_dim, shape):
-    assert _mesh_shape(size, replicate_dim, shard_dim) == shape
+    assert mesh_shape(size, replicate_dim, shard_dim) == shape
 
 
 @pytest.mark.parametrize("size, replicate_dim, shard_dim", [(8, 3, -1), (8, 2, 2), (8, 1, 4), (2, 4, -1)])

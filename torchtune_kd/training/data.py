@@ -160,7 +160,7 @@ class EachSampleOnce(StatefulDistributedSampler):
 
     def remaining(self) -> int:
         """How many samples this process has yet to yield in this epoch, the filler included."""
-        return -(-(len(self.dataset) - self.position) // self.num_replicas)
+        return max(0, -(-(len(self.dataset) - self.position) // self.num_replicas))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -248,7 +248,7 @@ def steps_left(loader: StatefulDataLoader, per_step: int, max_steps: int | None)
     """Optimizer steps from the sampler's position to the end of its epoch, at most ``max_steps``."""
     batches = -(-loader.sampler.remaining() // loader.batch_size)
     steps = -(-batches // per_step)
-    return steps if max_steps is None else min(steps, max_steps)
+    return steps if max_steps is None else min(steps, max(max_steps, 0))
 
 
 def attention_inputs(batch: Batch, move: Callable[[Any], Any]) -> dict[str, Any]:

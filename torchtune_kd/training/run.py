@@ -66,6 +66,7 @@ class Run:
     stop_requests: StopRequests = field(default_factory=StopRequests)
     stopping: bool = False  # all processes know that one of them was asked to stop
     validation: dict[str, float] | None = None  # of this very step, where there was one
+    generators: dict[str, Any] = field(default_factory=dict)  # as they were before the step's rows were read
 
     @property
     def global_step(self) -> int:
@@ -158,7 +159,10 @@ def steps(run: Run, epoch: int) -> Iterator[list[Batch]]:
     with preserved_rng(run.world.device):  # a loader draws a seed when it begins
         batches = iter(run.loader)
     left = _steps_left(run.loader, run.settings, progress)
-    yield from microbatches(batches, run.settings.gradient_accumulation_steps, left)
+    run.generators = rng_state(run.world.device)
+    for step in microbatches(batches, run.settings.gradient_accumulation_steps, left):
+        yield step
+        run.generators = rng_state(run.world.device)  # before the next rows are read, which may draw from them
 
 
 def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
@@ -172,13 +176,13 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     """
     progress, settings = run.progress, run.settings
     metrics = run.log.wants(progress.global_step + 1)
-    generators = rng_state(run.world.device)
     with out_of_memory_explained(run, step):
         sums = accumulate_gradients(
             run.student, run.teacher, step, metrics, run.ignore_index, run.world, lambda: _asked_to_stop(run)
         )
         if sums is None:
-            set_rng_state(generators, run.world.device)
+            run.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(run.generators, run.world.device)
             return
         loss, grad_norm = _agree(run, sums, gradient_norm(run.trainable, settings.clip_grad_norm))
         lr = run.optimizer.param_groups[0]["lr"]
