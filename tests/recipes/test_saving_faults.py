@@ -94,6 +94,28 @@ def test_one_that_they_share_holds_what_all_have_written(tmp_path, monkeypatch):
     found.check_files(folder, found.files)
 
 
+@pytest.mark.parametrize("what", [{"resume_from_checkpoint": True}, {"save_every_n_steps": 2}])
+def test_a_run_whose_processes_see_different_folders_does_not_begin(tmp_path, what):
+    cfg = resumable_config(
+        tmp_path, save_every_n_steps=None, output_dir=str(tmp_path / "node_${oc.env:RANK,0}" / "out")
+    )
+    (tmp_path / "node_0").mkdir()
+    run = ForkedRun(OmegaConf.merge(cfg, what), 2)
+    assert run.join() == [2, 2]
+    for rank in (0, 1):
+        assert f"what rank 0 writes into {tmp_path}/node_{rank}/out is not there for rank 1: put it" in run.output(rank)
+    assert not list((tmp_path / "node_0" / "out").glob(".seen*"))
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "file" / "out"))
+    cfg.metric_logger.log_dir = str(tmp_path / "logs")
+    run = ForkedRun(OmegaConf.merge(cfg, {"output_dir": str(tmp_path / "file")}), 2)
+    assert run.join() == [2, 2]
+    assert f"Expected an `output_dir` that can be written, got {tmp_path}/file: " in run.output(1)
+
+
 # --- copies in host memory
 
 

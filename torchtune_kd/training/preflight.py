@@ -2,6 +2,7 @@
 
 import json
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,37 @@ def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
                 f"`{name}.checkpoint_dir` is {source}, which `overwrite_output_dir: True` would replace: "
                 "choose another `output_dir`."
             )
+
+
+def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
+    """Where checkpoints are written or read, all processes see the same output folder.
+
+    Raises:
+        UserError: on every process, if one of them does not find what rank 0 puts there, or rank 0 cannot.
+    """
+    if not world.sharded or (
+        settings.save_every_n_steps is None and settings.keep_best is None and not settings.resume_from_checkpoint
+    ):
+        return
+    mark, why = folder / f".seen_{uuid.uuid4().hex}", None
+    if world.is_rank_zero:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            why = one_line(error)
+    name, why = world.gather((mark.name, why))[0]
+    blind = [rank for rank, seen in enumerate(world.gather((folder / name).exists())) if not seen]
+    if why is not None:
+        raise UserError(f"Expected an `output_dir` that can be written, got {folder}: {why}.")
+    if world.is_rank_zero:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"Expected `output_dir` to be one folder for all processes, but what rank 0 writes into {folder} is not "
+            f"there for {'rank' if len(blind) == 1 else 'ranks'} {', '.join(map(str, blind))}: put it on a file "
+            "system that all nodes share, or save and resume nothing."
+        )
 
 
 def output_folder(cfg: DictConfig, settings: Settings) -> Path:

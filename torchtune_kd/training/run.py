@@ -27,7 +27,7 @@ from torchtune_kd.training.metrics import TrainingLog, say, validation_metrics
 from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher
 from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
 from torchtune_kd.training.phases import phase
-from torchtune_kd.training.preflight import check_run, output_folder, run_folders
+from torchtune_kd.training.preflight import check_run, check_shared_folder, output_folder, run_folders
 from torchtune_kd.training.progress import Progress
 from torchtune_kd.training.resume import Found, check_same_run, find_checkpoint, gather_state, restore_state
 from torchtune_kd.training.rng import preserved_rng, rng_state, set_rng_state
@@ -85,6 +85,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         UserError: for whatever in config, files or data cannot work.
     """
     output = output_folder(cfg, settings)
+    check_shared_folder(output, settings, world)
     found = find_checkpoint(output, settings, world)
     progress = Progress() if found is None else Progress(**found.manifest.progress)
     seed = settings.seed if settings.seed is not None or found is None else found.manifest.seed
