@@ -157,6 +157,7 @@ def test_register_in_a_program_that_imports_torch_alone(tmp_path):
     print(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -185,6 +186,7 @@ def test_whoever_imports_the_list_gets_one_module(tmp_path, imports):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_list_imported_before_us_is_completed(tmp_path):
     result = python(
         "-c",
@@ -258,6 +260,7 @@ def test_a_launch_file_keeps_its_name(tmp_path, monkeypatch, destination, writte
     assert (tmp_path / written).read_text() == (_registry._folder("launch", None) / "kd_multinode.slurm").read_text()
 
 
+@pytest.mark.slow
 def test_the_second_door_copies_launch_files_too(tmp_path):
     arguments = ("cp", "torchtune_kd/launch/kd_multinode.slurm", "mine.slurm")
     result = python("-m", "torchtune_kd", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")

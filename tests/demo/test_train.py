@@ -74,6 +74,7 @@ def test_the_config_is_the_shipped_one_with_overrides():
     assert cfg.model.num_layers == 15 and cfg.kd_ratio == 1.0  # the student that the demo makes, by distillation alone
 
 
+@pytest.mark.slow
 def test_the_command_is_tune_of_this_environment():
     command = train.tune_command(["batch_size=1"])
     assert command[-5:] == ["run", train.RECIPE, "--config", train.CONFIG, "batch_size=1"]

@@ -24,14 +24,15 @@ def pytest_generate_tests(metafunc):
     """Tests that take `divergence` and `beta` run for every variant; `divergence` alone for every default; `backend`
     for both."""
     names = metafunc.fixturenames
+    marks = pytest.mark.slow if metafunc.definition.get_closest_marker("slow_interpreted") else ()
     if {"divergence", "beta", "backend"} <= set(names):
         # interpreted kernels take milliseconds a row: the defaults, and betas at both ends by test_every_beta_is_right
         cases = [(*variant, "torch") for variant in VARIANTS]
-        cases += [(name, Objective(name).beta, "triton") for name in DIVERGENCES]
+        cases += [pytest.param(name, Objective(name).beta, "triton", marks=marks) for name in DIVERGENCES]
         metafunc.parametrize(("divergence", "beta", "backend"), cases, indirect=["backend"])
         return
     if "backend" in names:
-        metafunc.parametrize("backend", ["torch", "triton"], indirect=True)
+        metafunc.parametrize("backend", ["torch", pytest.param("triton", marks=marks)], indirect=True)
     if "divergence" in names and "beta" in names:
         metafunc.parametrize(("divergence", "beta"), VARIANTS)
     elif "divergence" in names:

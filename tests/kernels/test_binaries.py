@@ -84,6 +84,7 @@ print(json.dumps([v.fn.__name__ for v in values if isinstance(v, triton.JITFunct
 """
 
 
+@pytest.mark.slow
 def test_a_spill_and_narrow_loads_would_be_seen():
     code = """
 from unittest.mock import patch
@@ -146,6 +147,7 @@ def test_occupancy(arch, registers, warps, shared, programs):
     assert benchmarks("binaries").programs_per_sm(arch, registers, warps, shared) == programs
 
 
+@pytest.mark.slow
 def test_a_new_number_of_tokens_compiles_nothing():
     code = """
 def binaries_of(call):
@@ -175,6 +177,7 @@ print(json.dumps(different))
     assert set(different.values()) == {1}
 
 
+@pytest.mark.slow
 def test_specialises_as_triton_does():
     """`binaries.specialise` against Triton's own binder, whose name and place changed with its versions."""
     code = """

@@ -77,6 +77,7 @@ def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio, backen
         assert (ours - right).abs().max() <= 1e-5 * right.abs().max() + 1e-8
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
 def test_low_precision_is_as_right_as_plain_torch(divergence, chunk_tokens, dtype, backend):

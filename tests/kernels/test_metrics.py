@@ -40,6 +40,7 @@ def tensors(request):
 
 # T on both sides of 1 and at 1 (where softmaxes are shared), with either term of the objective and both; with and
 # without T².
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("t", "scale"), [(0.5, True), (1.0, True), (4.0, True), (4.0, False)])
 def test_values(tensors, divergence, t, scale, kd_ratio, backend):
@@ -125,6 +126,7 @@ def test_nan_logits_are_not_hidden(tensors, model, name, backend):
 
 
 # V: ids are searched in runs of sqrt(V): one of one id, whole ones, and a shorter one at the end.
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("v", [1, 7, 256, 257, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("t", "kd_ratio"), [(1.0, 1.0), (3.0, 0.5), (2.0, 0.0)])

@@ -118,6 +118,7 @@ def test_the_default_dtype_changes_nothing(divergence, backend):
 
 
 # Both ends, to where fp32 no longer tells them from 0 and 1 and beyond; the formula in fp64 goes no further.
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("from_end", [1e-3, 1e-6, 1e-8, 1e-10])
 @pytest.mark.parametrize("near_0", [True, False])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
@@ -136,6 +137,7 @@ def test_every_beta_is_right(divergence_of_two, spread, near_0, from_end, backen
     assert (grad - true_grad).norm() <= 1e-3 * true_grad.norm() + 1e-6 * from_end
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("beta_of_two", [1e-300, 1e-40, 1 - 1e-16])
 @pytest.mark.parametrize("divergence_of_two", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
 def test_no_beta_gives_infinity_where_the_mixture_has_all_ids(divergence_of_two, beta_of_two, backend):

@@ -76,6 +76,7 @@ def copy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs_on", ["torch", "triton"])
 def test_a_copy_works_where_torchtune_cannot_be_imported(copy, runs_on):
     # PyTorch itself would load this project's plug-in otherwise
@@ -88,6 +89,7 @@ def test_refusal_refuses(tmp_path):
     assert run(REFUSE + script, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "torchtune was imported\n"
 
 
+@pytest.mark.slow
 def test_a_copy_works_beside_the_original(copy):
     """Each registers operators of its own, and `torch.compile` keeps each in its graph."""
     script = """

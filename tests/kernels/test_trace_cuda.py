@@ -85,6 +85,7 @@ def test_auto_is_triton_for_cuda_tensors():
         assert graph["dtype"] == "torch.float32"
 
 
+@pytest.mark.slow
 def test_auto_is_torch_for_cpu_tensors():
     code = """
 graphs = {name: traced(name, inputs, boxed)["ops"] for name, inputs in make("cpu", False).items()}
@@ -118,6 +119,7 @@ def test_forward_and_backward_are_in_the_graph():
     }
 
 
+@pytest.mark.slow
 def test_operators_stay_on_the_device():
     """The fake operators with gradients wanted, which a build without CUDA cannot reach through autograd."""
     code = """
@@ -144,6 +146,7 @@ with FakeTensorMode():
     assert found["last"] == [["cuda:0", bf16, [n, d]], ["cuda:0", bf16, [v, d]], nothing]
 
 
+@pytest.mark.slow
 def test_triton_on_the_cpu_is_refused_where_nothing_interprets():
     code = """
 try:

@@ -32,7 +32,7 @@ def test_value_and_gradient_from_hidden_states(divergence, v, n, t, kd_ratio, la
     check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens, "triton")
 
 
-@pytest.mark.parametrize("other", ["triton-backwards", "triton-split"])
+@pytest.mark.parametrize("other", ["triton-backwards", pytest.param("triton-split", marks=pytest.mark.slow)])
 def test_other_ways_to_read_less_change_nothing(divergence, other, monkeypatch):
     """Rows walked back in the second pass, rows split over programs and taken few at a time."""
     monkeypatch.setattr(_triton_split, "_CACHE_BYTES", 2**16)  # 4 rows at a time

@@ -242,6 +242,7 @@ def test_the_user_sees_one_sentence_and_no_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2])
 def test_too_few_devices(tmp_path, nproc):
     if torch.cuda.device_count() >= nproc:

@@ -331,6 +331,7 @@ def test_two_processes_agree_on_the_step_when_one_is_signalled(tmp_path):
     assert_same_run(cfg, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_it_at_once_and_the_last_checkpoint_is_whole(tmp_path):
     """In the middle of a save that hangs; two signals in the same second are one request (torchrun passes them on)."""
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "stopped"))

@@ -85,6 +85,7 @@ def test_one_process_and_accumulation_give_the_numbers_of_the_single_device_reci
     assert_same_steps(read_log(one.output_dir), read_log(single.output_dir), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_started_without_a_launcher_says_so(tmp_path):
     result = run_tune(make_config(tmp_path), RECIPE, check=False)
     assert result.returncode == 2

@@ -39,6 +39,7 @@ def test_our_chunked_loss_trains_in_the_stock_recipe(tmp_path):
     assert values[0] == values[1] > values[2] > values[3] > 0  # the first step of the warm-up has rate 0
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_of_ours_trains_on_in_the_stock_recipe(tmp_path):
     ours = make_config(tmp_path, "lora", output_dir=str(tmp_path / "ours"), max_steps_per_epoch=1)
     run_in_process(ours)
@@ -51,6 +52,7 @@ def test_a_merged_checkpoint_of_ours_trains_on_in_the_stock_recipe(tmp_path):
     assert len(read_log(cfg.output_dir)) == 4
 
 
+@pytest.mark.slow
 def test_the_stock_recipe_takes_the_same_steps_with_our_loss_at_temperature_1(tmp_path):
     """Same gradient, so the same learning curve of the cross-entropy; the KD values differ by the teacher's entropy."""
     logs = {}

@@ -58,6 +58,7 @@ def test_cleaning_up_after_a_good_end_may_fail():
         cleanup.callback(lambda: 1 / 0)
 
 
+@pytest.mark.slow
 def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_path):
     start = time.monotonic()
     run = ForkedRun(make_config(tmp_path), 2, recipe="training.ending_worker")

@@ -15,7 +15,7 @@ def case_of(cfg, *, validation=False, layout=None):
     return Case(cfg, settings, layout or Layout(), Shape(settings.batch_size, 128, validation=validation))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("key", "overrides"),
     [
@@ -38,6 +38,7 @@ def test_what_a_setting_saves_is_what_a_run_takes_less(tmp_path, kind, key, over
     assert predicted == pytest.approx(before - after, rel=0.1)
 
 
+@pytest.mark.slow
 def test_every_change_can_be_planned_and_names_what_it_changes(tmp_path):
     cfg = make_config(tmp_path, dtype="fp32")
     cfg.optimizer.fused = True
