@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _metrics
-from ._divergences import Distributions, divergence
+from ._device import answers_at_once
+from ._divergences import KULLBACK_LEIBLER, Distributions, Softmax, divergence, kl_from_exponentials
 from ._objective import Objective
+from ._workspaces import Workspaces
 
 # Elements of one temporary. CPU: 2 MiB of fp32 each, seven of them, which a last-level cache holds, and few enough
 # blocks for the cost of waking threads to stay small; other devices: 32 MiB each, enough to fill the device.
@@ -37,11 +39,6 @@ class Plan(NamedTuple):
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def answers_at_once(device: torch.device) -> bool:
-    """Whether reading a value of a tensor there does not make the host wait for queued work."""
-    return device.type == "cpu"
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -78,8 +75,11 @@ def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = Fal
         grad (Tensor): ``[N, V]`` (or any 2-D or 1-D tensor).
         scale (Tensor): 0-d, or ``[N, 1]``, in the working dtype.
         dtype (torch.dtype): of the result.
-        in_place (bool): write over `grad`, which must then have that dtype.
+        in_place (bool): write over `grad` where it has that dtype.
     """
+    in_place = in_place and grad.dtype == dtype
+    if scale.dim() == 0 and answers_at_once(scale.device) and bool(scale == 1):
+        return grad if in_place else grad.to(dtype, copy=True)
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.dtype == dtype == scale.dtype:
         return torch.mul(grad, scale, out=out)
@@ -87,6 +87,12 @@ def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = Fal
     for rows in row_blocks(len(grad), math.prod(grad.shape[1:]), grad.device):
         out[rows] = grad[rows].to(scale.dtype) * (scale if scale.dim() == 0 else scale[rows])
     return out
+
+
+def graph_is_kept() -> bool:
+    """Whether this backward was asked to retain the graph; True where PyTorch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
 
 
 class BlockLoss:
@@ -97,10 +103,20 @@ class BlockLoss:
         max_rows (int): the largest block that will come.
         dtype (torch.dtype): working dtype, fp32 or fp64.
         device (torch.device): of the logits.
+        factor (float): multiplies every gradient.
+        workspaces (Workspaces | None): where its memory is from, and what it is given back to by :meth:`release`.
     """
 
-    def __init__(self, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        max_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        factor: float = 1.0,
+        workspaces: Workspaces | None = None,
+    ) -> None:
+        self.plan, self._factor, self._workspaces = plan, factor, workspaces
         objective, wanted = plan.objective, set(plan.metrics)
         self._has_kd = objective.kd_ratio > 0.0
         self._has_ce = objective.kd_ratio < 1.0
@@ -109,9 +125,21 @@ class BlockLoss:
         self._both_at_1 = bool(wanted & {"kl", "acceptance_rate"}) or ("top1_agreement" in wanted and not self._has_kd)
         self._student_at_1 = self._has_ce or self._both_at_1 or bool(wanted & {"class_loss", "student_entropy"})
         self._teacher_at_1 = self._both_at_1 or bool(wanted & {"teacher_class_loss", "teacher_entropy"})
-        # log q, q, scratch, then the teacher's, then the gradient
+        # the loss alone, as a sum of exponentials: no probability is needed
+        self._undivided = not plan.want_grad and not wanted and objective.divergence in KULLBACK_LEIBLER
+        # logits and probabilities, scratch, then the teacher's, then the gradient
         count = 3 + 3 * plan.has_teacher + plan.want_grad
-        self._work = [torch.empty(max_rows, plan.vocab, dtype=dtype, device=device) for _ in range(count)]
+        elements = count * max_rows * plan.vocab
+        take = torch.empty if workspaces is None else workspaces.take
+        self._memory = take(elements, dtype=dtype, device=device)
+        self._work = self._memory[:elements].view(count, max_rows, plan.vocab).unbind()
+
+    def release(self) -> None:
+        """Hand the memory to the next call; this one computes no more."""
+        memory = self._memory
+        del self._memory, self._work
+        if self._workspaces is not None:
+            self._workspaces.give_back(memory)
 
     def __call__(
         self,
@@ -134,39 +162,44 @@ class BlockLoss:
             tuple[Tensor, list[Tensor]]: loss ``[n]`` and one ``[n]`` for each of the plan's metrics.
         """
         plan, objective = self.plan, self.plan.objective
-        log_q, q, x, *rest = (buffer[: student.shape[0]] for buffer in self._work)
+        u_q, q, x, *rest = (buffer[: student.shape[0]] for buffer in self._work)
         grad = rest.pop() if plan.want_grad else None
-        log_p, p, r = rest if rest else (None, None, None)
-        dist = Distributions(log_p, log_q, p, q)
+        u_p, p, r = rest if rest else (None, None, None)
         temperature, at_1 = objective.temperature, objective.temperature == 1.0
 
-        loss = kd_loss = kl = None
+        loss = kd_loss = kl = of_student = of_teacher = None
         if self._kd_value:
-            _softmax(student, temperature, log_q, q)
-            _softmax(teacher, temperature, log_p, p)
+            of_student = _softmax(student, temperature, u_q, q, divide=not self._undivided)
+            of_teacher = _softmax(teacher, temperature, u_p, p, divide=not self._undivided)
             kd_grad = grad if self._has_kd else None
-            kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
+            dist = Distributions(of_teacher, of_student)
+            if self._undivided:
+                kd_loss = kl_from_exponentials(objective.divergence, objective.beta, dist, r, x)
+            else:
+                kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
             kl = kd_loss.clone() if at_1 and objective.divergence == "forward_kl" else None
             kd_loss.mul_(objective.divergence_scale)
             if self._has_kd:
                 loss = kd_loss * objective.kd_ratio
-                factor = objective.kd_ratio * objective.divergence_scale / temperature
+                factor = self._factor * objective.kd_ratio * objective.divergence_scale / temperature
                 if kd_grad is not None and factor != 1.0:
                     kd_grad.mul_(factor)
 
         fresh = self._kd_value and at_1
         if self._student_at_1 and not fresh:
-            _softmax(student, 1.0, log_q, q)
+            of_student = _softmax(student, 1.0, u_q, q)
         if self._teacher_at_1 and not fresh:
-            _softmax(teacher, 1.0, log_p, p)
+            of_teacher = _softmax(teacher, 1.0, u_p, p)
+        dist = None if of_teacher is None else Distributions(of_teacher, of_student)
 
         class_loss = None
         if self._has_ce or "class_loss" in plan.metrics:
-            class_loss = _cross_entropy(log_q, labels)
+            class_loss = _cross_entropy(of_student, labels)
         if self._has_ce:
             weight = 1.0 - objective.kd_ratio
             loss = class_loss * weight if loss is None else loss.add(class_loss, alpha=weight)
             if grad is not None:
+                weight *= self._factor
                 if self._has_kd:
                     grad.add_(q, alpha=weight)
                 else:
@@ -175,12 +208,12 @@ class BlockLoss:
 
         values = {
             "class_loss": lambda: class_loss,
-            "teacher_class_loss": lambda: _cross_entropy(log_p, labels),
+            "teacher_class_loss": lambda: _cross_entropy(of_teacher, labels),
             "kd_loss": lambda: kd_loss,
             "kl": lambda: kl if kl is not None else _metrics.kl(dist, r, x),
             "top1_agreement": lambda: _metrics.top1_agreement(dist),
-            "student_entropy": lambda: _metrics.entropy(log_q, q, x),
-            "teacher_entropy": lambda: _metrics.entropy(log_p, p, x),
+            "student_entropy": lambda: _metrics.entropy(of_student, x),
+            "teacher_entropy": lambda: _metrics.entropy(of_teacher, x),
             "acceptance_rate": lambda: _metrics.acceptance_rate(dist, x),
         }
         metrics = [values[name]() for name in plan.metrics]
@@ -190,21 +223,26 @@ class BlockLoss:
         return loss, metrics
 
 
-def _softmax(logits: Tensor, temperature: float, log_prob: Tensor, prob: Tensor) -> None:
-    """log-softmax and softmax of logits/T ``[n, V]``, the second as the exponential of the first.
+def _softmax(logits: Tensor, temperature: float, u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
+    """softmax(logits/T) ``[n, V]`` in `prob` (not yet divided by its sum if not `divide`) and its logits in `u`.
 
-    That keeps an error of the normaliser the same in both, where it cancels: see the divergences.
+    ``torch.softmax`` would keep its totals to itself, and take another logarithm of them to compute: the divergences
+    need the very total that the probabilities were divided by.
     """
-    prob.copy_(logits)
+    u.copy_(logits)
+    u.sub_(u.amax(-1, keepdim=True))
     if temperature != 1.0:
-        prob.div_(temperature)
-    torch.log_softmax(prob, -1, out=log_prob)
-    torch.exp2(torch.mul(log_prob, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
+        u.div_(temperature)
+    torch.exp2(torch.mul(u, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
+    total = prob.sum(-1, keepdim=True)
+    if divide:
+        prob.div_(total)
+    return Softmax(u, prob, total)
 
 
-def _cross_entropy(log_prob: Tensor, labels: Tensor) -> Tensor:
-    """-log q_y ``[n]``."""
-    return -log_prob.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def _cross_entropy(dist: Softmax, labels: Tensor) -> Tensor:
+    """-log softmax(u)_y ``[n]``."""
+    return (dist.total.log() - dist.u.gather(-1, labels.unsqueeze(-1))).squeeze(-1)
 
 
 class Rows(NamedTuple):
@@ -224,6 +262,22 @@ class Rows(NamedTuple):
         if reduction == "mean":
             loss = loss / count.clamp(min=1)
         return loss, self.metrics.sum(-1).float()
+
+
+def mean_is_inside(backend: str, reduction: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch's stored gradients are those of the mean already, and ``loss.backward()`` only hands them out.
+
+    That takes the number of valid tokens on the host. In fp16 they are those of the sum: numbers below 6e-8 would be
+    lost.
+    """
+    return reduction == "mean" and dtype != torch.float16 and not is_triton(backend) and answers_at_once(device)
+
+
+def mean_factor(count: Tensor, inside: bool) -> float:
+    """What the gradients are multiplied by before they are stored; `count` is 0-d."""
+    if inside and answers_at_once(count.device):
+        return 1.0 / max(1, int(count))
+    return 1.0
 
 
 def gradient_scale(grad_loss: Tensor, reduction: str, count: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._block import answers_at_once
+from ._device import answers_at_once
 from ._objective import Objective
 
 BACKENDS = ("auto", "torch", "triton", "triton-backwards", "triton-split")

@@ -8,7 +8,8 @@ For any :math:`D(q)` with :math:`h_j = \partial D/\partial q_j` the gradient wit
 
 Every KL is summed with the terms of its generalised form, which adds the masses: ``KL(a||b) = Σ a·log(a/b) +
 b - a``. The masses cancel exactly in real numbers; in floating point they also cancel the first-order effect
-of a normaliser that is rounded, which is what makes a KL of 1e-3 and less come out right in fp32.
+of a normaliser that is rounded, which is what makes a KL of 1e-3 and less come out right in fp32. Where nothing
+but the loss is wanted (:func:`kl_from_exponentials`) that costs too much.
 """
 
 import math
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._device import answers_at_once
 
 # Stands for a ratio x/0. In fp32 no two ids that both have a probability reach it.
 _MAX_RATIO = 1e30
@@ -26,13 +29,55 @@ _SMALL_WEIGHT = 0.01
 _INF = float("inf")
 
 
-class Distributions(NamedTuple):
-    """Teacher p and student q of one block, all ``[n, V]`` in the working dtype (fp32 or fp64)."""
+# The divergences that are β·KL(p‖q) + (1-β)·KL(q‖p), and the β of those that have none of their own.
+KULLBACK_LEIBLER = {"forward_kl": 1.0, "reverse_kl": 0.0, "symmetric_kl": None}
 
-    log_p: Tensor
-    log_q: Tensor
-    p: Tensor
-    q: Tensor
+
+class Softmax(NamedTuple):
+    """softmax(u) of a block's rows, in the working dtype (fp32 or fp64).
+
+    Attributes:
+        u (Tensor): ``[n, V]``, logits over T less the row's largest.
+        prob (Tensor): ``[n, V]``, exp(u) / total.
+        total (Tensor): ``[n, 1]``, Σ exp(u).
+    """
+
+    u: Tensor
+    prob: Tensor
+    total: Tensor
+
+
+class Distributions(NamedTuple):
+    """Teacher p and student q of one block."""
+
+    teacher: Softmax
+    student: Softmax
+
+    @property
+    def p(self) -> Tensor:
+        """``[n, V]``."""
+        return self.teacher.prob
+
+    @property
+    def q(self) -> Tensor:
+        """``[n, V]``."""
+        return self.student.prob
+
+
+def _log_ratio(dist: Distributions, out: Tensor) -> Tensor:
+    """log(q/p) ``[n, V]``, in `out`.
+
+    The totals enter as the logarithm of their ratio, which is as small as the models are close; as two logarithms they
+    would leave the rounding of either in every term, where nothing cancels it.
+    """
+    return torch.sub(dist.student.u, dist.teacher.u, out=out).add_(_shift(dist))
+
+
+def _shift(dist: Distributions) -> Tensor:
+    """The totals' part of log(q/p) ``[n, 1]``."""
+    p, q = dist.teacher.total, dist.student.total
+    gap = p - q
+    return torch.copysign(torch.log1p(gap.abs() / torch.minimum(p, q)), gap)
 
 
 def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
@@ -58,12 +103,9 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
         name = "forward_kl" if beta == 0.0 else "reverse_kl"
     elif name in ("skew_forward_kl", "skew_reverse_kl") and beta == 0.0:
         name = name.removeprefix("skew_")
-    if name == "forward_kl":
-        return _kl_mixture(1.0, dist, r, x, grad)
-    if name == "reverse_kl":
-        return _kl_mixture(0.0, dist, r, x, grad)
-    if name == "symmetric_kl":
-        return _kl_mixture(beta, dist, r, x, grad)
+    if name in KULLBACK_LEIBLER:
+        share = KULLBACK_LEIBLER[name]
+        return _kl_mixture(beta if share is None else share, dist, r, x, grad)
     if name == "tvd":
         return _tvd(dist, x, grad)
     # Σ q - Σ p, zero but for rounding, see the head of this file
@@ -74,7 +116,9 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
 
 def _expect(weight: Tensor, value: Tensor, out: Tensor) -> Tensor:
     """Σ weight·value ``[n]`` with 0·(±inf) = 0; `out` is scratch."""
-    torch.mul(weight, value, out=out)
+    total = torch.mul(weight, value, out=out).sum(-1)
+    if answers_at_once(out.device) and bool(total.isfinite().all()):
+        return total
     return out.nan_to_num_(nan=0.0, posinf=_INF, neginf=-_INF).sum(-1)
 
 
@@ -88,7 +132,7 @@ def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Te
     """β·KL(p‖q) + (1-β)·KL(q‖p); gradient β·(q - p) + (1-β)·q·(r - Σ q·r)."""
     q_minus_p = torch.sub(dist.q, dist.p, out=x if grad is None else grad)
     mass = q_minus_p.sum(-1)
-    torch.sub(dist.log_q, dist.log_p, out=r)
+    _log_ratio(dist, out=r)
     value = torch.zeros_like(mass)
     if beta > 0.0:
         value.add_((mass - _expect(dist.p, r, out=x)).clamp_(min=0.0), alpha=beta)
@@ -100,6 +144,27 @@ def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Te
             r.nan_to_num_(nan=0.0).clamp_(max=largest.add_(BEYOND_FINITE))
             grad.mul_(beta).add_(_centred(dist.q, r, x), alpha=1.0 - beta)
     return value
+
+
+def kl_from_exponentials(name: str, beta: float | None, dist: Distributions, r: Tensor, x: Tensor) -> Tensor:
+    """The KLs of :func:`divergence` ``[n]`` where ``prob`` is not yet divided by ``total``, which saves five passes.
+
+    Without the masses' terms the rounding of the totals stays: some 1e-7, whatever the KL.
+    """
+    share = KULLBACK_LEIBLER[name]
+    share = beta if share is None else share
+    torch.sub(dist.student.u, dist.teacher.u, out=r)
+    shift = _shift(dist)[:, 0]
+    value = torch.zeros_like(shift)
+    if share > 0.0:
+        mean = _expect(dist.p, r, out=r if share == 1.0 else x) / dist.teacher.total[:, 0]
+        value.sub_(mean + shift, alpha=share)
+    if share < 1.0:
+        mean = _expect(dist.q, r, out=r) / dist.student.total[:, 0]
+        value.add_(mean + shift, alpha=1.0 - share)
+    # a NaN among the logits is one in its row's total, and _expect takes no notice of it
+    totals = (dist.teacher.total + dist.student.total)[:, 0]
+    return value.clamp_(min=0.0).add_(totals, alpha=0.0)
 
 
 def _tvd(dist: Distributions, x: Tensor, grad: Tensor | None) -> Tensor:

@@ -23,23 +23,34 @@ class HeadGradient:
 
     def __init__(self, weight: Tensor, vocab: int, single: bool) -> None:
         self._weight, self._vocab = weight, vocab
-        self.sum = torch.zeros_like(weight, dtype=head_gradient_dtype(weight.dtype, single))
+        self._sum = torch.empty_like(weight, dtype=head_gradient_dtype(weight.dtype, single))
+        self._sum[vocab:] = 0
+        self._is_empty = True
         self._product: Tensor | None = None
+
+    @property
+    def sum(self) -> Tensor:
+        """``[V', D]``."""
+        return self._sum.zero_() if self._is_empty else self._sum
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
         """Add one chunk: gradient ``[C, V]``, hidden states ``[C, D]``."""
-        own = self._weight.dtype
-        into = self.sum[: self._vocab]
+        own, beta = self._weight.dtype, 0 if self._is_empty else 1
+        self._is_empty = False
+        into = self._sum[: self._vocab]
         if into.dtype == own:
-            into.addmm_(grad.t(), hidden)
+            into.addmm_(grad.t(), hidden, beta=beta)
         elif own == torch.float16:
             hidden = hidden.float()
             for rows in row_blocks(self._vocab, len(grad), grad.device):
-                into[rows].addmm_(grad[:, rows].t().float(), hidden)
+                into[rows].addmm_(grad[:, rows].t().float(), hidden, beta=beta)
         else:
             if self._product is None:
                 self._product = grad.new_empty(self._vocab, hidden.shape[1])
             torch.mm(grad.t(), hidden, out=self._product)
             # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
             for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
-                into[rows] += self._product[rows]
+                if beta:
+                    into[rows] += self._product[rows]
+                else:
+                    into[rows] = self._product[rows]

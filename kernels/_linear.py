@@ -13,15 +13,18 @@ from ._block import (
     BlockLoss,
     Plan,
     Rows,
-    answers_at_once,
     gradient_scale,
+    graph_is_kept,
     is_triton,
+    mean_factor,
+    mean_is_inside,
     rows_per_block,
     scaled,
     sent,
     slices,
     working_dtype,
 )
+from ._device import answers_at_once
 from ._head_gradient import HeadGradient
 
 # Bytes of both models' chunks of logits. CPU: matrix products are at full speed from about 512 tokens on.
@@ -106,14 +109,14 @@ class LinearKD(torch.autograd.Function):
         nothing = (None,) * 7
         if grad_loss is None:
             return None, None, None, *nothing
-        scale = gradient_scale(grad_loss, ctx.plan.reduction, ctx.count)
         if ctx.late:
             *heads, labels = ctx.saved_tensors
+            scale = grad_loss.unsqueeze(-1)
             grads = late_gradients(Heads(*heads), labels, ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.wants, scale)
-            scale = torch.ones_like(ctx.count, dtype=grad_loss.dtype)
-        else:
-            grads = Gradients(*ctx.saved_tensors)
-        return *scaled_gradients(grads, scale, *ctx.dtypes), *nothing
+            return *scaled_gradients(grads, grad_loss.new_ones(()), *ctx.dtypes, in_place=True), *nothing
+        grads, reduction = Gradients(*ctx.saved_tensors), ctx.plan.reduction
+        scale = remaining_scale(grad_loss, ctx.count, reduction, ctx.backend, ctx.dtypes[0])
+        return *scaled_gradients(grads, scale, *ctx.dtypes, in_place=not graph_is_kept()), *nothing
 
 
 def linear_forward(
@@ -141,14 +144,26 @@ def late_gradients(
         return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, wants, row_scale)[1]
 
 
+def remaining_scale(
+    grad_loss: Tensor, count: Tensor, reduction: str, backend: str, hidden_dtype: torch.dtype
+) -> Tensor:
+    """What the gradients of :func:`linear_forward` have yet to be multiplied by."""
+    inside = mean_is_inside(backend, reduction, hidden_dtype, count.device)
+    return gradient_scale(grad_loss, "sum" if inside else reduction, count)
+
+
 def scaled_gradients(
-    grads: Gradients, scale: Tensor, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+    grads: Gradients,
+    scale: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of hidden states, head and bias times the incoming one, each in its parameter's dtype."""
     return (
-        None if grads.hidden is None else scaled(grads.hidden, scale, hidden_dtype),
-        None if grads.weight is None else scaled(grads.weight, scale, weight_dtype),
-        None if grads.bias is None else scaled(grads.bias, scale, weight_dtype),
+        None if grads.hidden is None else scaled(grads.hidden, scale, hidden_dtype, in_place),
+        None if grads.weight is None else scaled(grads.weight, scale, weight_dtype, in_place),
+        None if grads.bias is None else scaled(grads.bias, scale, weight_dtype, in_place),
     )
 
 
@@ -204,7 +219,7 @@ def _walk(
         wants (Wants): gradients to compute.
         row_scale (Tensor | None): ``[N, 1]``, multiplies the gradient of each token's loss.
     """
-    index, labels, _ = tokens
+    index, labels, count = tokens
     hidden, device, vocab, n_visited = heads.hidden, heads.hidden.device, plan.vocab, len(labels)
     weight, bias = heads.weight[:vocab], None if heads.bias is None else heads.bias[:vocab]
     teacher_weight = None if heads.teacher_weight is None else heads.teacher_weight[:vocab]
@@ -225,7 +240,8 @@ def _walk(
     student_buffer = hidden.new_empty(chunk_tokens, vocab)
     teacher_buffer = None if teacher_weight is None else teacher_weight.new_empty(chunk_tokens, vocab)
     block_rows = chunk_tokens if is_triton(backend) else min(chunk_tokens, rows_per_block(vocab, device))
-    block_loss = _block_loss(backend, plan, block_rows, dtype, device)
+    inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
+    block_loss = _block_loss(backend, plan, block_rows, dtype, device, mean_factor(count, inside))
     for start in range(0, n_visited, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, n_visited))
         size = chunk.stop - chunk.start
@@ -259,15 +275,16 @@ def _walk(
             head_grad.add(student_logits, h)
         if wants.bias:
             grads.bias[:vocab] += student_logits.sum(0, dtype=dtype)
+    block_loss.release()
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
 
-def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device):
+def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float):
     if is_triton(backend):
         from ._triton import TritonBlockLoss
 
         return TritonBlockLoss(plan, backend)
-    return BlockLoss(plan, max_rows, dtype, device)
+    return BlockLoss(plan, max_rows, dtype, device, factor)
 
 
 def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._divergences import Distributions, divergence
+from ._divergences import Distributions, Softmax, divergence
 
 # Name -> what it needs beside the student's logits.
 _NEEDS = {
@@ -53,10 +53,11 @@ def needs_teacher(kd_ratio: float, metrics: Sequence[str]) -> bool:
     return kd_ratio > 0.0 or any("teacher" in _NEEDS[name] for name in metrics)
 
 
-def entropy(log_p: Tensor, p: Tensor, x: Tensor) -> Tensor:
-    """-Σ p·log p ``[n]`` in nats; `x` is scratch ``[n, V]``."""
-    # a finite logarithm where p is 0, so that their product is 0 and only a NaN gives a NaN
-    return -torch.clamp(log_p, min=torch.finfo(log_p.dtype).min, out=x).mul_(p).sum(-1)
+def entropy(of: Softmax, x: Tensor) -> Tensor:
+    """-Σ p·log p ``[n]`` in nats, as log Σ exp(u) - Σ p·u; `x` is scratch ``[n, V]``."""
+    # a finite u where p is 0, so that their product is 0 and only a NaN gives a NaN
+    mean = torch.clamp(of.u, min=torch.finfo(of.u.dtype).min, out=x).mul_(of.prob).sum(-1)
+    return of.total.log().squeeze(-1) - mean
 
 
 def kl(dist: Distributions, r: Tensor, x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def acceptance_rate(dist: Distributions, x: Tensor) -> Tensor:
 
 def top1_agreement(dist: Distributions) -> Tensor:
     """1 where both models rank the same id first, else 0 ``[n]``; any temperature. Of ties the first id counts."""
-    return _argmax(dist.log_p) == _argmax(dist.log_q)
+    return _argmax(dist.teacher.u) == _argmax(dist.student.u)
 
 
 def _argmax(values: Tensor) -> Tensor:

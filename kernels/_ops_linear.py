@@ -6,10 +6,19 @@ Eager calls go by the autograd Function of ``_linear.py``; both run the same fun
 import torch
 from torch import Tensor
 
-from ._block import Plan, gradient_scale, working_dtype
+from ._block import Plan, working_dtype
 from ._checks import check_label_values
 from ._head_gradient import head_gradient_dtype
-from ._linear import Gradients, Heads, Wants, late_gradients, linear_forward, one_chunk, scaled_gradients
+from ._linear import (
+    Gradients,
+    Heads,
+    Wants,
+    late_gradients,
+    linear_forward,
+    one_chunk,
+    remaining_scale,
+    scaled_gradients,
+)
 from ._ops import NAMESPACE, fake_results, if_wanted, nothing, pack, shared_ids, unpack
 
 
@@ -88,14 +97,16 @@ def _linear_kd_backward(
     wants: list[bool],
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = Gradients(*map(if_wanted, (grad_hidden, grad_weight, grad_bias), wants))
-    out = scaled_gradients(grads, gradient_scale(grad_loss, reduction, count), hidden_dtype, weight_dtype)
+    scale = remaining_scale(grad_loss, count, reduction, backend, hidden_dtype)
+    out = scaled_gradients(grads, scale, hidden_dtype, weight_dtype)
     return tuple(nothing(grad_hidden) if grad is None else grad for grad in out)
 
 
 @_linear_kd_backward.register_fake
-def _(grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, wants, hidden_dtype, weight_dtype):
+def _(grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, wants, hidden_dtype, weight_dtype, backend):
     grads = (grad_hidden, grad_weight, grad_bias)
     dtypes = (hidden_dtype, weight_dtype, weight_dtype)
     return tuple(
@@ -169,7 +180,7 @@ def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, 
         grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, wants, ctx.chunk_tokens, ctx.backend)
     else:
         *grads, count = ctx.saved_tensors
-        grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, wants, *ctx.dtypes)
+        grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, wants, *ctx.dtypes, ctx.backend)
     return *map(if_wanted, grads, wants), *nothing
 
 

@@ -12,14 +12,18 @@ from ._block import (
     BlockLoss,
     Plan,
     Rows,
-    answers_at_once,
     gradient_scale,
+    graph_is_kept,
     is_triton,
+    mean_factor,
+    mean_is_inside,
     row_blocks,
     rows_per_block,
     scaled,
     working_dtype,
 )
+from ._device import answers_at_once
+from ._workspaces import WORKSPACES
 
 
 class SoftmaxKD(torch.autograd.Function):
@@ -50,7 +54,7 @@ class SoftmaxKD(torch.autograd.Function):
         if grad is None or grad_loss is None:
             return None, None, None, None, None, None
         # A second [N, V] tensor is needed only if this graph will be walked again.
-        out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not _graph_is_kept())
+        out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not graph_is_kept())
         return out, None, None, None, None, None
 
 
@@ -80,7 +84,7 @@ def softmax_forward(
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         grad[..., plan.vocab :] = 0
     row_scale = None
-    if _mean_is_inside(backend, plan.reduction, student.dtype):
+    if _mean_is_inside_triton(backend, plan.reduction, student.dtype):
         row_scale = count.clamp(min=1).float().reciprocal()  # 1 / an integer would have the default dtype
     if group is not None:
         from ._triton_parallel import Group, parallel_rows
@@ -91,7 +95,8 @@ def softmax_forward(
 
         rows = triton_rows(student, teacher, labels, plan, grad, row_scale, backend)
     else:
-        rows = _torch_rows(student, teacher, labels, valid, plan, grad)
+        factor = mean_factor(count, mean_is_inside(backend, plan.reduction, student.dtype, student.device))
+        rows = _torch_rows(student, teacher, labels, valid, plan, grad, factor)
     loss, metrics = rows.reduce(plan.reduction, count)
     return loss, metrics, count, grad
 
@@ -100,7 +105,9 @@ def softmax_backward(
     grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str, in_place: bool
 ) -> Tensor:
     """The stored gradient ``[N, V]`` or ``[B, S, V]`` times the incoming one (0-d, or ``[N]``)."""
-    if _mean_is_inside(backend, reduction, grad.dtype):
+    if _mean_is_inside_triton(backend, reduction, grad.dtype) or mean_is_inside(
+        backend, reduction, grad.dtype, grad.device
+    ):
         reduction = "sum"
     scale = gradient_scale(grad_loss, reduction, count)
     rows = grad.view(-1, grad.shape[-1])
@@ -111,11 +118,8 @@ def softmax_backward(
     return scaled(rows, scale, grad.dtype, in_place).view(grad.shape)
 
 
-def _mean_is_inside(backend: str, reduction: str, dtype: torch.dtype) -> bool:
-    """Whether the stored gradient is that of the mean already, which leaves nothing to do to a plain ``backward()``.
-
-    In fp16 it is that of the sum: numbers below 6e-8 would be lost.
-    """
+def _mean_is_inside_triton(backend: str, reduction: str, dtype: torch.dtype) -> bool:
+    """``mean_is_inside`` for Triton's kernels, which read the number of valid tokens on the device."""
     return is_triton(backend) and reduction == "mean" and dtype != torch.float16
 
 
@@ -126,13 +130,14 @@ def _torch_rows(
     valid: Tensor | None,
     plan: Plan,
     grad: Tensor | None,
+    factor: float,
 ) -> Rows:
-    """All tokens in blocks of rows; fills `grad`."""
+    """All tokens in blocks of rows; fills `grad` with `factor` times the gradient."""
     n_tokens, dtype = student.shape[:-1].numel(), working_dtype(student, teacher)
     rows = Rows.zeros(n_tokens, plan, dtype, student.device)
     grad_rows = None if grad is None else grad.view(n_tokens, student.shape[-1])[:, : plan.vocab]
     max_rows = min(n_tokens, rows_per_block(plan.vocab, student.device))
-    block_loss = BlockLoss(plan, max_rows, dtype, student.device)
+    block_loss = BlockLoss(plan, max_rows, dtype, student.device, factor, WORKSPACES)
     start = 0
     for s, t in _segments(student, teacher):
         stop = start + s.shape[0]
@@ -146,13 +151,8 @@ def _torch_rows(
             Rows(rows.loss[start:stop], rows.metrics[:, start:stop]),
         )
         start = stop
+    block_loss.release()
     return rows
-
-
-def _graph_is_kept() -> bool:
-    """Whether this backward was asked to retain the graph; True where PyTorch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
 
 
 def _segments(student: Tensor, teacher: Tensor | None):
@@ -192,8 +192,8 @@ def _segment(
         if grad is not None:
             out = grad[block] if index is None else grad.new_empty(len(pick), grad.shape[1])
         loss, metrics = block_loss(
-            student[pick],
-            None if teacher is None else teacher[pick],
+            _rows(student, pick),
+            None if teacher is None else _rows(teacher, pick),
             None if labels is None else labels[pick],
             out,
         )
@@ -207,4 +207,9 @@ def _segment(
         for into, metric in zip(rows.metrics, metrics, strict=True):
             into[pick] = metric.to(into.dtype)
         if out is not None and index is not None:
-            grad[pick] = out
+            grad.index_copy_(0, pick, out)
+
+
+def _rows(logits: Tensor, pick: "slice | Tensor") -> Tensor:
+    """Rows of ``[n, V]``: a view, or copies of those at some indices."""
+    return logits[pick] if isinstance(pick, slice) else logits.index_select(0, pick)

@@ -77,6 +77,9 @@ class TritonBlockLoss:
         """One block, of any number of rows; arguments as `rows`."""
         return rows(student, teacher, labels, self.plan, grad_out, row_scale, self.backend)
 
+    def release(self) -> None:
+        """There are no workspaces."""
+
 
 def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     """grad ← grad·scale, in place; `grad` contiguous, `scale` 0-d or one per row of ``[N, V]``."""

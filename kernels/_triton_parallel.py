@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._block import Plan, Rows, answers_at_once
+from ._block import Plan, Rows
 from ._checks import check_label_values
+from ._device import answers_at_once
 from ._triton_launch import rows_of
 from ._triton_passes import NO_ID
 from ._triton_split import Walk

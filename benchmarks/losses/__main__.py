@@ -18,7 +18,7 @@ from ._run import CHECKOUT, GRACE, Clock, run_case, select
 
 MINUTES, QUICK_MINUTES = 9.0, 2.0
 # Seconds to repeat one cell for, by type of device and --quick.
-BUDGETS = {("cuda", False): 0.4, ("cuda", True): 0.3, ("cpu", False): 2.0, ("cpu", True): 0.5}
+BUDGETS = {("cuda", False): 0.4, ("cuda", True): 0.3, ("cpu", False): 1.0, ("cpu", True): 0.5}
 
 
 def main(argv: list[str] | None = None) -> None:

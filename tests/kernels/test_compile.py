@@ -93,13 +93,14 @@ def test_opcheck_linear(trainable, chunk_tokens, backend, reduction):
     torch.library.opcheck(OPS.linear_kd.default, arguments)
 
 
+@pytest.mark.parametrize("grad_loss", [1.0, 1.5])
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
 @pytest.mark.parametrize("wants", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_linear_backward(wants, dtype):
+def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
     shapes = (N, D), (V, D), (V,)
     dtypes = dtype, F32, F32  # the sums over chunks are not rounded yet
     grads = [torch.randn(s if w else 0, dtype=d) for s, w, d in zip(shapes, wants, dtypes, strict=True)]
-    arguments = (*grads, torch.tensor(1.5), torch.tensor(2), "mean", list(wants), dtype, dtype)
+    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", list(wants), dtype, dtype, backend)
     torch.library.opcheck(OPS.linear_kd_backward.default, arguments)
 
 

@@ -293,6 +293,9 @@ class _BlockLossOnMeta:
         values = [student.new_empty(len(student), dtype=torch.float32) for _ in range(1 + len(self._plan.metrics))]
         return values[0], values[1:]
 
+    def release(self) -> None:
+        """The run's workspace stays, too, where it is small."""
+
 
 def _offloaded() -> Any:
     """Activations leave the device when autograd saves them and come back when it reads them."""
