@@ -187,9 +187,9 @@ class BlockLoss:
 
         fresh = self._kd_value and at_1
         if self._student_at_1 and not fresh:
-            of_student = _softmax(student, 1.0, u_q, q)
+            of_student = self._at_1(student, of_student, u_q, q)
         if self._teacher_at_1 and not fresh:
-            of_teacher = _softmax(teacher, 1.0, u_p, p)
+            of_teacher = self._at_1(teacher, of_teacher, u_p, p)
         dist = None if of_teacher is None else Distributions(of_teacher, of_student)
 
         class_loss = None
@@ -222,6 +222,12 @@ class BlockLoss:
             grad_out.copy_(grad if row_scale is None else grad.mul_(row_scale))
         return loss, metrics
 
+    def _at_1(self, logits: Tensor, other: Softmax | None, u: Tensor, prob: Tensor) -> Softmax:
+        """The softmax at T = 1, from the logits that `other`, the one at T, has left in `u`, if there is one."""
+        if other is None:
+            return _softmax(logits, 1.0, u, prob)
+        return _exponentials(u.mul_(self.plan.objective.temperature), prob)
+
 
 def _softmax(logits: Tensor, temperature: float, u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
     """softmax(logits/T) ``[n, V]`` in `prob` (not yet divided by its sum if not `divide`) and its logits in `u`.
@@ -233,6 +239,11 @@ def _softmax(logits: Tensor, temperature: float, u: Tensor, prob: Tensor, divide
     u.sub_(u.amax(-1, keepdim=True))
     if temperature != 1.0:
         u.div_(temperature)
+    return _exponentials(u, prob, divide)
+
+
+def _exponentials(u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
+    """exp(u) in `prob`, divided by its sum if `divide`."""
     torch.exp2(torch.mul(u, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
     total = prob.sum(-1, keepdim=True)
     if divide:
