@@ -1,7 +1,7 @@
 """The objective on a few rows at a time: value, gradient and metrics from one visit to the logits.
 
 Legend: n rows of a block, V vocabulary, N tokens. A block is small enough for its fp32 temporaries to stay
-in the cache of a CPU; they are allocated once per call and used for every block.
+in the cache of a CPU; they are allocated once per call, or left by the last one, and used for every block.
 """
 
 import math

@@ -57,7 +57,7 @@ class Wants(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the summed loss, not yet scaled; None where not wanted."""
+    """Of the summed loss, or of the mean where ``mean_is_inside``; not yet scaled, None where not wanted."""
 
     hidden: Tensor | None  # [N, D] in the dtype of the hidden states
     weight: Tensor | None  # [V', D] in fp32 (fp64), or in bf16 when one chunk made it

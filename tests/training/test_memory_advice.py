@@ -1,8 +1,10 @@
 """What a setting is said to save against two measured runs, without it and with it."""
 
 import pytest
+import torch
 from measured import measured_step, sized_config
 from tiny import make_config
+from torchtune.models.llama3_2 import llama3_2
 
 from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 from torchtune_kd.training import read_settings
@@ -76,3 +78,23 @@ def test_what_cannot_be_planned_is_said(tmp_path):
     case = case_of(make_config(tmp_path))
     case.cfg.model._component_ = "torch.nn.Linear"
     assert advice(case, "loss").startswith("what would help cannot be worked out (")
+
+
+class Plain(torch.nn.Module):
+    """A layer of one's own, which the plan cannot look into."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+def custom_student(**sizes):
+    model = llama3_2(**sizes)
+    model.layers = torch.nn.ModuleList(map(Plain, model.layers))
+    return model
+
+
+def test_models_that_the_plan_does_not_know_do_not_hide_the_error(tmp_path):
+    case = case_of(make_config(tmp_path))
+    case.cfg.model._component_ = f"{__name__}.custom_student"
+    assert "cannot be worked out (AttributeError: " in advice(case, "loss")

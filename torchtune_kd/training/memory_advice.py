@@ -15,7 +15,7 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
 from torchtune_kd.training.data import Batch
-from torchtune_kd.training.errors import RunError, UserError
+from torchtune_kd.training.errors import RunError
 from torchtune_kd.training.phases import OutOfMemory
 from torchtune_kd.training.plan.dry_run import dry_step, dry_validation
 from torchtune_kd.training.plan.memory import plan_memory
@@ -119,12 +119,12 @@ def advice(case: Case, phase: str) -> str:
     """The end of the sentence: the changes that lower this phase's memory most, and by how much."""
     try:
         before = case.phases()[phase]
-    except (UserError, RuntimeError) as why:
-        return f"what would help cannot be worked out ({' '.join(str(why).split())[:200]})."
+    except Exception as why:  # whatever it is, it must not hide what it was to explain
+        return f"what would help cannot be worked out ({type(why).__name__}: {' '.join(str(why).split())[:200]})."
     saved = []
     for change in changes(case):
         # what does not go together with the run, such as a builder that wants other arguments, is no advice
-        with contextlib.suppress(UserError, RuntimeError):
+        with contextlib.suppress(Exception):
             saved.append((before - change.of(case).phases()[phase], change.text))
     best = sorted((item for item in saved if item[0] > 0), key=lambda item: -item[0])[:BEST]
     if not best:

@@ -1,6 +1,7 @@
 """What can be known to fail before a weight is read: files, folders, vocabularies, shapes, lengths."""
 
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -191,7 +192,7 @@ def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
         except OSError as error:
             why = one_line(error)
     name, why = world.gather((mark.name, why))[0]
-    blind = [rank for rank, seen in enumerate(world.gather((folder / name).exists())) if not seen]
+    blind = [rank for rank, seen in enumerate(world.gather(os.path.isfile(folder / name))) if not seen]
     if why is not None:
         raise UserError(f"Expected an `output_dir` that can be written, got {folder}: {why}.")
     if world.is_rank_zero:
