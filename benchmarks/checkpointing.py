@@ -6,8 +6,9 @@ SmolLM2-135M-Instruct (30 layers) distilled into 15 of its layers, all weights t
 default two rows of 256 tokens a step, which takes more than a second; data, models and optimizer are those of
 ``benchmarks.recipe``. Each run is a process of its own, the sides alternate, and who begins changes with every round.
 Time is that of the whole training loop, saves included; loading models before and writing the final weights after it
-are left out. A checkpoint is trained weights and two moments in bf16, 6 bytes a weight; it is flushed to the disk, and
-every file read again for its checksum. On a machine that others use too, CPU time is the steadier number.
+are left out. A machine whose speed drifts by more than a checkpoint costs hides that between two runs; the last
+column is what the run with checkpoints waited for them, of its own time. A checkpoint is trained weights and two
+moments in bf16, 6 bytes a weight; it is flushed to the disk, and every file read again for its checksum.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def side_config(side: str, folder: Path, teacher: Path, steps: int, every: int, 
 
 
 def run(side: str, folder: Path, cfg: DictConfig) -> dict[str, float]:
-    """Seconds of the training loop, and of all threads' work in it."""
+    """Seconds of the training loop, of all threads' work in it, and of what a checkpoint keeps it waiting."""
     config_file, output_file = folder / f"{side}.yaml", folder / f"{side}.json"
     OmegaConf.save(cfg, config_file)
     command = [sys.executable, "-m", "benchmarks._recipe_worker", our_recipe(), config_file, output_file]
@@ -49,7 +50,7 @@ def run(side: str, folder: Path, cfg: DictConfig) -> dict[str, float]:
     if result.returncode != 0:
         raise SystemExit(f"The run {side} checkpoints ended with {result.returncode}:\n{result.stderr[-3000:]}")
     measured = json.loads(output_file.read_text())
-    return {name: measured[name] for name in ("seconds", "cpu_seconds")}
+    return {name: measured[name] for name in ("seconds", "cpu_seconds", "saving_seconds")}
 
 
 def checkpoint_bytes(folder: Path) -> int:
@@ -80,7 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         prune_checkpoint(teacher, folder / "student", select_layers(30, 15, "even"))
         write_rows(folder / "rows.jsonl", args.rows * steps)
-        print(f"\n{'':8}" + "".join(f"{side:>24}" for side in sides) + f"{'throughput, with/without':>28}")
+        print(
+            f"\n{'':8}"
+            + "".join(f"{side:>24}" for side in sides)
+            + f"{'throughput, with/without':>28}{'lost to saving':>16}"
+        )
         print(f"{'round':8}" + f"{'s/step':>12}{'CPU s/step':>12}" * len(sides) + f"{'time':>18}{'CPU time':>10}")
         for index in range(args.pairs):
             order = sides if index % 2 == 0 else sides[::-1]
@@ -98,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
 def _print_row(name: str, results: dict[str, dict[str, float]], steps: int) -> None:
     columns = "".join(f"{r['seconds'] / steps:12.3f}{r['cpu_seconds'] / steps:12.3f}" for r in results.values())
     ratios = [results["without"][key] / results["with"][key] for key in ("seconds", "cpu_seconds")]
-    print(f"{name:8}{columns}{ratios[0]:17.3f}x{ratios[1]:9.3f}x", flush=True)
+    lost = results["with"]["saving_seconds"] / results["with"]["seconds"]
+    print(f"{name:8}{columns}{ratios[0]:17.3f}x{ratios[1]:9.3f}x{lost:16.1%}", flush=True)
 
 
 if __name__ == "__main__":
