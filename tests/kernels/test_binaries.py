@@ -201,14 +201,13 @@ if hasattr(triton.JITFunction, "_pack_args"):
         return binary
     binaries.specialise = both
     for case in binaries.all_cases():
-        if case.name in sys.argv[1:]:
-            binaries.binaries_of(case)
+        binaries.binaries_of(case)
 print(json.dumps(answer))
 """
-    answer = compiling(code, *SUBSET)
+    answer = compiling(code)
     if answer is None:
         pytest.skip("this Triton has another binder")
-    assert len(answer) >= len(SUBSET) and all(answer)
+    assert len(answer) > 100 and all(answer)
 
 
 def test_refuses_to_interpret():
