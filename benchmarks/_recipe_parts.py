@@ -1,10 +1,11 @@
-"""Where the time of one of our steps goes: what both recipes share, and what the loss adds."""
+"""Where the time of one of our steps goes: what both recipes share, what the loss adds, and what nothing can avoid."""
 
 import time
 from collections.abc import Callable
 
 import torch
 from omegaconf import DictConfig
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchtune_kd.training as kd
 from torchtune_kd.kernels import linear_kd_loss
@@ -12,10 +13,16 @@ from torchtune_kd.models.output_head import output_head
 from torchtune_kd.training.metrics import training_metrics
 
 ROUNDS = 3
+#: rows, inner and columns of the products that the machine's best rate is taken from: a large one, and those of an MLP
+PRODUCTS = ((4096, 4096, 4096), (1024, 576, 1536), (1024, 1536, 576))
 
 
-def print_parts(cfg: DictConfig) -> None:
-    """Print the seconds (best of three) of the parts of a step of the run that ``cfg`` describes."""
+def print_parts(cfg: DictConfig) -> dict[str, float]:
+    """Print and return the seconds (best of three) of the parts of a step of the run that ``cfg`` describes.
+
+    ``flops`` are those of the matrix products (attention's are not counted) that both recipes need, ``rate`` is the
+    most of them per second that a product alone reaches here: no step can be shorter than their quotient.
+    """
     settings = kd.read_settings(cfg, distributed=False)
     run = kd.set_up(cfg, settings, kd.single_process(settings.device))
     batch = next(iter(run.loader))
@@ -41,14 +48,41 @@ def print_parts(cfg: DictConfig) -> None:
         linear_kd_loss(*arguments, kd_ratio=settings.kd_ratio, return_metrics=metrics)[0].backward()
 
     print("\nSeconds of one of our steps (best of three):")
-    for name, part in (
-        ("teacher forward, student forward and backward, without heads (both recipes)", bodies),
-        ("the three matrix products between hidden states and logits", products),
-        ("linear_kd_loss with these products", lambda: loss(())),
-        ("linear_kd_loss with these products and all logged metrics", lambda: loss(training_metrics(settings))),
+    parts = {}
+    for key, name, part in (
+        ("bodies", "teacher forward, student forward and backward, without heads (both recipes)", bodies),
+        ("products", "the three matrix products between hidden states and logits", products),
+        ("loss", "linear_kd_loss with these products", lambda: loss(())),
+        (
+            "loss_and_metrics",
+            "linear_kd_loss with these products and all logged metrics",
+            lambda: loss(training_metrics(settings)),
+        ),
     ):
-        print(f"{_best(part):8.2f}  {name}", flush=True)
+        parts[key] = _best(part)
+        print(f"{parts[key]:8.2f}  {name}", flush=True)
+    with FlopCounterMode(display=False) as counter:
+        bodies()
+        products()
+    parts |= {"flops": counter.get_total_flops(), "rate": best_rate(tokens.device, student_rows.dtype)}
+    print(
+        f"{parts['flops'] / parts['rate']:8.2f}  at the least for the matrix products of both recipes: "
+        f"{parts['flops'] / 1e9:.0f} GFLOP, at {parts['rate'] / 1e9:.0f} GFLOP/s, the best of a product alone"
+    )
     run.log.close()
+    return parts
+
+
+def best_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The most floating-point operations per second that a matrix product of ``PRODUCTS`` reaches."""
+    return max(_rate(*shape, device, dtype) for shape in PRODUCTS)
+
+
+def _rate(rows: int, inner: int, columns: int, device: torch.device, dtype: torch.dtype) -> float:
+    left, right = torch.randn(rows, inner).to(device, dtype), torch.randn(columns, inner).to(device, dtype)
+    flops = 2 * rows * inner * columns
+    repeats = max(1, int(2e10 / flops))
+    return flops * repeats / _best(lambda: [left @ right.t() for _ in range(repeats)])
 
 
 def _best(part: Callable[[], object]) -> float:
