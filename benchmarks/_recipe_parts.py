@@ -12,9 +12,9 @@ from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.models.output_head import output_head
 from torchtune_kd.training.metrics import training_metrics
 
+from ._device import matrix_rate
+
 ROUNDS = 3
-#: rows, inner and columns of the products that the machine's best rate is taken from: a large one, and those of an MLP
-PRODUCTS = ((4096, 4096, 4096), (1024, 576, 1536), (1024, 1536, 576))
 
 
 def print_parts(cfg: DictConfig) -> dict[str, float]:
@@ -64,25 +64,13 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         bodies()
         products()
-    parts |= {"flops": counter.get_total_flops(), "rate": best_rate(tokens.device, student_rows.dtype)}
+    parts |= {"flops": counter.get_total_flops(), "rate": matrix_rate(tokens.device.type)}
     print(
         f"{parts['flops'] / parts['rate']:8.2f}  at the least for the matrix products of both recipes: "
         f"{parts['flops'] / 1e9:.0f} GFLOP, at {parts['rate'] / 1e9:.0f} GFLOP/s, the best of a product alone"
     )
     run.log.close()
     return parts
-
-
-def best_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The most floating-point operations per second that a matrix product of ``PRODUCTS`` reaches."""
-    return max(_rate(*shape, device, dtype) for shape in PRODUCTS)
-
-
-def _rate(rows: int, inner: int, columns: int, device: torch.device, dtype: torch.dtype) -> float:
-    left, right = torch.randn(rows, inner).to(device, dtype), torch.randn(columns, inner).to(device, dtype)
-    flops = 2 * rows * inner * columns
-    repeats = max(1, int(2e10 / flops))
-    return flops * repeats / _best(lambda: [left @ right.t() for _ in range(repeats)])
 
 
 def _best(part: Callable[[], object]) -> float:
