@@ -94,11 +94,14 @@ def _linear_kd_backward(
     grad_loss: Tensor,
     count: Tensor,
     reduction: str,
-    wants: list[bool],
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    wants = (want_hidden, want_weight, want_bias)
     grads = Gradients(*map(if_wanted, (grad_hidden, grad_weight, grad_bias), wants))
     scale = remaining_scale(grad_loss, count, reduction, backend, hidden_dtype)
     out = scaled_gradients(grads, scale, hidden_dtype, weight_dtype)
@@ -106,7 +109,11 @@ def _linear_kd_backward(
 
 
 @_linear_kd_backward.register_fake
-def _(grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, wants, hidden_dtype, weight_dtype, backend):
+def _(
+    grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, want_hidden, want_weight, want_bias,
+    hidden_dtype, weight_dtype, backend,
+):  # fmt: skip
+    wants = (want_hidden, want_weight, want_bias)
     grads = (grad_hidden, grad_weight, grad_bias)
     dtypes = (hidden_dtype, weight_dtype, weight_dtype)
     return tuple(
@@ -133,7 +140,9 @@ def _linear_kd_late(
     scale: bool,
     metrics: str,
     reduction: str,
-    wants: list[bool],
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
     chunk_tokens: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +150,8 @@ def _linear_kd_late(
     heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
     plan = unpack(shared_ids(weight, teacher_weight, 0), *settings, teacher_weight is not None, True)
-    grads = late_gradients(heads, labels, plan, chunk_tokens, backend, Wants(*wants), grad_loss.unsqueeze(-1))
+    wants = Wants(want_hidden, want_weight, want_bias)
+    grads = late_gradients(heads, labels, plan, chunk_tokens, backend, wants, grad_loss.unsqueeze(-1))
     out = scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype)
     return tuple(nothing(hidden) if grad is None else grad for grad in out)
 
@@ -149,12 +159,13 @@ def _linear_kd_late(
 @_linear_kd_late.register_fake
 def _(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, grad_loss, divergence, beta,
-    temperature, kd_ratio, ignore_index, scale, metrics, reduction, wants, chunk_tokens, backend,
+    temperature, kd_ratio, ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens,
+    backend,
 ):  # fmt: skip
     return (
-        torch.empty_like(hidden) if wants[0] else nothing(hidden),
-        torch.empty_like(weight) if wants[1] else nothing(hidden),
-        weight.new_empty(weight.shape[0]) if wants[2] else nothing(hidden),
+        torch.empty_like(hidden) if want_hidden else nothing(hidden),
+        torch.empty_like(weight) if want_weight else nothing(hidden),
+        weight.new_empty(weight.shape[0]) if want_bias else nothing(hidden),
     )
 
 
@@ -174,13 +185,13 @@ def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, 
     nothing = (None,) * 17
     if grad_loss is None:
         return None, None, None, *nothing
-    wants = list(ctx.wants)
+    wants = ctx.wants
     if ctx.late:
         *heads, labels = ctx.saved_tensors
-        grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, wants, ctx.chunk_tokens, ctx.backend)
+        grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, *wants, ctx.chunk_tokens, ctx.backend)
     else:
         *grads, count = ctx.saved_tensors
-        grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, wants, *ctx.dtypes, ctx.backend)
+        grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, *wants, *ctx.dtypes, ctx.backend)
     return *map(if_wanted, grads, wants), *nothing
 
 

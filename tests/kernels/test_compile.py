@@ -100,7 +100,7 @@ def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
     shapes = (N, D), (V, D), (V,)
     dtypes = dtype, F32, F32  # the sums over chunks are not rounded yet
     grads = [torch.randn(s if w else 0, dtype=d) for s, w, d in zip(shapes, wants, dtypes, strict=True)]
-    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", list(wants), dtype, dtype, backend)
+    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", *wants, dtype, dtype, backend)
     torch.library.opcheck(OPS.linear_kd_backward.default, arguments)
 
 
@@ -108,7 +108,7 @@ def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
 def test_opcheck_linear_late(wants, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
     heads.insert(2, bias)
-    arguments = (*heads, None, y, torch.randn(N), *SETTINGS, "none", list(wants), 2, backend)
+    arguments = (*heads, None, y, torch.randn(N), *SETTINGS, "none", *wants, 2, backend)
     torch.library.opcheck(OPS.linear_kd_late.default, arguments)
 
 
