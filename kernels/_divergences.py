@@ -27,6 +27,8 @@ BEYOND_FINITE = 80.0
 # Below this weight of its first member log(mixture/member) is taken where 1 + (difference) would cancel.
 _SMALL_WEIGHT = 0.01
 _INF = float("inf")
+# On CPUs PyTorch 2.6 takes log1p of an fp32 number above 1e38 for infinite.
+_LOG1P_OVERFLOWS = torch.__version__ < "2.7"
 
 
 # The divergences that are β·KL(p‖q) + (1-β)·KL(q‖p), and the β of those that have none of their own.
@@ -198,6 +200,8 @@ def _log_mixture(
     """
     torch.div(d, to, out=out)
     out.nan_to_num_(nan=0.0, posinf=_MAX_RATIO, neginf=-_MAX_RATIO).mul_(slope)
+    if _LOG1P_OVERFLOWS:
+        out.clamp_(max=_MAX_RATIO)
     if weight >= _SMALL_WEIGHT:
         if rest is not None:
             torch.div(out, torch.add(out, 1.0, out=rest), out=rest)
