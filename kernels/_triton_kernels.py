@@ -124,7 +124,7 @@ def rows_kernel(
         if HAS_TEACHER:
             label_t = load_logit(t, label, teacher_stride, float("nan"))
 
-    SECOND: tl.constexpr = GRADIENT or METRICS or THREE_PASSES
+    SECOND: tl.constexpr = (GRADIENT or METRICS) or THREE_PASSES  # Triton up to 3.3 takes two at a time
     m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, top = statistics(
         s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_1,
         (not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
@@ -147,7 +147,7 @@ def rows_kernel(
     entropy_s = 0.0
     entropy_t = 0.0
     acceptance = 0.0
-    if HAS_KD and (DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl"):
+    if HAS_KD and not THREE_PASSES:
         forward_kl, reverse_kl, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, top)
         divergence = kl_value(DIVERGENCE, beta, rest, forward_kl, reverse_kl)
 

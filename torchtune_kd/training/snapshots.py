@@ -138,8 +138,7 @@ class SnapshotWriter:
                 dcp.save(
                     state,
                     storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
-                    process_group=self._group,
-                    no_dist=not self._world.sharded,
+                    **_members(self._group, self._world),
                 )
             return None, {path.name: file_facts(path) for path in partial.iterdir() if self._is_mine(path)}
         except _FAILURES as error:
@@ -228,8 +227,7 @@ def read_state(folder: Path, state: dict[str, Any], world: World) -> None:
         dcp.load(
             state,
             storage_reader=dcp.FileSystemReader(folder),
-            process_group=world.host_group,
-            no_dist=not world.sharded,
+            **_members(world.host_group, world),
         )
 
 
@@ -270,6 +268,12 @@ def _elsewhere(partial: Path, facts: list[dict[str, Any]]) -> str | None:
                     f"{rank} has written; put `output_dir` on a file system that all nodes share"
                 )
     return None
+
+
+def _members(group: dist.ProcessGroup | None, world: World) -> dict[str, Any]:
+    """Who writes or reads together, for torch; without a process group it knows by itself (2.6 cannot be told)."""
+    alone = dist.is_initialized() and not world.sharded
+    return {"process_group": group} | ({"no_dist": True} if alone else {})
 
 
 @contextlib.contextmanager

@@ -137,7 +137,8 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
 
     Raises:
         UserError: if the process was not started by ``torchrun`` / ``tune run --nproc_per_node``, there are fewer
-            devices than processes on this host, or the processes do not divide as asked.
+            devices than processes on this host, the processes do not divide as asked, or PyTorch is too old for FSDP2
+            on the CPU.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -152,6 +153,11 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
         raise UserError(
             f"Expected one CUDA device per process, but --nproc_per_node is {local_size} and this host has "
             f"{torch.cuda.device_count()}: lower --nproc_per_node or set `device: cpu`."
+        )
+    if torch.device(device).type == "cpu" and torch.__version__ < "2.7":
+        raise UserError(
+            f"Expected PyTorch 2.7 or later for kd_distributed with `device: cpu`, where FSDP2 of {torch.__version__} "
+            "fails: install a later one, set `device: cuda` or use torchtune_kd/kd_single_device."
         )
     shape = mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
     here = _device(device)
