@@ -28,7 +28,7 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
+from triton.backends import compiler as backends
 from triton.compiler import ASTSource
 
 from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, _triton, _triton_split
@@ -222,9 +222,14 @@ def specialise(kernel: triton.JITFunction, *args: object, **kwargs: object) -> B
 def compiled(binary: Binary, arch: int) -> Any:
     """Triton's compiled kernel for ``sm_<arch>``."""
     kernel = getattr(sys.modules[binary.module], binary.kernel)
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in binary.aligned}
-    source = ASTSource(kernel, dict(binary.signature), dict(binary.constants), attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(binary.options))
+    signature, aligned = dict(binary.signature), map(kernel.arg_names.index, binary.aligned)
+    if hasattr(backends, "AttrsDescriptor"):  # Triton 3.2
+        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        attributes = backends.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    else:
+        attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(kernel, signature, dict(binary.constants), attributes)
+    return triton.compile(source, target=backends.GPUTarget("cuda", arch, 32), options=dict(binary.options))
 
 
 def compile_binary(case: str, binary: Binary, arch: int) -> Report:
