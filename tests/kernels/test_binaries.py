@@ -109,9 +109,9 @@ for name in sys.argv[1:]:
     case = next(case for case in binaries.all_cases() if case.name == name)
     for binary in binaries.binaries_of(case):
         ptx = binaries.compiled(binary, 90).asm["ptx"]
-        factors = {m[1]: m[2] for m in re.finditer(r"mul\\.f32\\s+(%r\\d+), (\\S+), \\S+;", ptx)}
-        negated = {m[1]: m[2] for m in re.finditer(r"neg\\.f32\\s+(%r\\d+), (%r\\d+);", ptx)}
-        fused = re.findall(r"fma\\.rn\\.f32\\s+%r\\d+, (\\S+), \\S+, (%r\\d+);", ptx)
+        factors = {m[1]: m[2] for m in re.finditer(r"mul\\.f32\\s+(%[rf]\\d+), (\\S+), \\S+;", ptx)}
+        negated = {m[1]: m[2] for m in re.finditer(r"neg\\.f32\\s+(%[rf]\\d+), (%[rf]\\d+);", ptx)}
+        fused = re.findall(r"fma\\.rn\\.f32\\s+%[rf]\\d+, (\\S+), \\S+, (%[rf]\\d+);", ptx)
         key = f"{name}: {binary.kernel}"
         answer[key] = sum(negated.get(addend) in factors and factors[negated[addend]] == c for c, addend in fused)
         assert fused or "results" in key, key

@@ -1,6 +1,9 @@
 """The Triton kernels, interpreted, against the formula in fp64 over the grid."""
 
+import ast
+import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, softmax
 from torchtune_kd.kernels._block import Plan
 
 pytest.importorskip("triton")
-from torchtune_kd.kernels import _triton, _triton_split
+from torchtune_kd.kernels import _triton, _triton_kernels, _triton_split
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of lanes that are masked out
 
@@ -116,3 +119,18 @@ def test_ids_that_the_teacher_rules_out_in_one_of_several_blocks(divergence, rul
     assert torch.allclose(*losses)
     assert torch.allclose(*grads, rtol=1e-4, atol=1e-7)
     assert grads[1].sum(-1).abs().max() < 1e-4
+
+
+def test_triton_3_2_and_3_3_compile_every_condition():
+    """They refuse ``A or B or C``, which later ones and the interpreter take."""
+    package = inspect.getsourcefile(_triton_kernels).rpartition("/")[0]
+    conditions = 0
+    for file in sorted(Path(package).glob("_triton*.py")):
+        for function in ast.walk(ast.parse(file.read_text())):
+            decorators = map(ast.unparse, getattr(function, "decorator_list", ()))
+            if any(text.startswith("triton.jit") for text in decorators):
+                found = [node for node in ast.walk(function) if isinstance(node, ast.BoolOp)]
+                conditions += len(found)
+                chained = [f"{file.name}:{node.lineno} {ast.unparse(node)}" for node in found if len(node.values) > 2]
+                assert not chained
+    assert conditions > 10

@@ -4,6 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from tiny import STUDENT, make_config, model_section
+from torch.torch_version import TorchVersion
 
 from torchtune_kd.training import UserError, World, join_process_group, read_settings
 from torchtune_kd.training.preflight import on_meta
@@ -27,6 +28,14 @@ def test_processes_that_do_not_divide_are_refused(monkeypatch, size, replicate_d
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=f"the number of processes, {size}, got {replicate_dim} x {shard_dim}: "):
         join_process_group("cpu", replicate_dim=replicate_dim, shard_dim=shard_dim)
+
+
+def test_fsdp2_on_a_cpu_needs_a_pytorch_that_can(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cpu"))
+    with pytest.raises(UserError, match=r"^Expected PyTorch 2.7 or later .*2\.6\.0\+cpu fails: install a later one"):
+        join_process_group("cpu")
 
 
 @pytest.mark.parametrize(
