@@ -12,11 +12,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 pyth
 
 # The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
 JOBS ?= 2
-test test-fast: export OMP_NUM_THREADS ?= 1
+test test-fast test-oldest: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
+# PyTorch 2.6 and what was new when it was: what pyproject.toml promises to work with
+OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test test-fast lint format build clean
+.PHONY: install demo test test-fast test-oldest lint format build clean
 
 install: $(INSTALLED)
 
@@ -37,6 +39,14 @@ test: lint
 test-fast: lint
 	$(PYTEST) -m 'not slow'
 
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n $(JOBS) --dist worksteal -m 'not slow'
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt 'setuptools>=77' -e '.[demo]' datasets hypothesis pandas pyarrow pytest pytest-xdist tensorboard
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,5 +61,5 @@ build: install
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,12 +15,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 RECIPES = {1: "torchtune_kd.recipes.kd_single_device", 2: "torchtune_kd.recipes.kd_distributed"}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "datasets", *RECIPES.values()])
+
+
+def needs_fsdp2_on_a_cpu() -> None:
+    """Skip the test where PyTorch cannot shard models on a CPU."""
+    if torch.__version__ < "2.7":
+        import pytest  # here, since every forked process imports this module
+
+        pytest.skip(f"FSDP2 on a CPU needs PyTorch 2.7, this is {torch.__version__}")
 
 
 class ForkedRun:
@@ -36,6 +45,9 @@ class ForkedRun:
     def __init__(
         self, cfg: DictConfig, size: int = 1, recipe: str | None = None, hold: tuple[str, int] | None = None
     ) -> None:
+        recipe = recipe or RECIPES[min(size, 2)]
+        if recipe == RECIPES[2]:
+            needs_fsdp2_on_a_cpu()
         folder = Path(cfg.output_dir).parent
         name = f"{Path(cfg.output_dir).name}_{time.monotonic_ns()}"
         self._config, self._store = folder / f"{name}.yaml", folder / f"{name}.store"
@@ -44,7 +56,6 @@ class ForkedRun:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._events, sender = _context.Pipe(duplex=False)
         self._woken = _context.Event()
-        recipe = recipe or RECIPES[min(size, 2)]
         self.processes = []
         for rank in range(size):
             arguments = (

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import torchtune_kd
 from torchtune_kd import _versions
@@ -150,20 +152,38 @@ def test_version_checks_are_the_windows():
     assert {_versions.TORCHTUNE_PIN, _versions.TORCHAO_PIN} <= set(PROJECT["project"]["dependencies"])
 
 
+def requirements(lines: Iterable[str]) -> dict[str, SpecifierSet]:
+    found = map(Requirement, (line for line in lines if line.strip() and not line.startswith("#")))
+    return {requirement.name.lower().replace("_", "-"): requirement.specifier for requirement in found}
+
+
+def constraints(name: str) -> dict[str, SpecifierSet]:
+    return requirements((ROOT / name).read_text().splitlines())
+
+
+def windows() -> dict[str, SpecifierSet]:
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    found = requirements([*project["dependencies"], *extras["dev"], *extras["demo"]])
+    del found["torchtune-kd"]
+    return found
+
+
 def test_constraints_lie_in_the_windows():
     """Each exact version of constraints.txt satisfies the window that pyproject.toml states."""
-    project = PROJECT["project"]
-    windows = {}
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        requirement = Requirement(text)
-        windows[requirement.name.lower().replace("_", "-")] = requirement.specifier
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            pin = Requirement(line)
-            pins[pin.name.lower().replace("_", "-")] = pin.specifier
-    for name in windows.keys() - {"torchtune-kd"}:
-        assert all(windows[name].contains(bound.version) for bound in pins[name]), name
+    pins = constraints("constraints.txt")
+    for name, window in windows().items():
+        assert all(window.contains(bound.version) for bound in pins[name]), name
+
+
+def test_the_oldest_constraints_are_the_lower_ends_of_the_windows():
+    pins, tools = constraints("constraints-oldest.txt"), {"kernels", "pre-commit", "ruff"}  # no test needs these
+    for name, window in windows().items():
+        if name not in tools:
+            (pin,) = pins[name]
+            (lowest,) = (bound.version for bound in window if bound.operator in (">=", "=="))
+            assert f"{pin.version}.".startswith(f"{lowest}."), name
+            assert window.contains(pin.version), name
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import needs_fsdp2_on_a_cpu
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -192,6 +193,8 @@ def run_in_process(cfg: DictConfig) -> Any:
 
 def run_tune(cfg: DictConfig, recipe: str, nproc: int | None = None, check: bool = True) -> subprocess.CompletedProcess:
     """Run a recipe by the real ``tune run``, with torchrun's ``--nproc_per_node`` where ``nproc`` is given."""
+    if nproc is not None and cfg.device == "cpu":
+        needs_fsdp2_on_a_cpu()
     path = Path(cfg.output_dir).parent / f"{Path(cfg.output_dir).name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, path)

@@ -107,6 +107,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 does not compile functions of fake tensors")
 def test_forward_and_backward_are_in_the_graph():
     found = trace(BACKWARD)
     ops = {key: graph["ops"] for key, graph in found.items()}

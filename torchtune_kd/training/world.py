@@ -154,12 +154,12 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
             f"Expected one CUDA device per process, but --nproc_per_node is {local_size} and this host has "
             f"{torch.cuda.device_count()}: lower --nproc_per_node or set `device: cpu`."
         )
+    shape = mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
     if torch.device(device).type == "cpu" and torch.__version__ < "2.7":
         raise UserError(
             f"Expected PyTorch 2.7 or later for kd_distributed with `device: cpu`, where FSDP2 of {torch.__version__} "
             "fails: install a later one, set `device: cuda` or use torchtune_kd/kd_single_device."
         )
-    shape = mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
     here = _device(device)
     if not dist.is_initialized():
         backend = training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload)
