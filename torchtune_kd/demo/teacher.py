@@ -21,7 +21,7 @@ def from_package_index() -> Path:
 def from_hub(repo: str) -> Path:
     """A model hub's copy, downloaded once into the hub's own cache folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(repo, allow_patterns=["*.json", "model.safetensors"])
