@@ -63,6 +63,9 @@ class Objective:
             raise ValueError(f"kd_ratio must be a number in [0, 1], but got {self.kd_ratio!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, but got {self.ignore_index!r}")
+        if not isinstance(self.scale_by_temperature_squared, bool):
+            got = self.scale_by_temperature_squared
+            raise ValueError(f"scale_by_temperature_squared must be True or False, but got {got!r}")
         # whole numbers would be compiled into kernels of their own
         for name in ("temperature", "kd_ratio", "beta"):
             value = getattr(self, name)

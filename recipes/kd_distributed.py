@@ -80,8 +80,7 @@ class KDRecipeDistributed(FTRecipeInterface):
         kd.leave_process_group()
 
 
-@config.parse
-@kd.one_sentence
+@kd.command
 def recipe_main(cfg: DictConfig) -> None:
     """Values come from the YAML file first, then from ``key=value`` on the command line."""
     config.log_config(recipe_name="KDRecipeDistributed", cfg=cfg)

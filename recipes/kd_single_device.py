@@ -65,8 +65,7 @@ class KDRecipeSingleDevice(FTRecipeInterface):
             self._run.close()
 
 
-@config.parse
-@kd.one_sentence
+@kd.command
 def recipe_main(cfg: DictConfig) -> None:
     """Values come from the YAML file first, then from ``key=value`` on the command line."""
     config.log_config(recipe_name="KDRecipeSingleDevice", cfg=cfg)

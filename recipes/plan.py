@@ -7,13 +7,11 @@ import torchtune_kd.training as kd  # first: it says in one sentence when torcht
 
 # isort: split
 from omegaconf import DictConfig
-from torchtune import config
 
 from torchtune_kd.training import plan
 
 
-@config.parse
-@kd.one_sentence
+@kd.command
 def recipe_main(cfg: DictConfig) -> None:
     """Print parameters, memory per device, FLOPs, communication, the largest batch and the expected step time.
 

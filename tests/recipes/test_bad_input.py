@@ -58,6 +58,19 @@ def refuse(cfg) -> str:
         ("clip_grad_norm", 0.0, "clip_grad_norm.*above 0"),
         ("save_every_n_steps", 0, "save_every_n_steps.*at least 1 or null"),
         ("keep_last_n", 0, "keep_last_n.*at least 1"),
+        ("seed", -1, "seed.*from 0 to 4294967295.*-1"),
+        ("cudnn_deterministic_mode", "abc", "cudnn_deterministic_mode.*default, warn, error.*abc"),
+        ("kd_loss", "ForwardKLLoss", "`kd_loss` to be a section.*'ForwardKLLoss'"),
+        ("dataset._component_", None, "`dataset._component_`.*missing"),
+        ("optimizer._component_", "torch.optim.Adamw", "torch.optim.Adamw.*did you mean torch.optim.AdamW"),
+        ("optimizer._component_", "torch.optim.LBFGS", "LBFGS, whose `step` wants `closure`"),
+        ("optimizer.lr", "1e-4x", "`optimizer` cannot be built from lr='1e-4x'"),
+        ("checkpointer.model_type", "LLAMA3_3", "'LLAMA3_3' under `checkpointer.model_type`.*did you mean `LLAMA3"),
+        ("checkpointer.checkpoint_files", [], "`checkpointer.checkpoint_files`.*empty"),
+        ("teacher_checkpointer.checkpoint_files", [], "`teacher_checkpointer.checkpoint_files`.*empty"),
+        ("model.embed_dim", -4, "`model` cannot be built"),
+        ("kd_loss.scale_by_temperature_squared", "no", "scale_by_temperature_squared must be True or False.*'no'"),
+        ("dataset.column", "words", "nothing under 'words': correct the names of columns"),
         ("keep_best", "val_loss", "keep_best.*dataset_val"),
         ("max_skipped_steps", 0, "max_skipped_steps.*at least 1"),
         ("run_val_every_n_steps", 5, "dataset_val"),
@@ -85,6 +98,24 @@ def test_config_mistakes(tmp_path, key, value, said):
     OmegaConf.update(cfg, key, value)
     message = refuse(cfg)
     assert re.search(said, message), message
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("lora_attn_modules", ["q_pro", "v_proj"], "'q_pro' in `model.lora_attn_modules`: did you mean `q_proj`"),
+        ("lora_rank", 0, "`model.lora_rank`.*at least 1.*0"),
+    ],
+)
+def test_adapters_that_cannot_be(tmp_path, key, value, said):
+    """torchtune's builders leave out a module that they do not know."""
+    assert re.search(said, refuse(make_config(tmp_path, "lora", **{f"model__{key}": value})))
+
+
+def test_a_list_of_datasets_is_checked_part_by_part(tmp_path):
+    cfg = make_config(tmp_path)
+    cfg.dataset = [cfg.dataset, {"source": "json"}]
+    assert "`dataset[1]._component_`" in refuse(cfg)
 
 
 def test_interpolated_names_are_read(tmp_path):

@@ -315,3 +315,21 @@ def test_compile_gives_the_same_losses(tmp_path):
         run_in_process(cfg)
         logs.append(losses(cfg.output_dir))
     assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+
+
+def test_rows_without_a_token_are_microbatches_without_one(tmp_path):
+    cfg = make_config(tmp_path, rows=["", "the quick brown fox", "", ""], batch_size=1)
+    cfg.dataset_val = cfg.dataset
+    run_in_process(cfg)
+    found = losses(cfg.output_dir)
+    assert [value > 0 for value in found] == [False, True, False, False]
+    assert all(map(math.isfinite, found))
+
+
+def test_pytorchs_own_schedules_work(tmp_path):
+    """They know nothing of ``num_training_steps``."""
+    schedule = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 2, "gamma": 0.5}
+    cfg = make_config(tmp_path, lr_scheduler=schedule, max_steps_per_epoch=4)
+    run_in_process(cfg)
+    rates = [step["lr"] for step in read_log(cfg.output_dir) if "lr" in step]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])

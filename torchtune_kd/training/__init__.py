@@ -5,6 +5,7 @@ from torchtune_kd._versions import check_versions
 
 check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
 
+from torchtune_kd.training.command import command
 from torchtune_kd.training.data import build_loaders, microbatches
 from torchtune_kd.training.errors import RunError, Stopped, UserError, one_sentence, said_before_cleanup
 from torchtune_kd.training.evaluate import evaluate
@@ -41,6 +42,7 @@ __all__ = [
     "build_student",
     "build_teacher",
     "checkpoint_if_due",
+    "command",
     "evaluate",
     "gradient_norm",
     "join_process_group",

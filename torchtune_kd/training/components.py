@@ -1,6 +1,7 @@
 """The components of a config: that each exists and takes what its section gives."""
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -24,9 +25,25 @@ def sections(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
             yield from sections(item, f"{path}[{index}]")
 
 
+def check_section(name: str, section: Any) -> None:
+    """What stands where a component belongs is null, a section that names one, or, of datasets, a list of these."""
+    if section is None:
+        return
+    if isinstance(section, ListConfig) and name.startswith("dataset"):
+        for index, part in enumerate(section):
+            check_section(f"{name}[{index}]", part)
+        return
+    if not isinstance(section, DictConfig):
+        raise UserError(f"Expected `{name}` to be a section with a `_component_`, got {section!r}: write one.")
+    if not isinstance(section.get("_component_"), str):
+        raise UserError(
+            f"Expected `{name}._component_` in the config, but it is missing: name what builds the section."
+        )
+
+
 def check_kd_loss(section: DictConfig) -> None:
     """The section ``kd_loss`` names a loss that works from hidden states."""
-    component = _component("kd_loss", section)
+    component = component_of("kd_loss", section)
     if inspect.isclass(component) and issubclass(component, KDWithChunkedOutputLoss):
         raise UserError(
             f"`kd_loss._component_` is {section['_component_']}, which is for torchtune's own recipes; this one never "
@@ -40,19 +57,33 @@ def check_kd_loss(section: DictConfig) -> None:
         )
 
 
-def _component(path: str, section: DictConfig) -> Any:
+def component_of(path: str, section: DictConfig) -> Any:
+    """The class or function that the section under ``path`` names."""
     from torchtune.config._utils import _get_component_from_path  # torchtune's own resolver; it has no public name
 
     dotted = section["_component_"]
     try:
         return _get_component_from_path(dotted)
     except Exception as error:
-        raise UserError(f"`{path}._component_` names {dotted}, which cannot be found: {one_line(error)}") from error
+        raise UserError(
+            f"`{path}._component_` names {dotted}, which cannot be found: {_hint(dotted, error)}"
+        ) from error
+
+
+def _hint(dotted: str, error: Exception) -> str:
+    """The nearest name in the module, where there is that module, else what the import said."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        names = dir(importlib.import_module(module))
+    except (ImportError, ValueError):
+        names = []
+    close = [known for known in names if known.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {module}.{close[0]}?" if close else one_line(error.__cause__ or error)
 
 
 def check_component(path: str, section: DictConfig) -> None:
     """The component exists and takes every keyword that the section gives."""
-    component = _component(path, section)
+    component = component_of(path, section)
     try:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have no signature

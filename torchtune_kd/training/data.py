@@ -92,6 +92,10 @@ def row(dataset: Dataset, index: int, name: str) -> Batch:
     """
     try:
         return dataset[index]
+    except KeyError as error:
+        raise UserError(
+            f"Row {index} of `{name}` has nothing under {error}: correct the names of columns in `{name}`, or the row."
+        ) from error
     except Exception as error:  # whatever templates, transforms and tokenizers raise
         raise UserError(
             f"Row {index} of `{name}` cannot be tokenised, correct or remove it: "
@@ -201,6 +205,8 @@ def collate_shifted(samples: list[Batch], *, pad_id: int, ignore_index: int, pac
     longest = max(len(sample["tokens"]) for sample in samples)
     if longest > max_seq_len:
         raise UserError(_too_long("a sample of the dataset", longest, max_seq_len))
+    if longest == 0 and not packed:  # a model takes one token at least; it is a microbatch without a valid one
+        samples = [{**sample, "tokens": [pad_id], "labels": [CROSS_ENTROPY_IGNORE_IDX]} for sample in samples]
     if packed:
         batch = padded_collate_packed(samples)
     else:

@@ -23,11 +23,11 @@ from torchtune_kd.training.world import World
 
 def load_weights(
     cfg_checkpointer: DictConfig | None, name: str, world: World | None = None
-) -> tuple[Any, dict[str, Tensor]]:
+) -> tuple[Any, dict[str, Tensor] | None]:
     """A checkpointer and the model weights that it reads, by torchtune's parameter names.
 
     Without a section, which ``read_settings`` lets through with ``random_weights: True`` alone, there are neither:
-    None and an empty dict.
+    None and None.
 
     Args:
         cfg_checkpointer (DictConfig | None): the section.
@@ -39,7 +39,7 @@ def load_weights(
         UserError: on every process, if the files cannot be read on one.
     """
     if cfg_checkpointer is None:
-        return None, {}
+        return None, None
     checkpointer = build({name: cfg_checkpointer}, name)
     if world is None or not world.sharded:
         return checkpointer, _read(checkpointer, cfg_checkpointer, name)
@@ -140,8 +140,9 @@ def gather_weights(decoder: nn.Module, world: World) -> dict[str, Tensor]:
 def _read(checkpointer: Any, cfg_checkpointer: DictConfig, name: str) -> dict[str, Tensor]:
     try:
         return checkpointer.load_checkpoint()[training.MODEL_KEY]
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # torchtune's checkpointers raise whatever their formats' readers do
         folder = cfg_checkpointer.get("checkpoint_dir")
         raise UserError(
-            f"The files of `{name}` in {folder} cannot be read, fetch them again: {one_line(error)}"
+            f"The files of `{name}` in {folder} cannot be read, fetch them again or name the checkpointer that fits: "
+            f"{one_line(error)}"
         ) from error

@@ -125,7 +125,8 @@ def build_teacher(cfg: DictConfig, settings: Settings, world: World) -> Teacher 
     with loading("teacher", world.device):
         _, weights = load_weights(cfg.get("teacher_checkpointer"), "teacher_checkpointer", world)
         decoder = _build_decoder(cfg, "teacher_model", settings, world)
-        weights = weights or RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
+        if weights is None:
+            weights = RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
         check_weights(decoder, weights, "teacher_checkpointer")
         teacher = Teacher(decoder)
         if settings.compile:
@@ -143,14 +144,18 @@ def build_student(
     settings: Settings,
     world: World,
     kd_loss: KDLoss,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None,
     seed: int,
 ) -> Student:
-    """The student with its weights, and with trainable parameters marked: its adapters if it has any, else all."""
+    """The student with ``weights`` (None: random ones), in the run's dtype.
+
+    Its adapters are trainable if it has any, else all of it.
+    """
     common_utils._use_low_cpu_ram = settings.low_cpu_ram
     with loading("student", world.device):
         decoder = _build_decoder(cfg, "model", settings, world)
-        weights = weights or RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
+        if weights is None:
+            weights = RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
         check_weights(decoder, weights, "checkpointer")
         adapters = get_adapter_params(decoder)
         if adapters:

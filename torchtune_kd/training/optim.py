@@ -1,5 +1,6 @@
 """Optimizer, learning-rate schedule and profiler, from their YAML sections."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,7 +10,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training import DummyProfiler
 
+from torchtune_kd.training.components import component_of
+from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.settings import build
+
+
+def check_optimizer(cfg: DictConfig, device: torch.device) -> None:
+    """Build optimizer and schedule over one weight, so that their mistakes are told before models are loaded.
+
+    Raises:
+        UserError: for a value that cannot be, or a ``step`` that wants more than the recipes have.
+    """
+    optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(1, device=device))])
+    for name, stepped in (("optimizer", optimizer), ("lr_scheduler", build_lr_scheduler(cfg, optimizer, 1))):
+        parameters = {} if stepped is None else inspect.signature(type(stepped).step).parameters
+        for key, parameter in list(parameters.items())[1:]:  # after self
+            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                raise UserError(
+                    f"The section `{name}` names {type(stepped).__name__}, whose `step` wants `{key}`, which a recipe "
+                    "does not have: name another."
+                )
 
 
 def build_optimizer(cfg: DictConfig, parameters: list[nn.Parameter]) -> Optimizer:
@@ -18,10 +38,15 @@ def build_optimizer(cfg: DictConfig, parameters: list[nn.Parameter]) -> Optimize
 
 
 def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
-    """The schedule under ``lr_scheduler`` over all steps of the run; None (a constant rate) without that section."""
+    """The schedule under ``lr_scheduler``, stepped with the optimizer; None (a constant rate) without that section.
+
+    torchtune's schedules take ``num_training_steps``, the steps of the whole run; PyTorch's do not.
+    """
     if cfg.get("lr_scheduler") is None:
         return None
-    return build(cfg, "lr_scheduler", optimizer, num_training_steps=total_steps, last_epoch=-1)
+    takes = inspect.signature(component_of("lr_scheduler", cfg.lr_scheduler)).parameters
+    steps = {"num_training_steps": total_steps} if "num_training_steps" in takes else {}
+    return build(cfg, "lr_scheduler", optimizer, **steps, last_epoch=-1)
 
 
 def build_profiler(cfg: DictConfig, device: torch.device) -> Any:

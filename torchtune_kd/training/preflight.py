@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import typing
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +15,20 @@ from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import get_adapter_params
+from torchtune.modules.peft import LORA_ATTN_MODULES, get_adapter_params
+from torchtune.training import ModelType
 
 from torchtune_kd.kernels._vocab import shared_vocab
 from torchtune_kd.models.nf4 import check_nf4_shapes
 from torchtune_kd.models.output_head import output_head
+from torchtune_kd.training.components import nearest
 from torchtune_kd.training.errors import UserError
+from torchtune_kd.training.optim import check_optimizer
 from torchtune_kd.training.random_weights import CHECKPOINTERS
 from torchtune_kd.training.settings import Settings, build, one_line
 from torchtune_kd.training.world import World
 
+ATTENTION_MODULES = typing.get_args(LORA_ATTN_MODULES)
 RUN_FOLDER = re.compile(r"(epoch|step)_\d+")
 
 
@@ -37,6 +42,7 @@ def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World,
     """
     if not resumed:
         check_output_folder(cfg, settings)
+    check_optimizer(cfg, world.device)
     check_checkpoint_files(cfg, "checkpointer")
     student = on_meta(cfg, "model", settings, world)
     if settings.save_adapter_weights_only and not get_adapter_params(student):
@@ -58,6 +64,7 @@ def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World,
 
 def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
     """The model under ``cfg.<name>`` without memory for its weights; checks NF4's shape rule on the way."""
+    _check_adapters(cfg[name], name)
     with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
         try:
             model = build(cfg, name)
@@ -88,6 +95,18 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
     except ValueError as error:
         raise UserError(f"The section `{name}` does not fit: {one_line(error)}") from error
     return model
+
+
+def _check_adapters(section: DictConfig, name: str) -> None:
+    """torchtune's builders ignore a module that they do not know, and divide by the rank in the first step."""
+    modules = section.get("lora_attn_modules", [])
+    for module in modules if isinstance(modules, (list, ListConfig)) else [modules]:
+        if module not in ATTENTION_MODULES:
+            known = nearest(module, ATTENTION_MODULES)
+            raise UserError(f"Unknown module {module!r} in `{name}.lora_attn_modules`: {known}")
+    rank = section.get("lora_rank", 1)
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"Expected `{name}.lora_rank` to be a whole number of at least 1, got {rank!r}: change it.")
 
 
 def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder, tokenizer: Any) -> None:
@@ -142,7 +161,15 @@ def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
     hint = f"fetch the model (`tune download`, see the head of the config) or change `{name}.checkpoint_dir`."
     if not folder.is_dir():
         raise UserError(f"The folder {folder} of `{name}.checkpoint_dir` does not exist: {hint}")
-    for path in checkpoint_files(cfg, name):
+    kind = section.get("model_type", ModelType.LLAMA3_2.name)
+    if kind not in ModelType.__members__:
+        raise UserError(
+            f"Unknown model type {kind!r} under `{name}.model_type`: {nearest(kind, ModelType.__members__)}"
+        )
+    files = checkpoint_files(cfg, name)
+    if not files:
+        raise UserError(f"Expected `{name}.checkpoint_files` to name the model's files in {folder}, but it is empty.")
+    for path in files:
         if not path.is_file():
             raise UserError(f"The file {path.name} of `{name}.checkpoint_files` is not in {folder}: {hint}")
 

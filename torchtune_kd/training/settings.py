@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import config, training
+from torchtune.config._errors import InstantiationError
 
 from torchtune_kd.losses import KDLoss
-from torchtune_kd.training.components import check_component, check_kd_loss, nearest, one_line, sections
+from torchtune_kd.training.components import check_component, check_kd_loss, check_section, nearest, one_line, sections
 from torchtune_kd.training.errors import UserError
 from torchtune_kd.training.random_weights import CHECKPOINTERS, check_random_weights
 
@@ -109,6 +110,13 @@ class Settings:
         return self.kd_ratio > 0
 
 
+# What components raise for values that cannot be, or where a file or a logger's package is not there.
+_REFUSALS = (
+    ValueError, TypeError, OSError, ImportError, KeyError, AttributeError, RuntimeError, ZeroDivisionError,
+    InstantiationError,
+)  # fmt: skip
+
+
 def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
     """Check ``cfg`` whole and return its plain values. Nothing is built or loaded yet.
 
@@ -145,6 +153,8 @@ def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
     for name in needed:
         if cfg.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
             raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
+    for name in COMPONENTS:
+        check_section(name, cfg.get(name))
     check_kd_loss(cfg.kd_loss)
     for path, section in sections(cfg):
         check_component(path, section)
@@ -155,8 +165,12 @@ def build(cfg: Mapping[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiate the component under ``cfg.<name>``; what it refuses becomes one sentence that names the section."""
     try:
         return config.instantiate(cfg[name], *args, **kwargs)
-    except (ValueError, TypeError, OSError, ImportError) as error:  # a file, or a logger's package, is not there
-        raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        given = f" from {described}" if isinstance(error, TypeError) and (described := _plain_values(cfg[name])) else ""
+        reason = f"{type(error).__name__} {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"The section `{name}` cannot be built{given}, correct it: {reason}") from error
 
 
 def build_kd_loss(cfg: DictConfig) -> KDLoss:
@@ -174,6 +188,10 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
             raise UserError(f"Expected `{name}` to be {expected}, got {getattr(settings, name)}: change it.")
 
     expect("kd_ratio", 0 <= settings.kd_ratio <= 1, "between 0 and 1")
+    expect("seed", settings.seed is None or 0 <= settings.seed < 2**32, "from 0 to 4294967295, or null")
+    modes = ("default", "warn", "error", 0, 1, 2)
+    mode = settings.cudnn_deterministic_mode
+    expect("cudnn_deterministic_mode", mode is None or mode in modes, f"one of {', '.join(map(str, modes))} or null")
     expect("device", re.fullmatch(r"cpu|cuda(:\d+)?", settings.device) is not None, "cpu or cuda")
     expect("dtype", settings.dtype in ("fp32", "bf16"), "fp32 or bf16 (fp16 would need gradient scaling)")
     for name in (
@@ -222,6 +240,14 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
             "`enable_activation_offloading: True` works together with `enable_activation_checkpointing: True` "
             "only: set both."
         )
+
+
+def _plain_values(section: Any) -> str:
+    """What a section gives besides components, as Python writes it."""
+    if not isinstance(section, DictConfig):
+        return ""
+    plain = {key: value for key, value in section.items() if key != "_component_" and not hasattr(value, "keys")}
+    return ", ".join(f"{key}={value!r}" for key, value in plain.items())
 
 
 def _positive(value: float | str) -> bool:
