@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 import torchtune_kd.models.gguf as gguf_module
 from torchtune_kd.models import gguf_to_hf
+from torchtune_kd.models._gguf_command import main
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP, BASE, EPS = 2, 64, 4, 2, 16, 96, 5000.0, 1e-5
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -330,3 +332,56 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'torchtune-kd\[demo\]'"):
         gguf_to_hf(tmp_path / "m.gguf", tmp_path / "hf")
+
+
+def _said(capsys, argv: list[str]) -> str:
+    """The one sentence with which the command refuses something."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+def test_command_line_writes_what_the_function_writes(tmp_path: Path, capsys) -> None:
+    path = _write_gguf(tmp_path / "m.gguf", _weights(tied=True))
+    expected = load_file(gguf_to_hf(path, tmp_path / "function", torch.float32) / "model.safetensors")
+    argv = [str(path), str(tmp_path / "command")]
+    main([*argv, "--dtype", "fp32"])
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'command'}: m.gguf" in said and "2 layers in fp32" in said and "tokenizer.json" in said
+    written = load_file(tmp_path / "command" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+    assert "already holds files; choose another one or pass --overwrite." in _said(capsys, argv)
+    main([*argv, "--overwrite"])
+    assert load_file(tmp_path / "command" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_command_line_mistakes(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, output = _write_gguf(tmp_path / "m.gguf", _weights(tied=True)), tmp_path / "hf"
+    (tmp_path / "text.gguf").write_text("something else entirely, and long enough for a header")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{ no JSON")
+    before = set(tmp_path.rglob("*"))
+    assert "no.gguf does not exist" in _said(capsys, [str(tmp_path / "no.gguf"), str(output)])
+    assert "text.gguf is not a readable GGUF file" in _said(capsys, [str(tmp_path / "text.gguf"), str(output)])
+    assert f"{tmp_path / 'taken'} already holds files" in _said(capsys, [str(path), str(tmp_path / "taken")])
+    assert "m.gguf" in _said(capsys, [str(path), str(path / "below a file")])
+    for length in (0, 1, 4, 10, 23):
+        (tmp_path / "text.gguf").write_bytes(path.read_bytes()[:length])
+        assert "text.gguf is not a readable GGUF file" in _said(capsys, [str(tmp_path / "text.gguf"), str(output)])
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install 'torchtune-kd[demo]'" in _said(capsys, [str(path), str(output)])
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torchtune_kd.models.gguf", "no.gguf", "hf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: Expected a GGUF file, but no.gguf does not exist; check the path."
+    assert "RuntimeWarning" not in done.stderr

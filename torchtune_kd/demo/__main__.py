@@ -5,9 +5,9 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
+from torchtune_kd.demo import checks
 from torchtune_kd.demo.output import DemoError, OutputFolder
 
 
@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     output = OutputFolder(args.output_dir.resolve())
     try:
-        _check(args)
+        checks.check_arguments(args)
+        output.check(overwrite=args.overwrite)
+        _check_inputs(args)
         output.claim(overwrite=args.overwrite)
         _run(args, output)
     except DemoError as error:
@@ -44,28 +46,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is loaded or written."""
-    if args.steps is not None and args.steps < 1:
-        raise DemoError(f"Expected --steps of at least 1, but got {args.steps}: raise it.")
-    if args.temperature is not None and not args.temperature > 0:
-        raise DemoError(f"Expected a --temperature above 0, but got {args.temperature:g}: raise it.")
-    for override in args.overrides:
-        if "=" not in override:
-            raise DemoError(f"Expected key=value, but got {override!r}: write for example optimizer.lr=1e-3.")
-    needed = ["matplotlib", "rich"]
-    if args.teacher_dir is None:
-        needed.append("huggingface_hub" if args.teacher_hub else "gguf")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise DemoError(
-            f"The demo needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
-            '`pip install "torchtune-kd[demo]"`.'
-        )
+def _check_inputs(args: argparse.Namespace) -> None:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its optional C++ kernels at import
+    try:
+        checks.check_inputs(args)
+    except ImportError as error:
+        raise DemoError(str(error)) from error
 
 
 def _run(args: argparse.Namespace, output: OutputFolder) -> None:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its optional C++ kernels at import
     try:
         from torchtune_kd.demo.stages import run
     except ImportError as error:

@@ -51,30 +51,53 @@ class OutputFolder:
     def _unfinished(self) -> Path:
         return self.path / ".unfinished"
 
+    def check(self, *, overwrite: bool) -> None:
+        """See that the folder may be claimed; nothing is written.
+
+        Raises:
+            DemoError: if the folder holds anything but an interrupted demo (with ``overwrite``: a finished one).
+        """
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise DemoError(
+                    f"Expected a folder under --output-dir, but {self.path} is a file: choose another path."
+                )
+            if not self.path.is_dir() or not any(self.path.iterdir()) or self._unfinished.exists():
+                return
+            if not self.results.exists():
+                raise DemoError(f"The folder {self.path} holds files of something else: choose another --output-dir.")
+        except OSError as error:
+            raise self._unusable(error) from error
+        if not overwrite:
+            raise DemoError(
+                f"The folder {self.path} already holds a finished demo: pass --overwrite to replace it, or "
+                "choose another --output-dir."
+            )
+
     def claim(self, *, overwrite: bool) -> None:
         """Create the folder, or clear what an interrupted demo (with ``overwrite``: a finished one) left in it.
 
         Raises:
-            DemoError: if the folder holds anything else.
+            DemoError: if the folder holds anything else, or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise DemoError(f"Expected a folder under --output-dir, but {self.path} is a file: choose another path.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self._unfinished.exists():
-            if not self.results.exists():
-                raise DemoError(f"The folder {self.path} holds files of something else: choose another --output-dir.")
-            if not overwrite:
-                raise DemoError(
-                    f"The folder {self.path} already holds a finished demo: pass --overwrite to replace it, or "
-                    "choose another --output-dir."
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._unfinished.touch()
-        for path in (self.train_text, self.held_out_text, self.curves, self.results):
-            path.unlink(missing_ok=True)
-        for path in (self.untrained, self.run):
-            if path.exists():
-                shutil.rmtree(path)
+        self.check(overwrite=overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._unfinished.touch()
+            for path in (self.train_text, self.held_out_text, self.curves, self.results):
+                path.unlink(missing_ok=True)
+            for path in (self.untrained, self.run):
+                if path.exists():
+                    shutil.rmtree(path)
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def finish(self) -> None:
         """Mark the folder as that of a finished demo."""
         self._unfinished.unlink()
+
+    def _unusable(self, error: OSError) -> DemoError:
+        reason = error.strerror or error
+        return DemoError(
+            f"Expected an --output-dir that can be written, but {self.path} cannot ({reason}): choose another folder."
+        )

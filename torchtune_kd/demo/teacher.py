@@ -46,7 +46,12 @@ def checked(folder: Path) -> Path:
                 f"Expected SmolLM2-135M-Instruct in Hugging Face layout, but {folder} has no {name}: give the folder "
                 "that `tune download HuggingFaceTB/SmolLM2-135M-Instruct` writes."
             )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DemoError(
+            f"Expected a JSON object in {folder / 'config.json'}, but it cannot be read ({error}): fetch it again."
+        ) from error
     for key, value in _SHAPE.items():
         if config.get(key) != value:
             raise DemoError(

@@ -43,7 +43,9 @@ def read_documents(file: Path) -> Documents:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"Expected a text file in UTF-8 under --text, but {file} cannot be read: {error}.") from error
+        raise DemoError(
+            f"Expected a text file in UTF-8 under --text, but {file} cannot be read ({error}): give another file."
+        ) from error
     length = max(_MIN_DOCUMENT, len(text) // _NUM_DOCUMENTS)
     documents: Documents = {}
     document = ""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,9 @@ from safetensors.torch import save_file
 from torchtune.models.convert_weights import tune_to_hf
 
 from torchtune_kd.models._folders import check_output_dir, complete_folder
+
+if sys.argv[:1] == ["-m"]:  # `python -m` imports the package first, and with it this module, and would warn of that
+    warnings.filterwarnings("ignore", r"'torchtune_kd\.models\.gguf' found in sys\.modules", RuntimeWarning)
 
 # GGUF keeps the layout of Meta's checkpoints, which is torchtune's too: rotary pairs side by side.
 _TUNE_NAMES = {
@@ -79,7 +84,7 @@ def gguf_to_hf(
 
     try:
         reader = gguf.GGUFReader(gguf_path)
-    except ValueError as error:
+    except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"{gguf_path} is not a readable GGUF file ({error}); fetch it again.") from error
     fields = {name: _field_value(gguf, field) for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -140,8 +145,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _read_origin(folder: Path) -> dict[str, str] | None:
     file = folder / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    return config.get(_ORIGIN) if "pruned_from" not in config else None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:  # no JSON: not written here
+        return None
+    return config.get(_ORIGIN) if isinstance(config, dict) and "pruned_from" not in config else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -295,3 +303,9 @@ def _tokenizer_config(fields: dict[str, Any], config: dict[str, Any], special: d
     if "tokenizer.chat_template" in fields:
         content["chat_template"] = fields["tokenizer.chat_template"]
     return content
+
+
+if __name__ == "__main__":
+    from torchtune_kd.models._gguf_command import main
+
+    main()

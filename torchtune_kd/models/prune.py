@@ -1,31 +1,35 @@
 """Command line of layer pruning: ``python -m torchtune_kd.models.prune --help``."""
 
 import argparse
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torchtune.config._utils import _get_component_from_path
-from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
+from torch import Tensor
 
+from torchtune_kd.models._command import one_sentence
 from torchtune_kd.models._folders import check_output_dir
-from torchtune_kd.models._kept_layers import prune_checkpoint, read_config, safetensors_files
+from torchtune_kd.models._kept_layers import prune_checkpoint
+from torchtune_kd.models._prune_inputs import (
+    build_model,
+    build_tokenizer,
+    check_checkpoint,
+    check_model_type,
+    load_weights,
+    read_text,
+)
 from torchtune_kd.models.pruning import MEASURES, select_layers, text_batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a student checkpoint with some of a teacher's layers."""
     args = _parse(argv)
-    try:
-        num_layers = read_config(args.checkpoint_dir)["num_hidden_layers"]
-        check_output_dir(args.output_dir, args.checkpoint_dir, overwrite=args.overwrite)  # measuring may take minutes
+    with one_sentence():
+        num_layers = check_checkpoint(args.checkpoint_dir)
+        select_layers(num_layers, args.num_layers)  # measuring may take minutes: what can be refused is, before it
+        check_output_dir(args.output_dir, args.checkpoint_dir, overwrite=args.overwrite)
         influence = _measure(args) if args.strategy in MEASURES else None
         layers = select_layers(num_layers, args.num_layers, args.strategy, influence)
         folder = prune_checkpoint(args.checkpoint_dir, args.output_dir, layers, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"{folder}: kept {len(layers)} of {num_layers} layers: {' '.join(map(str, layers))}")
 
 
@@ -49,32 +53,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _measure(args: argparse.Namespace) -> torch.Tensor:
-    tokenizer = _component(args.tokenizer)(str(args.tokenizer_path or args.checkpoint_dir / "tokenizer.json"))
-    if not args.text.is_file():
-        raise ValueError(f"Expected a calibration text, but {args.text} does not exist; check the path.")
-    model = _component(args.model)()
-    text = args.text.read_text(encoding="utf-8")
+def _measure(args: argparse.Namespace) -> Tensor:
+    check_model_type(args.model_type)
+    text = read_text(args.text)
+    tokenizer = build_tokenizer(args.tokenizer, args.tokenizer_path or args.checkpoint_dir / "tokenizer.json")
+    model = build_model(args.model)
     batches = text_batches(tokenizer, text, seq_len=min(256, model.max_seq_len))
-    with tempfile.TemporaryDirectory() as unused:  # the checkpointer creates its output folder
-        checkpointer = FullModelHFCheckpointer(
-            checkpoint_dir=str(args.checkpoint_dir),
-            checkpoint_files=[file.name for file in safetensors_files(args.checkpoint_dir)],
-            model_type=args.model_type,
-            output_dir=unused,
-        )
-        model.load_state_dict(checkpointer.load_checkpoint()[MODEL_KEY])
+    load_weights(model, args.model, args.checkpoint_dir, args.model_type)
     return MEASURES[args.strategy](model, batches)
-
-
-def _component(dotpath: str) -> Callable[..., Any]:
-    try:
-        return _get_component_from_path(dotpath)
-    except Exception as error:  # torchtune raises several kinds here
-        raise ValueError(
-            f"Expected a component such as torchtune_kd.models.smollm2.smollm2_135m, but {dotpath!r} cannot be "
-            f"imported ({error}); check the name."
-        ) from error
 
 
 if __name__ == "__main__":

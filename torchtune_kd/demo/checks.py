@@ -1,0 +1,109 @@
+"""What can be known to be wrong before anything is downloaded or written."""
+
+import argparse
+from importlib.util import find_spec
+
+from torchtune_kd.demo.output import DemoError
+
+# What the demo itself says to the recipe, and what to write instead.
+_SET_BY_THE_DEMO = {
+    "output_dir": "name the folder by --output-dir",
+    "data_dir": "name the folder by --output-dir, and your text by --text",
+    "student_dir": "name the folder by --output-dir",
+    "teacher_dir": "name the folder by --teacher-dir",
+    "model.num_layers": "leave it out, since the demo makes a student of 15 layers",
+    "run_val_every_n_steps": "leave it out, since the demo validates three times while training",
+}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """The arguments by themselves, and the packages they need; quick.
+
+    Raises:
+        DemoError: naming the first argument that cannot be.
+    """
+    if args.steps is not None and args.steps < 1:
+        raise DemoError(f"Expected --steps of at least 1, but got {args.steps}: raise it.")
+    for override in args.overrides:
+        key, equals, _ = override.partition("=")
+        if not (key and equals):
+            raise DemoError(f"Expected key=value, but got {override!r}: write for example optimizer.lr=1e-3.")
+        if key in _SET_BY_THE_DEMO:
+            raise DemoError(f"Expected no {override}, because the demo sets {key}: {_SET_BY_THE_DEMO[key]}.")
+    needed = ["matplotlib", "rich"]
+    if args.teacher_dir is None:
+        needed.append("huggingface_hub" if args.teacher_hub else "gguf")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"The demo needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
+            '`pip install "torchtune-kd[demo]"`.'
+        )
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Temperature, overrides, the teacher's folder and the text, as the stages will use them.
+
+    Raises:
+        DemoError: naming the first of them that cannot be.
+        ImportError: if what the stages import is not there.
+    """
+    # these import torch
+    from torchtune_kd.demo import teacher, text
+    from torchtune_kd.kernels._objective import TEMPERATURES
+
+    low, high = TEMPERATURES
+    if args.temperature is not None and not low <= args.temperature <= high:
+        raise DemoError(
+            f"Expected a --temperature from {low:g} to {high:g}, but got {args.temperature:g}: choose one in between."
+        )
+    if args.teacher_dir is not None:
+        teacher.checked(args.teacher_dir.resolve())
+    if args.text is not None:
+        text.split_documents(text.read_documents(args.text))
+    if args.overrides:
+        _check_overrides(args.overrides)
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """The config of the run with these overrides; no file is read, and of the components only the small ones built."""
+    import torch
+    from omegaconf.errors import OmegaConfBaseException
+    from torch import nn
+
+    import torchtune_kd.training as kd
+    from torchtune_kd.demo.train import read_config
+    from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer
+    from torchtune_kd.training.settings import COMPONENTS
+
+    written = " ".join(overrides)
+    try:
+        config = read_config(overrides)
+    except Exception as error:  # OmegaConf and YAML raise several kinds
+        raise DemoError(
+            f"Expected key=value overrides in YAML, but {written} cannot be read ({_one_line(error)}): correct them."
+        ) from error
+    try:
+        for name in COMPONENTS:
+            if config.get(name) is not None and "_component_" not in _keys(config[name]):
+                raise DemoError(
+                    f"Expected {name} to be a section with a _component_, but {written} makes it {config[name]!r}: "
+                    f"override one of its keys, as in {name}._component_=..."
+                )
+        kd.read_settings(config, distributed=False)
+        kd.build_kd_loss(config)
+        optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))])
+        build_lr_scheduler(config, optimizer, 1)
+    except (kd.UserError, OmegaConfBaseException) as error:
+        raise DemoError(f"The overrides {written} cannot be used ({_one_line(error)}): correct them.") from error
+    length = config.tokenizer.max_seq_len
+    if not isinstance(length, int) or length < 2:
+        raise DemoError(f"Expected tokenizer.max_seq_len of at least 2, but got {length!r}: change it.")
+
+
+def _keys(section: object) -> list[str]:
+    return list(section) if hasattr(section, "keys") else []
+
+
+def _one_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
