@@ -69,41 +69,28 @@ def _check_overrides(overrides: list[str]) -> None:
     """The config of the run with these overrides; no file is read, and of the components only the small ones built."""
     import torch
     from omegaconf.errors import OmegaConfBaseException
-    from torch import nn
 
     import torchtune_kd.training as kd
     from torchtune_kd.demo.train import read_config
-    from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer
-    from torchtune_kd.training.settings import COMPONENTS
+    from torchtune_kd.training.components import one_line
+    from torchtune_kd.training.optim import check_optimizer
 
     written = " ".join(overrides)
     try:
         config = read_config(overrides)
     except Exception as error:  # OmegaConf and YAML raise several kinds
         raise DemoError(
-            f"Expected key=value overrides in YAML, but {written} cannot be read ({_one_line(error)}): correct them."
+            f"Expected key=value overrides in YAML, but {written} cannot be read "
+            f"({one_line(error).rstrip('.')}): correct them."
         ) from error
     try:
-        for name in COMPONENTS:
-            if config.get(name) is not None and "_component_" not in _keys(config[name]):
-                raise DemoError(
-                    f"Expected {name} to be a section with a _component_, but {written} makes it {config[name]!r}: "
-                    f"override one of its keys, as in {name}._component_=..."
-                )
         kd.read_settings(config, distributed=False)
         kd.build_kd_loss(config)
-        optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))])
-        build_lr_scheduler(config, optimizer, 1)
+        check_optimizer(config, torch.device("cpu"))
     except (kd.UserError, OmegaConfBaseException) as error:
-        raise DemoError(f"The overrides {written} cannot be used ({_one_line(error)}): correct them.") from error
+        raise DemoError(
+            f"The overrides {written} cannot be used ({one_line(error).rstrip('.')}): correct them."
+        ) from error
     length = config.tokenizer.max_seq_len
     if not isinstance(length, int) or length < 2:
         raise DemoError(f"Expected tokenizer.max_seq_len of at least 2, but got {length!r}: change it.")
-
-
-def _keys(section: object) -> list[str]:
-    return list(section) if hasattr(section, "keys") else []
-
-
-def _one_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
