@@ -58,6 +58,7 @@ def refuse(cfg) -> str:
         ("clip_grad_norm", 0.0, "clip_grad_norm.*above 0"),
         ("save_every_n_steps", 0, "save_every_n_steps.*at least 1 or null"),
         ("keep_last_n", 0, "keep_last_n.*at least 1"),
+        ("resume_despite_changes", True, "no use without `resume_from_checkpoint: True`"),
         ("seed", -1, "seed.*from 0 to 4294967295.*-1"),
         ("cudnn_deterministic_mode", "abc", "cudnn_deterministic_mode.*default, warn, error.*abc"),
         ("kd_loss", "ForwardKLLoss", "`kd_loss` to be a section.*'ForwardKLLoss'"),

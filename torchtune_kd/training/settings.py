@@ -226,6 +226,10 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
     for name in ("run_val_every_n_steps", "max_val_batches", "batch_size_val", "keep_best"):
         if getattr(settings, name) is not None and cfg.get("dataset_val") is None:
             raise UserError(f"`{name}` is set, but there is no `dataset_val`: add it or remove the key.")
+    if settings.resume_despite_changes and not settings.resume_from_checkpoint:
+        raise UserError(
+            "`resume_despite_changes: True` has no use without `resume_from_checkpoint: True`: set both, or neither."
+        )
     if settings.fsdp_cpu_offload and settings.torch_device.type == "cpu":
         raise UserError(
             "`fsdp_cpu_offload: True` moves shards from GPU to host memory, but `device` is cpu: set it to False."
