@@ -73,7 +73,7 @@ def train(cfg: DictConfig, settings: Settings, world: kd.World) -> Iterator[dict
     """Loss and gradient norm of each step; at last, on rank 0, the student's weights before and after."""
     loss = kd.build_kd_loss(cfg)
     teacher = kd.build_teacher(cfg, settings, world)
-    student = kd.build_student(cfg, settings, world, loss, {}, seed=1)
+    student = kd.build_student(cfg, settings, world, loss, None, seed=1)
     start = full_state_dict(student.decoder, world)
     trainable = [p for p in student.parameters() if p.requires_grad]
     optimizer = build_optimizer(cfg, trainable)

@@ -85,5 +85,5 @@ result = {
     "node_size": dist.get_world_size(world.node_group),
 }
 Path(sys.argv[2], f"{world.rank}.json").write_text(json.dumps(result))
-del student, teacher
+del student, teacher, layer  # every part of a sharded model
 kd.leave_process_group()
