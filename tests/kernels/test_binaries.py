@@ -58,6 +58,7 @@ print(json.dumps([asdict(report) | {"narrow": report.narrow} for report in found
 
 
 def check(reports: list[dict]) -> None:
+    assert sum(report["spilled_bytes"] > 0 for report in reports) <= (4 if OLD_TRITON else 0)
     for report in reports:
         assert report["spilled_bytes"] <= SPILLED, report
         assert report["loads"].get(WIDE, 0) > 0 or not report["block"], report

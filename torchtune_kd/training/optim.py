@@ -45,7 +45,8 @@ def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, total_steps: int) 
     if cfg.get("lr_scheduler") is None:
         return None
     takes = inspect.signature(component_of("lr_scheduler", cfg.lr_scheduler)).parameters
-    steps = {"num_training_steps": total_steps} if "num_training_steps" in takes else {}
+    wanted = "num_training_steps" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    steps = {"num_training_steps": total_steps} if wanted else {}
     return build(cfg, "lr_scheduler", optimizer, **steps, last_epoch=-1)
 
 
