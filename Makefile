@@ -16,9 +16,11 @@ test test-fast test-oldest: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
 # PyTorch 2.6 and what was new when it was: what pyproject.toml promises to work with
 OLDEST := .venv-oldest
+# transformers and peft, in which the tests load what a run exports; peft refuses the torchao that torchtune needs
+EXPORTS := .venv-exports
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test test-fast test-oldest lint format build clean
+.PHONY: install exports demo test test-fast test-oldest lint format build clean
 
 install: $(INSTALLED)
 
@@ -33,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m torchtune_kd.demo
 
-test: lint
+test: lint exports
 	$(PYTEST)
 
 test-fast: lint
@@ -45,6 +47,15 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt 'setuptools>=77' -e '.[demo]' datasets hypothesis pandas pyarrow pytest pytest-xdist tensorboard
+	@touch $@
+
+exports: $(EXPORTS)/.installed
+
+$(EXPORTS)/.installed: pyproject.toml constraints-exports.txt | $(INSTALLED)
+	$(PYTHON) -m venv $(EXPORTS)
+	$(EXPORTS)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints-exports.txt torch
+	$(EXPORTS)/bin/python -m pip install -c constraints-exports.txt accelerate peft pytest safetensors transformers
+	$(EXPORTS)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
 lint: install
@@ -61,5 +72,5 @@ build: install
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(EXPORTS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
