@@ -10,6 +10,10 @@ TORCH_INDEX ?=
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
 
+# OpenMP's threads wait for work by spinning. Beside other busy processes they then take the cores from each other, and a
+# step takes ten times as long; PASSIVE lets them sleep. It has to be set before PyTorch is loaded.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
 JOBS ?= 2
 test test-fast test-oldest: export OMP_NUM_THREADS ?= 1

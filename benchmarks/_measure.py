@@ -53,7 +53,8 @@ def reset_peak() -> None:
 def describe_machine() -> str:
     """CPU, cores, threads, load and versions, in one line."""
     return (
-        f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads "
+        f"(OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}), "
         f"bf16 instructions: {_bf16_instructions()}, load {os.getloadavg()[0]:.1f}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start
+# Threads that spin while they wait make a busy machine ten times slower. PyTorch reads it when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks at it once, when it is imported
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -63,5 +64,8 @@ def _run(args: argparse.Namespace, output: OutputFolder) -> None:
 
 
 if __name__ == "__main__":
+    # OpenMP's threads wait by spinning, which a busy machine pays for with most of its time. PyTorch, which reads this
+    # when it is loaded, is not loaded yet, and the training process inherits it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, with the training process
     sys.exit(main())
