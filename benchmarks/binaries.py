@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.backends import compiler as backends
 from triton.compiler import ASTSource
 
-from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, _triton, _triton_split
+from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, _triton, _triton_shards
 from torchtune_kd.kernels._block import Plan
 from torchtune_kd.kernels._checks import runs_interpreted
 from torchtune_kd.kernels._softmax import softmax_backward, softmax_forward
@@ -65,7 +65,7 @@ class Case(NamedTuple):
     metrics: str = ""  # "all", or "student": those that need no teacher
     labels: bool = True
     row_scale: bool = False  # rows with incoming gradients of their own: linear_kd_loss with a trained head, "none"
-    parts: str = ""  # "split": rows over several programs; "shards": over several processes
+    shards: bool = False  # of rows, over several processes
     backward: str = ""  # "scale" or "scale-rows": instead, the scaling of a stored gradient
 
     @property
@@ -75,7 +75,7 @@ class Case(NamedTuple):
         words = (self.divergence, f"T={self.temperature:g}" if self.divergence else "", "ce" * self.cross_entropy)
         words += ("gradient" if self.gradient else "loss", "" if self.labels else "unlabelled")
         words += ("row-scale" * self.row_scale, f"{self.metrics}-metrics" if self.metrics else "")
-        words += (self.parts,)
+        words += ("shards" * self.shards,)
         return tuple(filter(None, words))
 
     @property
@@ -92,7 +92,7 @@ def all_cases() -> list[Case]:
     cases += [Case(*values, labels=False) for values in everything if not values[2]]
     cases += [Case(*values, row_scale=True) for values in everything if values[3] and not values[4]]
     cases += [Case("", 1.0, True, True, row_scale=True)]
-    cases += [Case(*values, parts=parts) for values in everything if values[2] for parts in ("split", "shards")]
+    cases += [Case(*values, shards=True) for values in everything if values[2]]
     return cases + [Case("", backward=word) for word in ("scale", "scale-rows")]
 
 
@@ -186,14 +186,14 @@ def _call(case: Case, student: Tensor, teacher: Tensor) -> None:
     labels = torch.empty(n_tokens, dtype=torch.int64, device="meta") if case.labels else None
     teacher = teacher if plan.has_teacher else None
     row_scale = torch.empty((), device="meta")
-    if case.parts == "shards":
+    if case.shards:
         parallel_rows(
             student, teacher, labels, plan, student if case.gradient else None, row_scale, NoGroup(None, 0, 2)
         )
     elif case.row_scale:
         _triton.rows(student, teacher, labels, plan, student, torch.empty(n_tokens, 1, device="meta"))
     else:
-        softmax_forward(student, teacher, labels, plan, "triton-split" if case.parts else "triton")
+        softmax_forward(student, teacher, labels, plan, "triton")
 
 
 def specialise(kernel: triton.JITFunction, *args: object, **kwargs: object) -> Binary:
@@ -311,7 +311,7 @@ def main() -> None:
     if not cases:
         parser.error(f"no case's name has the words {' '.join(args.words)}")
     chosen = (lambda *_: Blocks(*args.blocks)) if args.blocks else blocks_for
-    with patch.object(_triton, "blocks_for", chosen), patch.object(_triton_split, "blocks_for", chosen):
+    with patch.object(_triton, "blocks_for", chosen), patch.object(_triton_shards, "blocks_for", chosen):
         found = reports(cases, args.arch, args.jobs, vocab=args.vocab)
     print(f"bf16, V={args.vocab}, Triton {triton.__version__}; loads and stores in bits x instructions")
     print(FORMAT.format(*COLUMNS.split()))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._device import answers_at_once
 from ._objective import Objective
 
-BACKENDS = ("auto", "torch", "triton", "triton-backwards", "triton-split")
+BACKENDS = ("auto", "torch", "triton", "triton-backwards")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

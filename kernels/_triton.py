@@ -10,7 +10,6 @@ from torch import Tensor
 from ._block import Plan, Rows
 from ._triton_kernels import RESULTS, rows_kernel, scale_kernel
 from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, rows_of, slope, variant_of
-from ._triton_split import split_rows
 
 
 def rows(
@@ -32,13 +31,11 @@ def rows(
         grad_out (Tensor | None): shape of `student`; receives the gradient of the rows' losses. May be `student`.
         row_scale (Tensor | None): 0-d or ``[N, 1]``, multiplies the gradients.
         backend (str): "triton", one launch, a program per row; "triton-backwards", the same with the second pass from
-            the last id, which the first has left in the cache; "triton-split", see ``split_rows``.
+            the last id, which the first has left in the cache.
 
     Returns:
         Rows: in fp32, 0 where a token is ignored.
     """
-    if backend == "triton-split":
-        return split_rows(student, teacher, labels, plan, grad_out, row_scale)
     n_tokens = student.shape[:-1].numel()
     results = torch.empty(n_tokens, RESULTS.value, dtype=torch.float32, device=student.device)
     if n_tokens == 0:

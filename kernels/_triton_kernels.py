@@ -34,9 +34,8 @@ def row_start(pointer, row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def id_in(label, start, n_ids):
-    """A label (64 bits) as one of the n_ids ids from `start` on; -1 if it is none of them."""
-    label -= start
+def id_in(label, n_ids):
+    """A label (64 bits) as one of the n_ids ids; -1 if it is none of them."""
     return tl.where((label >= 0) & (label < n_ids), label, -1).to(tl.int32)
 
 
@@ -119,7 +118,7 @@ def rows_kernel(
             return
         # NaN for a label outside of the vocabulary, which the host does not see. Read now, because the gradient may be
         # written over the logits: the reductions of the first pass are barriers in between.
-        label = id_in(label, 0, n_ids)
+        label = id_in(label, n_ids)
         label_s = load_logit(s, label, student_stride, float("nan"))
         if HAS_TEACHER:
             label_t = load_logit(t, label, teacher_stride, float("nan"))

@@ -14,8 +14,8 @@ from ._checks import check_label_values
 from ._device import answers_at_once
 from ._triton_launch import rows_of
 from ._triton_passes import NO_ID
-from ._triton_split import Walk
-from ._triton_split_kernels import LABEL_LOGITS, MAXIMA
+from ._triton_shard_kernels import LABEL_LOGITS, MAXIMA
+from ._triton_shards import Walk
 
 # What the kernels are told in place of a label: one that is ignored, one that no shard holds.
 _IGNORED, _NOWHERE = -2, -1
@@ -62,42 +62,40 @@ def parallel_rows(
     n_tokens = student.shape[:-1].numel()
     if n_tokens == 0:
         return Rows.zeros(0, plan, torch.float32, student.device)
-    rows = slice(0, n_tokens)
     valid = None if labels is None else labels != plan.objective.ignore_index
     # where a label lies is known after the first exchange; until then it is only ignored or not
     early = None if labels is None else torch.where(valid, _NOWHERE, _IGNORED)
-    walk = Walk(student, teacher, early, plan, grad_out, row_scale, parts=1, ignore_index=_IGNORED)
-    parts = walk.statistics(rows, forward=not walk.needs_terms)
-    maxima, sizes = _merged_maxima(parts, plan.vocab, group)
+    walk = Walk(student, teacher, early, plan, grad_out, row_scale, _IGNORED)
+    own = walk.statistics(forward=not walk.needs_terms)
+    maxima, sizes = _merged_maxima(own, plan.vocab, group)
     offset = sizes[: group.rank].sum()
-    merged = walk.merge(parts, maxima)
+    merged = walk.rescale(own, maxima)
     everywhere = None
     if labels is not None:
         local, everywhere = _placed(labels, valid, offset, sizes.sum(), plan)
         walk.labels = local
-        merged[:, LABEL_LOGITS] = _label_logits(student, local)
+        merged[:, LABEL_LOGITS.value] = _label_logits(student, local)
         if teacher is not None:
-            merged[:, LABEL_LOGITS + 1] = _label_logits(teacher, local)
+            merged[:, LABEL_LOGITS.value + 1] = _label_logits(teacher, local)
     merged[:, MAXIMA.value :] = group.reduce(merged[:, MAXIMA.value :].contiguous(), dist.ReduceOp.SUM)
 
     sums = firsts = None
     at_once = plan.want_grad and not walk.variant.THREE_PASSES
     if walk.needs_terms:
-        terms, firsts = walk.finish(rows, merged, gradient=at_once)
-        sums, firsts = group.reduce(terms.squeeze(1), dist.ReduceOp.SUM), firsts.squeeze(1)
+        terms, firsts = walk.finish(merged, gradient=at_once)
+        sums = group.reduce(terms, dist.ReduceOp.SUM)
         if "top1_agreement" in plan.metrics:
             firsts = group.reduce(torch.where(firsts < NO_ID.value, firsts + offset, firsts), dist.ReduceOp.MIN)
     if plan.want_grad and not (at_once and walk.needs_terms):
-        walk.gradient(rows, merged, sums)
-    walk.results(rows, merged, sums, firsts, everywhere)
-    return rows_of(walk.all_results, plan)
+        walk.gradient(merged, sums)
+    return rows_of(walk.results(merged, sums, firsts, everywhere), plan)
 
 
-def _merged_maxima(parts: Tensor, vocab: int, group: Group) -> tuple[Tensor, Tensor]:
+def _merged_maxima(own: Tensor, vocab: int, group: Group) -> tuple[Tensor, Tensor]:
     """Maxima ``[N, MAXIMA]`` over all shards, and the sizes ``[W]`` of these, int32, by the same all-reduce."""
-    n_maxima = len(parts) * MAXIMA.value
-    both = parts.new_zeros(n_maxima + group.size)
-    both[:n_maxima] = parts[:, 0, : MAXIMA.value].flatten()
+    n_maxima = len(own) * MAXIMA.value
+    both = own.new_zeros(n_maxima + group.size)
+    both[:n_maxima] = own[:, : MAXIMA.value].flatten()
     both[n_maxima + group.rank] = vocab
     group.reduce(both, dist.ReduceOp.MAX)
     return both[:n_maxima].view(-1, MAXIMA.value), both[n_maxima:].int()

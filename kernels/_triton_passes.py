@@ -1,8 +1,8 @@
 """The walks over one row of logits: statistics first, then sums over probabilities, gradient, or both at once.
 
-They are device functions: one kernel calls both for a whole row, other kernels one of them for a part of a row.
+They are device functions: one kernel calls both for a whole row, other kernels one of them for a shard of a row.
 
-Legend: V ids of the row (or of its part); T temperature, ``c = log2(e)/T``; ``m_s``, ``m_t`` largest raw logits;
+Legend: V ids of the row (or of its shard); T temperature, ``c = log2(e)/T``; ``m_s``, ``m_t`` largest raw logits;
 ``us = (s - m_s)·c``; for the rest see ``_triton_math.py``.
 """
 
@@ -189,7 +189,7 @@ def finish(
 
     Args:
         out: receives ``kd_weight·dD/dz + ce_weight·(q - [id = label])`` (if GRADIENT); may be `student`.
-        label: id in this part of the row; any other number where the label lies elsewhere.
+        label: id in this shard of the row; any other number where the label lies elsewhere.
         BACKWARDS: from the last id to the first, which the pass before has left in the cache.
 
     Returns:

@@ -145,9 +145,14 @@ _LOG_BF16 = ("log_probabilities_bf16", "cross_entropy")
 
 IMPLEMENTATIONS = (
     Implementation("ours-triton", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("triton"), needs_gpu=True),
-    *(
-        Implementation(f"ours-{way}", "torchtune_kd", ("softmax",), EVERY, _ours(way), needs_gpu=True, slow=True)
-        for way in ("triton-backwards", "triton-split")
+    Implementation(
+        "ours-triton-backwards",
+        "torchtune_kd",
+        ("softmax",),
+        EVERY,
+        _ours("triton-backwards"),
+        needs_gpu=True,
+        slow=True,
     ),
     Implementation("ours-torch", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("torch")),
     *(

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 OLD_TRITON = pytestmark.args[0] or Version(version("triton")) < Version("3.9")
 
 WIDE = "128"
-# Bytes of a thread. Triton before 3.9 puts two registers of 4 of the 596 binaries, all symmetric KL, into memory.
+# Bytes of a thread. Triton before 3.9 puts two registers of 4 of the 534 binaries, all symmetric KL, into memory.
 SPILLED = 8 if OLD_TRITON else 0
 
 # One of each kind: both ends of the two-pass kernels' register use, a loss in one read, the three passes with most
 # registers, metrics in either, an output head of the student alone, rows with scales of their own,
-# the scaling of a stored gradient, and rows in parts.
+# the scaling of a stored gradient, and shards of rows.
 SUBSET = (
     "forward_kl T=1 ce gradient",
     "symmetric_kl T=2 ce gradient",
@@ -34,7 +34,7 @@ SUBSET = (
     "ce gradient student-metrics",
     "scale",
     "symmetric_kl T=2 ce gradient shards",
-    "jsd T=2 ce gradient all-metrics split",
+    "jsd T=2 ce gradient all-metrics shards",
 )
 
 
@@ -128,7 +128,7 @@ print(json.dumps(answer))
         "forward_kl T=1 loss",
         "reverse_kl T=2 loss",
         "tvd T=2 ce gradient all-metrics",
-        "symmetric_kl T=2 ce gradient split",
+        "symmetric_kl T=2 ce gradient shards",
         "symmetric_kl T=2 ce loss shards",
     )
     found = compiling(code, *cases)

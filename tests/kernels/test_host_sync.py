@@ -21,7 +21,7 @@ READS |= {"allclose", "synchronize", "repeat_interleave", "bincount"}
 # What a tensor tells without its values.
 METADATA = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "dim", "numel", "size", "stride", "nbytes"}
 METADATA |= {"element_size", "is_contiguous", "is_floating_point", "is_complex", "is_inference", "type", "grad_fn"}
-HOST_FUNCTIONS = {"len", "isinstance", "type", "hasattr", "getattr", "range", "id", "Walk", "_rows_in_cache"}
+HOST_FUNCTIONS = {"len", "isinstance", "type", "hasattr", "getattr", "range", "id", "Walk"}
 # Functions of torch whose results are no tensors.
 NO_TENSORS = {"compiler", "cuda", "is_grad_enabled", "is_autocast_enabled", "get_autocast_dtype", "finfo", "Size"}
 

@@ -14,7 +14,7 @@ from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, softmax
 from torchtune_kd.kernels._block import Plan
 
 pytest.importorskip("triton")
-from torchtune_kd.kernels import _triton, _triton_kernels, _triton_split
+from torchtune_kd.kernels import _triton, _triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of lanes that are masked out
 
@@ -35,17 +35,14 @@ def test_value_and_gradient_from_hidden_states(divergence, v, n, t, kd_ratio, la
     check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens, "triton")
 
 
-@pytest.mark.parametrize("other", ["triton-backwards", pytest.param("triton-split", marks=pytest.mark.slow)])
-def test_other_ways_to_read_less_change_nothing(divergence, other, monkeypatch):
-    """Rows walked back in the second pass, rows split over programs and taken few at a time."""
-    monkeypatch.setattr(_triton_split, "_CACHE_BYTES", 2**16)  # 4 rows at a time
+def test_walking_backwards_changes_nothing(divergence):
     student, teacher = torch.randn(2, 5, 5000)
     teacher[3] = student[3]
     labels = torch.tensor([4999, -100, 0, 17, 2500])
     for metrics in (False, True):
         settings = {"divergence": divergence, "temperature": 2.0, "kd_ratio": 0.5, "return_metrics": metrics or ["kl"]}
         losses, sums, grads, values = [], [], [], []
-        for backend in ("triton", other):
+        for backend in ("triton", "triton-backwards"):
             z = student.clone().requires_grad_()
             loss, metrics = softmax_kd_loss(z, teacher, labels, **settings, reduction="none", backend=backend)
             losses.append(loss)
@@ -58,11 +55,10 @@ def test_other_ways_to_read_less_change_nothing(divergence, other, monkeypatch):
         assert torch.allclose(*values, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("other", ["triton-backwards", "triton-split"])
-def test_the_linear_function_takes_them_too(other):
+def test_the_linear_function_walks_backwards_too():
     hidden, head, teacher_hidden, teacher_head = (torch.randn(*shape) for shape in ((3, 4), (50, 4), (3, 6), (50, 6)))
     results = []
-    for backend in ("triton", other):
+    for backend in ("triton", "triton-backwards"):
         h = hidden.clone().requires_grad_()
         settings = {"divergence": "jsd", "kd_ratio": 0.5, "backend": backend}
         loss = linear_kd_loss(h, head, teacher_hidden, teacher_head, torch.tensor([3, -100, 49]), **settings)
@@ -101,9 +97,8 @@ def test_labels_outside_of_the_vocabulary_give_nan():
     student, teacher = torch.randn(2, 6, 20)
     labels = torch.tensor([3, -100, 20, -1, 2**32 + 3, 19])
     plan = Plan(Objective(kd_ratio=0.5), (), 20, "none", True, False)
-    for rows in (_triton.rows, _triton_split.split_rows):
-        loss = rows(student, teacher, labels, plan, None).loss
-        assert loss.isnan().tolist() == [False, False, True, True, True, False]
+    loss = _triton.rows(student, teacher, labels, plan, None).loss
+    assert loss.isnan().tolist() == [False, False, True, True, True, False]
 
 
 @pytest.mark.parametrize("ruled_out", [slice(0, 2048), slice(5, 6)])

@@ -148,7 +148,7 @@ def check_errors(rank, sizes):
     labels = torch.tensor([0, 1, sum(sizes)])
     refused(f"labels must lie in [0, {sum(sizes)})", student, teacher, labels, backend="triton")
     refused("group= works with backend='triton'", student, teacher, backend="torch")
-    refused("but 'triton-split' was asked for", student, teacher, backend="triton-split")
+    refused("but 'triton-backwards' was asked for", student, teacher, backend="triton-backwards")
     if rank < len(sizes) - 1:
         refused(
             "every shard but the last must hold the same ids",
