@@ -111,7 +111,7 @@ class Binary(NamedTuple):
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]  # arguments known to be multiples of 16
-    options: tuple[tuple[str, int], ...]  # warps and registers
+    options: tuple[tuple[str, int], ...]  # what the launch gave
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def specialise(kernel: triton.JITFunction, *args: object, **kwargs: object) -> B
     return Binary(kernel.fn.__name__, kernel.fn.__module__, *parts)
 
 
-def compiled(binary: Binary, arch: int) -> Any:
-    """Triton's compiled kernel for ``sm_<arch>``."""
+def compiled(binary: Binary, arch: int | str, backend: str = "cuda", lanes: int = 32) -> Any:
+    """Triton's compiled kernel for ``sm_<arch>``, or for another backend's architecture and warps of so many lanes."""
     kernel = getattr(sys.modules[binary.module], binary.kernel)
     signature, aligned = dict(binary.signature), map(kernel.arg_names.index, binary.aligned)
     if hasattr(backends, "AttrsDescriptor"):  # Triton 3.2
@@ -229,7 +229,7 @@ def compiled(binary: Binary, arch: int) -> Any:
     else:
         attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(kernel, signature, dict(binary.constants), attributes)
-    return triton.compile(source, target=backends.GPUTarget("cuda", arch, 32), options=dict(binary.options))
+    return triton.compile(source, target=backends.GPUTarget(backend, arch, lanes), options=dict(binary.options))
 
 
 def compile_binary(case: str, binary: Binary, arch: int) -> Report:

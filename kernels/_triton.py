@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._block import Plan, Rows
 from ._triton_kernels import RESULTS, rows_kernel, scale_kernel
-from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, rows_of, slope, variant_of
+from ._triton_launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, rows_of, slope, variant_of
 
 
 def rows(
@@ -52,7 +52,7 @@ def rows(
             *addresses(student), *addresses(teacher), *addresses(out), 0 if scale.dim() == 0 else 1,
             plan.vocab, objective.ignore_index, exponent_scale(plan, variant), *betas(objective.beta),
             objective.kd_ratio, objective.divergence_scale, slope(plan), 1.0 - objective.kd_ratio,
-            **variant._asdict(), BLOCK=blocks.size, num_warps=blocks.warps, maxnreg=blocks.registers,
+            **variant._asdict(), BLOCK=blocks.size, **launch_options(blocks.warps, blocks.registers),
         )  # fmt: skip
     return rows_of(results, plan)
 
@@ -85,6 +85,6 @@ def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     if n_rows:
         with on(grad.device):
             scale_kernel[(n_rows, triton.cdiv(n_ids, block))](
-                grad, scale, n_ids, ROWS=scale.dim() > 0, BLOCK=block, num_warps=8
+                grad, scale, n_ids, ROWS=scale.dim() > 0, BLOCK=block, **launch_options(warps=8)
             )
     return grad

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._block import Plan
 from ._triton_kernels import RESULTS
-from ._triton_launch import addresses, betas, blocks_for, exponent_scale, on, slope, variant_of
+from ._triton_launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, slope, variant_of
 from ._triton_shard_kernels import (
     COLUMNS,
     TERMS,
@@ -60,7 +60,7 @@ class Walk:
                 *addresses(self.student), *addresses(self.teacher),
                 self.plan.vocab, self.ignore_index, self._c,
                 v.DIVERGENCE, v.HAS_TEACHER, v.HAS_LABELS, v.AT_1, forward,
-                BLOCK=self._blocks.size, num_warps=self._blocks.warps, maxnreg=self._blocks.registers,
+                BLOCK=self._blocks.size, **launch_options(self._blocks.warps, self._blocks.registers),
             )  # fmt: skip
         return own
 
@@ -68,7 +68,7 @@ class Walk:
         """This shard's part of ``merged`` ``[N, COLUMNS]``, relative to ``maxima`` ``[N, MAXIMA]``."""
         merged = torch.empty_like(own)
         with on(own.device):
-            rescale_kernel[(self._n_tokens,)](own, maxima, merged, self._c, num_warps=1)
+            rescale_kernel[(self._n_tokens,)](own, maxima, merged, self._c, **launch_options(warps=1))
         return merged
 
     def finish(self, merged: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Walk:
                 slope(self.plan), 1.0 - objective.kd_ratio,
                 v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_CE, v.HAS_LABELS, v.AT_1, v.METRICS,
                 sums is not None, terms is not None, gradient,
-                BLOCK=self._blocks.size, num_warps=self._blocks.warps, maxnreg=self._blocks.registers,
+                BLOCK=self._blocks.size, **launch_options(self._blocks.warps, self._blocks.registers),
             )  # fmt: skip
 
     def results(self, merged: Tensor, sums: Tensor | None, firsts: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -117,7 +117,8 @@ class Walk:
                 merged if labels is None else labels, results,
                 self.ignore_index, self._c, *betas(objective.beta), objective.kd_ratio,
                 objective.divergence_scale, 1.0 - objective.kd_ratio,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_LABELS, v.AT_1, sums is not None, num_warps=1,
+                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_LABELS, v.AT_1, sums is not None,
+                **launch_options(warps=1),
             )  # fmt: skip
         return results
 

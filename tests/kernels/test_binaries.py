@@ -106,6 +106,42 @@ print(json.dumps([tight.spilled_bytes, tight.narrow, odd.narrow]))
     assert odd > 0  # rows of odd length start anywhere
 
 
+def test_every_launch_has_multiply_adds_fused():
+    """Triton 3.10 no longer does it by itself."""
+    code = """
+found = {binary for case in binaries.all_cases() for binary in binaries.binaries_of(case)}
+print(json.dumps([[binary.kernel, dict(binary.options)] for binary in found]))
+"""
+    launches = compiling(code)
+    assert {kernel for kernel, _ in launches} == set(compiling(KERNELS))
+    assert all(options.pop("enable_fp_fusion") is True for _, options in launches)
+    assert {frozenset(options) for _, options in launches} == {
+        frozenset({"num_warps", "maxnreg"}),
+        frozenset({"num_warps"}),
+    }
+
+
+def test_amd_knows_every_option_of_a_launch():
+    """Triton refuses a launch with a word that the backend does not know; the kernels compile for an MI300."""
+    code = """
+import torch
+from triton.compiler.compiler import make_backend
+torch.version.hip = "6.4"
+target = "gfx942", "hip", 64
+known = vars(make_backend(binaries.backends.GPUTarget("hip", "gfx942", 64)).parse_options({}))
+found = {binary for case in binaries.all_cases() for binary in binaries.binaries_of(case)}
+unknown = sorted({name for binary in found for name, _ in binary.options if name not in known})
+compiled = []
+for name in sys.argv[1:]:
+    case = next(case for case in binaries.all_cases() if case.name == name)
+    compiled += [binaries.compiled(binary, *target).metadata.warp_size for binary in binaries.binaries_of(case)]
+print(json.dumps([unknown, compiled]))
+"""
+    unknown, lanes = compiling(code, "jsd T=2 ce gradient", "symmetric_kl T=2 ce gradient shards", "scale")
+    assert not unknown
+    assert len(lanes) >= 5 and set(lanes) == {64}
+
+
 def test_no_difference_of_products_is_contracted():
     """a·c - b·c as one multiply-add and a product is not 0 where a = b, and equal models are not where it is."""
     code = """
