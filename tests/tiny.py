@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from torchtune import config
+from torchtune.data import Message
 from torchtune.datasets import text_completion_dataset
 from torchtune.models.convert_weights import tune_to_hf
 
@@ -104,6 +105,17 @@ def dataset_section(path: Path, **more: Any) -> dict:
 def empty_dataset(tokenizer: Any) -> list:
     """A dataset whose filters left nothing."""
     return []
+
+
+def image_dataset(tokenizer: Any) -> list[dict]:
+    """A row of text, and one with an image, for which Llama 3's tokenizer has an id that no text model has."""
+    question, image = {"type": "text", "content": "What?"}, {"type": "image", "content": None}
+    rows = []
+    for content in ([question], [image, question]):
+        turns = [Message(role="user", content=content), Message(role="assistant", content="A cat.")]
+        tokens, _ = tokenizer.tokenize_messages(turns)
+        rows.append({"tokens": tokens, "labels": tokens})
+    return rows
 
 
 class NoisyRows(Dataset):

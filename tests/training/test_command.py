@@ -33,6 +33,40 @@ def test_overrides_reach_the_recipe(monkeypatch, config, capsys):
     assert not ended.value.code and capsys.readouterr().out == "0.2\n"
 
 
+def test_a_name_that_overrides_leave_without_a_reader_is_dropped(monkeypatch, tmp_path):
+    """Unless the command line sets it too: then it is a mistake, which read_settings names."""
+    path = tmp_path / "config.yaml"
+    path.write_text("base: /data\nfolder: ${base}/models\ncheckpointer: {dir: '${folder}'}\nseed: 1\nother: ${seed}\n")
+    seen = []
+
+    @command
+    def main(cfg):
+        seen.append(set(cfg))
+
+    for overrides in (), ("checkpointer.dir=/x", "other=2"), ("checkpointer.dir=/x", "base=/y"):
+        monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(path), *overrides])
+        with pytest.raises(SystemExit):
+            main()
+    everything = {"base", "folder", "checkpointer", "seed", "other"}
+    assert seen == [everything, everything - {"base", "folder"}, everything]
+
+
+def test_a_section_can_be_made_null_on_the_command_line(monkeypatch, tmp_path):
+    """torchtune's parser takes the value for that of `_component_`."""
+    path = tmp_path / "config.yaml"
+    path.write_text("checkpointer: {_component_: a.b, folder: /x}\nprofiler: {_component_: c.d}\n")
+    seen = []
+
+    @command
+    def main(cfg):
+        seen.append(cfg)
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(path), "checkpointer=null"])
+    with pytest.raises(SystemExit):
+        main()
+    assert seen == [{"checkpointer": None, "profiler": {"_component_": "c.d"}}]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -89,6 +89,7 @@ def test_every_sample_is_seen_once_on_any_number_of_processes(rows, size, shuffl
             shuffle=shuffle,
             ignore_index=IGNORE,
             max_seq_len=8,
+            vocab=1000,
             seed=3,
             world=World(torch.device("cpu"), rank, size),
         )

@@ -35,6 +35,7 @@ def loaders(count, size, batch_size, shuffle, position):
             shuffle=shuffle,
             ignore_index=IGNORE,
             max_seq_len=8,
+            vocab=1000,
             seed=3,
             world=World(torch.device("cpu"), rank, size),
         )

@@ -31,21 +31,22 @@ def build_loaders(
     tokenizer: Any,
     ignore_index: int,
     max_seq_len: int,
+    vocab: int,
     seed: int,
     world: World,
 ) -> tuple[StatefulDataLoader, StatefulDataLoader | None]:
     """Training data under ``dataset`` and, where it is given, validation data under ``dataset_val``."""
-    common = {"ignore_index": ignore_index, "max_seq_len": max_seq_len, "seed": seed, "world": world}
-    dataset = build_dataset(cfg, "dataset", tokenizer, max_seq_len, world)
+    common = {"ignore_index": ignore_index, "max_seq_len": max_seq_len, "vocab": vocab, "seed": seed, "world": world}
+    dataset = build_dataset(cfg, "dataset", tokenizer, max_seq_len, vocab, world)
     loader = build_loader(dataset, tokenizer, batch_size=settings.batch_size, shuffle=settings.shuffle, **common)
     if cfg.get("dataset_val") is None:
         return loader, None
-    dataset = build_dataset(cfg, "dataset_val", tokenizer, max_seq_len, world)
+    dataset = build_dataset(cfg, "dataset_val", tokenizer, max_seq_len, vocab, world)
     batch_size = settings.batch_size_val or settings.batch_size
     return loader, build_loader(dataset, tokenizer, batch_size=batch_size, shuffle=False, name="dataset_val", **common)
 
 
-def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, world: World) -> Dataset:
+def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, vocab: int, world: World) -> Dataset:
     """The dataset under ``cfg.<name>``; a list of sections is concatenated, as in torchtune's recipes.
 
     Args:
@@ -53,10 +54,11 @@ def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, 
         name (str): ``dataset`` or ``dataset_val``.
         tokenizer (Any): torchtune tokenizer that the dataset's rows go through.
         max_seq_len (int): longest sequence that teacher and student take.
+        vocab (int): number of ids that both have.
         world (World): rank 0 builds first, so that a download or a cache is made once.
 
     Raises:
-        UserError: for an empty dataset, or a sequence longer than ``max_seq_len``.
+        UserError: for an empty dataset, a sequence longer than ``max_seq_len``, or an id that the models have not.
     """
     with world.rank_zero_first():
         if isinstance(cfg[name], ListConfig):
@@ -68,7 +70,7 @@ def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, 
         raise UserError(f"Expected at least one sample in `{name}`, but it is empty: check its source and filters.")
     limit = getattr(tokenizer, "max_seq_len", None)
     if limit is None or limit > max_seq_len:
-        _check_lengths(dataset, name, max_seq_len, world)
+        _check_rows(dataset, name, max_seq_len, vocab, world)
     return dataset
 
 
@@ -111,6 +113,7 @@ def build_loader(
     shuffle: bool,
     ignore_index: int,
     max_seq_len: int,
+    vocab: int,
     seed: int,
     world: World,
     name: str = "dataset",
@@ -131,7 +134,7 @@ def build_loader(
     )
     sampler = EachSampleOnce(dataset, num_replicas=world.size, rank=world.rank, shuffle=shuffle, seed=seed)
     return StatefulDataLoader(
-        _WithFiller(dataset, name),
+        _CheckedRows(dataset, name, vocab),
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=collate,
@@ -174,18 +177,20 @@ class EachSampleOnce(StatefulDistributedSampler):
         self.position = state_dict["position"]
 
 
-class _WithFiller(Dataset):
-    """``dataset``, and at index ``_FILLER`` a sample without a valid label."""
+class _CheckedRows(Dataset):
+    """``dataset`` with its ids checked, and at index ``_FILLER`` a sample without a valid label."""
 
-    def __init__(self, dataset: Dataset, name: str) -> None:
-        self._dataset, self._name = dataset, name
+    def __init__(self, dataset: Dataset, name: str, vocab: int) -> None:
+        self._dataset, self._name, self._vocab = dataset, name, vocab
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Batch:
         if index != _FILLER:
-            return row(self._dataset, index, self._name)
+            sample = row(self._dataset, index, self._name)
+            check_ids(sample, index, self._name, self._vocab)
+            return sample
         sample = dict(row(self._dataset, 0, self._name))
         labels = sample["labels"]
         masked = torch.full((len(labels),), CROSS_ENTROPY_IGNORE_IDX)
@@ -262,13 +267,24 @@ def attention_inputs(batch: Batch, move: Callable[[Any], Any]) -> dict[str, Any]
     return {name: move(batch[name]) for name in ("mask", "input_pos") if batch.get(name) is not None}
 
 
-def _check_lengths(dataset: Dataset, name: str, max_seq_len: int, world: World) -> None:
-    """Every row, each process its part; of packs the first, since they are all as long."""
+def check_ids(sample: Batch, index: int, name: str, vocab: int) -> None:
+    """Refuse row ``index`` of ``name`` if one of its ``tokens`` is none of the ``vocab`` ids of the models."""
+    tokens = torch.as_tensor(sample["tokens"])
+    if tokens.numel() and not 0 <= (wrong := int(tokens.max() if tokens.min() >= 0 else tokens.min())) < vocab:
+        raise UserError(
+            f"Expected ids from 0 to {vocab - 1}, which teacher and student share, but row {index} of `{name}` holds "
+            f"{wrong}: name the tokenizer of these models, or remove what gives that id (an image, for example)."
+        )
+
+
+def _check_rows(dataset: Dataset, name: str, max_seq_len: int, vocab: int, world: World) -> None:
+    """Check length and ids of every row, each process its part; of packs the first, since they are all as long."""
     rows = range(1) if isinstance(dataset, PackedDataset) else range(world.rank, len(dataset), world.size)
     for index in tqdm(rows, desc=f"Lengths of {name}", leave=False, disable=not world.is_rank_zero or len(rows) < 5000):
-        length = len(row(dataset, index, name)["tokens"])
-        if length > max_seq_len:
-            raise UserError(_too_long(f"sample {index} of `{name}`", length, max_seq_len))
+        sample = row(dataset, index, name)
+        check_ids(sample, index, name, vocab)
+        if len(sample["tokens"]) > max_seq_len:
+            raise UserError(_too_long(f"sample {index} of `{name}`", len(sample["tokens"]), max_seq_len))
 
 
 def _too_long(what: str, length: int, max_seq_len: int) -> str:

@@ -5,9 +5,9 @@ import os
 import re
 import typing
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -32,8 +32,17 @@ ATTENTION_MODULES = typing.get_args(LORA_ATTN_MODULES)
 RUN_FOLDER = re.compile(r"(epoch|step)_\d+")
 
 
-def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World, *, resumed: bool = False) -> int:
-    """Check everything that needs neither weights nor data, and return the longest sequence both models take.
+class DataLimits(NamedTuple):
+    """What the data may hold, so that teacher and student can both read it."""
+
+    max_seq_len: int  # tokens of the longest sequence
+    vocab: int  # ids from 0 to vocab - 1
+
+
+def check_run(
+    cfg: DictConfig, settings: Settings, tokenizer: Any, world: World, *, resumed: bool = False
+) -> DataLimits:
+    """Check everything that needs neither weights nor data, and return what the data may hold.
 
     ``resumed`` says that the output folder holds the checkpoint with which the run goes on.
 
@@ -50,16 +59,17 @@ def check_run(cfg: DictConfig, settings: Settings, tokenizer: Any, world: World,
             "`save_adapter_weights_only: True` needs a student with adapters, but `model` is a full-weight one: "
             "set it to False."
         )
-    limits = [student.max_seq_len]
+    longest, teacher = student.max_seq_len, None
     if settings.uses_teacher:
         check_checkpoint_files(cfg, "teacher_checkpointer")
         teacher = on_meta(cfg, "teacher_model", settings, world)
-        limits.append(teacher.max_seq_len)
-        check_vocabularies(student, teacher, tokenizer)
+        longest = min(longest, teacher.max_seq_len)
         check_tokenizer_files(cfg)
+    vocab = check_vocabularies(student, teacher)
+    check_tokenizer(tokenizer, vocab)
     if settings.custom_sharded_layers:
         check_sharded_layers(student, settings.custom_sharded_layers)
-    return min(limits)
+    return DataLimits(longest, vocab)
 
 
 def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
@@ -109,19 +119,42 @@ def _check_adapters(section: DictConfig, name: str) -> None:
         raise UserError(f"Expected `{name}.lora_rank` to be a whole number of at least 1, got {rank!r}: change it.")
 
 
-def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder, tokenizer: Any) -> None:
-    """Teacher, student and tokenizer share their ids; padded vocabularies may differ in the padding alone."""
-    student_size, teacher_size = output_head(student)[0].shape[0], output_head(teacher)[0].shape[0]
+def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder | None) -> int:
+    """Return the number of ids that teacher and student share; padded vocabularies may differ in the padding alone."""
+    student_size = output_head(student)[0].shape[0]
+    if teacher is None:
+        return student_size
     try:
-        shared = shared_vocab(student_size, teacher_size)
+        return shared_vocab(student_size, output_head(teacher)[0].shape[0])
     except ValueError as error:
         raise UserError(f"`model` and `teacher_model` do not fit: {one_line(error)}") from error
+
+
+def check_tokenizer(tokenizer: Any, vocab: int) -> None:
+    """Refuse a tokenizer whose ordinary tokens, or whose padding, lie beyond the ``vocab`` ids of the models.
+
+    Special tokens may lie beyond: text never gives torchtune's ``<|image|>`` of Llama 3, which is id 128256 where text
+    models have 128256 rows. Whether the data holds one is seen row by row (``data.check_ids``).
+    """
     size = getattr(tokenizer, "vocab_size", None)
-    if size is not None and size > shared:
+    special = getattr(tokenizer, "special_tokens", None)
+    beyond = [index for index in special.values() if index >= vocab] if isinstance(special, Mapping) else []
+    if size is not None and size - len(set(beyond)) > vocab:
         raise UserError(
-            f"Expected every id of the tokenizer within the {shared} that student ({student_size}) and teacher "
-            f"({teacher_size}) share, but the tokenizer has {size}: name the tokenizer of these models."
+            f"Expected a tokenizer of the models' {vocab} ids, but the one under `tokenizer` has {size}: name the "
+            "tokenizer of these models."
         )
+    if not 0 <= tokenizer.pad_id < vocab:
+        raise UserError(
+            f"Expected the tokenizer's padding to be one of the models' {vocab} ids, but it is {tokenizer.pad_id}: "
+            "name the tokenizer of these models."
+        )
+
+
+def missing_tokenizer_files(cfg: DictConfig) -> list[Path]:
+    """Return the files that the section ``tokenizer`` names and that are not there."""
+    named = [str(value) for key, value in cfg.tokenizer.items() if re.search(r"(^|_)(path|file)$", str(key)) and value]
+    return [path for path in map(Path, named) if not path.exists()]
 
 
 def check_tokenizer_files(cfg: DictConfig) -> None:

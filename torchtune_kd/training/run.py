@@ -92,8 +92,10 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     seed = training.set_seed(seed, debug_mode=settings.cudnn_deterministic_mode)
     kd_loss = build_kd_loss(cfg)
     tokenizer = build(cfg, "tokenizer")
-    max_seq_len = check_run(cfg, settings, tokenizer, world, resumed=found is not None)
-    loader, val_loader = build_loaders(cfg, settings, tokenizer, kd_loss.ignore_index, max_seq_len, seed, world)
+    limits = check_run(cfg, settings, tokenizer, world, resumed=found is not None)
+    loader, val_loader = build_loaders(
+        cfg, settings, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world
+    )
     sequences = settings.batch_size * settings.gradient_accumulation_steps * world.size
     traits = (
         identity(cfg, settings, loader.sampler.dataset, seed=seed, sequences_per_step=sequences)

@@ -110,6 +110,8 @@ class Settings:
         return self.kd_ratio > 0
 
 
+KEYS = (*(field.name for field in dataclasses.fields(Settings)), *COMPONENTS)  # what the recipes read
+
 # What components raise for values that cannot be, or where a file or a logger's package is not there.
 _REFUSALS = (
     ValueError, TypeError, OSError, ImportError, KeyError, AttributeError, RuntimeError, ZeroDivisionError,
@@ -128,9 +130,9 @@ def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
     fields = {field.name: field for field in dataclasses.fields(Settings)}
-    known = [name for name in (*fields, *COMPONENTS) if distributed or name not in DISTRIBUTED_ONLY]
+    known = [name for name in KEYS if distributed or name not in DISTRIBUTED_ONLY]
     for key in cfg:
-        if key in known or key in _interpolated_names(cfg):
+        if key in known or key in interpolated_names(cfg):
             continue
         if key == "loss":
             raise UserError(
@@ -278,7 +280,7 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
     return value
 
 
-def _interpolated_names(cfg: DictConfig) -> set[str]:
-    """Top-level names that another key reads as ``${name}`` or ``${name.inner}``."""
+def interpolated_names(cfg: DictConfig) -> set[str]:
+    """Return the top-level names that another key reads as ``${name}`` or ``${name.inner}``."""
     raw = OmegaConf.to_yaml(cfg, resolve=False)
     return {match.split(".")[0] for match in re.findall(r"\$\{\s*([A-Za-z_][\w.]*)", raw)}

@@ -63,7 +63,7 @@ def build_models(cfg: DictConfig, settings: Settings, shards: int = 1) -> Models
             _make_runnable(model)
     if teacher is not None:
         teacher.requires_grad_(False)
-        check_vocabularies(student, teacher, tokenizer=None)
+        check_vocabularies(student, teacher)
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(student, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     return Models(student, teacher)

@@ -15,7 +15,8 @@ from torchtune_kd.training.plan.request import SEQUENCE, Request, read_request
 from torchtune_kd.training.plan.sharding import Communication, Layout, communication
 from torchtune_kd.training.plan.stock import dry_stock_step, why_stock_cannot
 from torchtune_kd.training.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
-from torchtune_kd.training.settings import Settings, build_kd_loss
+from torchtune_kd.training.preflight import check_tokenizer, check_vocabularies, missing_tokenizer_files
+from torchtune_kd.training.settings import Settings, build, build_kd_loss
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class RunPlan:
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
         divergence (str): of the run's loss.
+        missing_tokenizer (tuple[str, ...]): files of the tokenizer that are not there, so that it is not checked.
         parameters (Parameters): of both models.
         devices (tuple[Device, ...]): that times are given for.
         why_no_times (str | None): why there are none; ``devices`` is empty then.
@@ -60,6 +62,7 @@ class RunPlan:
     layout: Layout
     sequence: int
     divergence: str
+    missing_tokenizer: tuple[str, ...]
     parameters: Parameters
     devices: tuple[Device, ...]
     why_no_times: str | None
@@ -81,13 +84,17 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         cfg (DictConfig): a run's config together with the keys of :class:`Request`.
 
     Raises:
-        UserError: if the config, a device or a size cannot be read, or a model cannot be built.
+        UserError: if the config, a device or a size cannot be read, a model cannot be built, or the tokenizer, where
+            its files are there, does not fit the models.
     """
     request, run, settings, layout = read_request(cfg)
     memory = request.memory_bytes
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(run, settings, layout.shards)
+    missing = missing_tokenizer_files(run)
+    if not missing:
+        check_tokenizer(build(run, "tokenizer"), check_vocabularies(models.student, models.teacher))
     sequence = _sequence(request, run, models)
 
     def of_recipe(step: StepFunction) -> RecipePlan:
@@ -100,6 +107,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         layout=layout,
         sequence=sequence,
         divergence=build_kd_loss(run).divergence,
+        missing_tokenizer=tuple(map(str, missing)),
         parameters=count_parameters(models),
         devices=devices,
         why_no_times=why_no_times,

@@ -41,6 +41,8 @@ def assumptions(plan: RunPlan) -> list[str]:
         f"every sequence has {plan.sequence} tokens, and every token is valid",
         "a microbatch does what it does in a run, followed on the meta device; attention keeps no S x S scores",
     ]
+    if plan.missing_tokenizer:
+        said.append(f"the tokenizer fits the models: {', '.join(plan.missing_tokenizer)} is not there to be checked")
     if settings.compile:
         said.append("compile: True is not modelled: fused layers keep and move less")
     if settings.torch_device.type == "cuda":
