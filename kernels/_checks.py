@@ -105,10 +105,11 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, vocab: int | None, ignore_index: int) -> Tensor:
-    """Flat int64 labels ``[N]``; their values are looked at if `vocab` is known."""
+    """Flat int64 labels ``[N]``, contiguous; their values are looked at if `vocab` is known."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, but got {labels.dtype}")
-    labels = labels.reshape(-1).long()
+    # a flat view may have any stride, 0 too, and the Triton kernels read one label after the other
+    labels = labels.reshape(-1).long().contiguous()
     if vocab is not None and not torch.compiler.is_compiling():  # there they have no values yet
         check_label_values(labels, vocab, ignore_index)
     return labels

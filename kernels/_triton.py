@@ -26,7 +26,7 @@ def rows(
     Args:
         student (Tensor): logits ``[N, V']`` or ``[B, S, V']``, V' >= `plan.vocab`; bf16, fp16 or fp32, any strides.
         teacher (Tensor | None): the same leading shape.
-        labels (Tensor | None): ``[N]`` int64.
+        labels (Tensor | None): ``[N]`` int64, contiguous.
         plan (Plan): what to compute.
         grad_out (Tensor | None): shape of `student`; receives the gradient of the rows' losses. May be `student`.
         row_scale (Tensor | None): 0-d or ``[N, 1]``, multiplies the gradients.
@@ -37,6 +37,7 @@ def rows(
         Rows: in fp32, 0 where a token is ignored.
     """
     n_tokens = student.shape[:-1].numel()
+    assert labels is None or labels.is_contiguous()
     results = torch.empty(n_tokens, RESULTS.value, dtype=torch.float32, device=student.device)
     if n_tokens == 0:
         return Rows.zeros(0, plan, torch.float32, student.device)
