@@ -1,11 +1,12 @@
-"""The adapters of a LoRA, DoRA, QLoRA or QDoRA student before its first step."""
+"""The adapters of a LoRA, DoRA, QLoRA or QDoRA student: what they compute, and their values before the first step."""
 
 import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4, to_nf4
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
@@ -13,6 +14,33 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 def without_checkpoint_wrapper(name: str) -> str:
     """A parameter's name as it is without activation checkpointing, which is its name in state dicts."""
     return name.replace("_checkpoint_wrapped_module.", "")
+
+
+class BiasedDoRALinear(DoRALinear):
+    """Compute m / ||W + sBA|| · (W + sBA) x + b, as DoRA's paper, its merged weights and PEFT do.
+
+    torchtune scales b too. No merged weight and no PEFT adapter can express that with the base model's bias.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled:
+            return super().forward(x)
+        base_out = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, self.weight)
+        x = self.dropout(x)
+        lora_out = self.lora_b(self.lora_a(x))
+        # B A by the modules' own calls, as in torchtune: FSDP gathers their weights there
+        identity = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
+        lora_weight = self.lora_b(self.lora_a(identity)).T
+        norm = self._get_weight_norm(self.weight.to(x.dtype), lora_weight.detach()).detach()
+        scale = (self.magnitude / norm).view(1, -1)
+        return scale * (base_out + self.scaling * lora_out) + self.bias
+
+
+def leave_biases_unscaled(decoder: nn.Module) -> None:
+    """Let DoRA layers that have a bias compute as :class:`BiasedDoRALinear` does, in place; Qwen 2 has them."""
+    for module in decoder.modules():
+        if type(module) is DoRALinear and module.use_bias:
+            module.__class__ = BiasedDoRALinear
 
 
 def initial_adapters(

@@ -20,7 +20,7 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.output_head import output_head, skip_output_head
-from torchtune_kd.training.adapters import initial_adapters
+from torchtune_kd.training.adapters import initial_adapters, leave_biases_unscaled
 from torchtune_kd.training.loading import check_weights, load_sharded, load_weights, load_whole
 from torchtune_kd.training.phases import loading
 from torchtune_kd.training.random_weights import NoInitialValues, RandomWeights
@@ -157,6 +157,7 @@ def build_student(
         if weights is None:
             weights = RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
         check_weights(decoder, weights, "checkpointer")
+        leave_biases_unscaled(decoder)
         adapters = get_adapter_params(decoder)
         if adapters:
             set_trainable_params(decoder, adapters)
