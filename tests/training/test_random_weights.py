@@ -101,7 +101,7 @@ def test_a_run_without_files_trains_and_exports_nothing(tmp_path, kind, capsys):
 def test_one_model_may_be_random_and_the_other_from_files(tmp_path):
     cfg = make_config(tmp_path, "lora", teacher_checkpointer=None, random_weights=True)
     run_in_process(cfg)
-    assert (tmp_path / "out" / "epoch_0" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "epoch_0" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

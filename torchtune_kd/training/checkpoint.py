@@ -1,4 +1,4 @@
-"""What is saved at the end of an epoch: merged weights and, for a student with adapters, these alone too."""
+"""What is saved at the end of an epoch: merged weights, and for a student with adapters these alone in a subfolder."""
 
 import contextlib
 import shutil
@@ -11,18 +11,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
-from torchtune.modules.peft import (
-    DoRALinear,
-    LoRALinear,
-    get_adapter_params,
-    get_adapter_state_dict,
-    get_merged_lora_ckpt,
-)
+from torchtune.modules.peft import get_adapter_state_dict, get_merged_lora_ckpt
 from tqdm import tqdm
 
 from torchtune_kd.training import folders
 from torchtune_kd.training.adapters import without_checkpoint_wrapper
 from torchtune_kd.training.errors import RunError
+from torchtune_kd.training.export import adapter_config, finish_export
 from torchtune_kd.training.loading import gather_weights
 from torchtune_kd.training.models import Student
 from torchtune_kd.training.preflight import output_folder
@@ -41,8 +36,9 @@ def save_epoch(
 ) -> None:
     """Write ``epoch_<epoch>`` with torchtune's checkpointer: all processes gather, rank 0 writes.
 
-    The folder appears whole or not at all: it is written beside, flushed to disk and renamed. ``stale`` is what an
-    earlier run left, see :func:`folders.publish`.
+    The merged weights stand in the folder, the adapters in its subfolder ``adapter``. It appears whole or not at all:
+    it is written beside, flushed to disk and renamed. ``stale`` is what an earlier run left, see
+    :func:`folders.publish`.
 
     Raises:
         RunError: on all processes, if it cannot be written.
@@ -54,16 +50,23 @@ def save_epoch(
     weights, problem = full_state_dict(student.decoder, world), None
     if world.is_rank_zero:
         content: dict[str, Any] = {}
-        adapter = adapter_config(student.decoder)
-        if adapter is not None:
-            content[training.ADAPTER_KEY] = get_adapter_state_dict(weights)
-            content[training.ADAPTER_CONFIG] = adapter
-            weights = get_merged_lora_ckpt(weights, rank=adapter["r"], alpha=adapter["lora_alpha"])
+        adapter, described = None, adapter_config(student.decoder, cfg.checkpointer)
+        if described is not None:
+            adapter = get_adapter_state_dict(weights)
+            content[training.ADAPTER_KEY] = adapter
+            content[training.ADAPTER_CONFIG] = described
+            weights = get_merged_lora_ckpt(weights, rank=described["r"], alpha=described["lora_alpha"])
         content[training.MODEL_KEY] = weights
         folder = output_folder(cfg, settings) / f"epoch_{epoch}"
         try:
-            adapter_only = settings.save_adapter_weights_only
-            _write_epoch(checkpointer, content, folder, epoch, stale, adapter_only=adapter_only)
+            with _written_whole(checkpointer, folder, stale) as written:
+                checkpointer.save_checkpoint(
+                    content,
+                    epoch=epoch,
+                    intermediate_checkpoint=False,
+                    adapter_only=settings.save_adapter_weights_only,
+                )
+                finish_export(written, student.decoder, adapter, checkpointer, cfg.checkpointer, settings)
         except _FAILURES as error:
             problem = f"({one_line(error).rstrip('.')}): make room there, "
             if folders.step_folders(folder.parent):
@@ -80,13 +83,17 @@ def save_epoch(
 _FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
-def _write_epoch(
-    checkpointer: Any, content: dict[str, Any], folder: Path, epoch: int, stale: list[Path], *, adapter_only: bool
-) -> None:
+@contextlib.contextmanager
+def _written_whole(checkpointer: Any, folder: Path, stale: list[Path]) -> Iterator[Path]:
+    """Let the checkpointer write ``folder`` beside it, and publish it when the block ends without an error.
+
+    Yields:
+        Path: where it lies meanwhile.
+    """
     beside = folders.partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     with folders.discarded_on_failure(folder), _writing_to(checkpointer, beside):
-        checkpointer.save_checkpoint(content, epoch=epoch, intermediate_checkpoint=False, adapter_only=adapter_only)
+        yield beside / folder.name
         folders.publish(beside / folder.name, folder, stale)
     beside.rmdir()
 
@@ -113,20 +120,3 @@ def full_state_dict(decoder: nn.Module, world: World) -> dict[str, Tensor]:
         if isinstance(parameter, NF4Tensor):  # torchtune's hook gives bf16 whatever the run's dtype
             state[without_checkpoint_wrapper(name)] = parameter.detach().to(parameter.dtype).cpu()
     return state
-
-
-def adapter_config(decoder: nn.Module) -> dict[str, Any] | None:
-    """PEFT's description of the adapters, read off the modules; None for a full-weight student."""
-    if not get_adapter_params(decoder):
-        return None
-    adapted = {n: m for n, m in decoder.named_modules() if isinstance(m, (LoRALinear, DoRALinear))}
-    first = next(iter(adapted.values()))
-    rank = first.lora_a.out_features
-    alpha = first.scaling * rank if isinstance(first, DoRALinear) else first.alpha
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
-        "peft_type": "LORA",
-        "use_dora": isinstance(first, DoRALinear),
-    }
