@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 MAPPED = {"torchtune_kd": "torchtune_kd"} | SETUPTOOLS["package-dir"]  # package: folder
 
-# Which of our own packages a package may import; beside itself, and `_versions` (standard library only).
+# Which of our own packages a package may import; beside itself, `_versions` and `_warnings` (standard library only).
 FLOORS = {
     "torchtune_kd.kernels": set(),
     "torchtune_kd.models": set(),
@@ -91,7 +91,7 @@ def test_the_walk_sees_the_tree():
 def test_imports_only_point_down(module, file):
     here = floor(module)
     ours = {floor(name) for name in imports(module, file) if name.partition(".")[0] == "torchtune_kd"}
-    light = {"torchtune_kd", "torchtune_kd.__version__", "torchtune_kd._versions"}
+    light = {"torchtune_kd", "torchtune_kd.__version__", "torchtune_kd._versions", "torchtune_kd._warnings"}
     if here in FLOORS:
         allowed = FLOORS[here] | {here}
         if here != "torchtune_kd.kernels":

@@ -7,9 +7,11 @@ import sys
 
 from torchtune_kd._registry import append_recipes, keep_names_of_launch_files, say_at_exit
 from torchtune_kd._versions import check_versions
+from torchtune_kd._warnings import silence_known_warnings
 
 
 def main() -> None:
+    silence_known_warnings()  # also where PyTorch loads no plug-ins
     try:
         check_versions()
         from torchtune import _recipe_registry

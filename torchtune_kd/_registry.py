@@ -34,6 +34,7 @@ def register() -> None:
     if program.endswith(("/tune", "\\tune", "\\tune.exe")):
         # With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
         _say_why_versions_fail()
+        _silence_known_warnings()
 
 
 def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
@@ -134,6 +135,16 @@ def _say_why_versions_fail() -> None:
         from torchtune_kd._versions import check_versions
 
         check_versions()
+    except Exception as error:  # `import torch` must not fail because of us
+        say_at_exit(error)
+
+
+def _silence_known_warnings() -> None:
+    """Here, since `tune run` imports torchao, which warns, long before it runs a recipe."""
+    try:
+        from torchtune_kd._warnings import silence_known_warnings
+
+        silence_known_warnings()
     except Exception as error:  # `import torch` must not fail because of us
         say_at_exit(error)
 

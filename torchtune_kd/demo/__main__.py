@@ -1,7 +1,6 @@
 """``python -m torchtune_kd.demo``: distil SmolLM2-135M-Instruct into half of its layers and show what came of it."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -48,7 +47,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check_inputs(args: argparse.Namespace) -> None:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its optional C++ kernels at import
     try:
         checks.check_inputs(args)
     except ImportError as error:

@@ -10,7 +10,6 @@ import resource
 import shlex
 import sys
 import time
-import warnings
 from typing import Any
 
 import torch
@@ -282,8 +281,6 @@ def peak_memory() -> int:
 
 def run(args: argparse.Namespace, output: OutputFolder) -> None:
     """Run the demo into a folder that has been claimed."""
-    # torchtune's norms keep activations in fp32 beside bf16 weights
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         Demo(args, output, Console()).run()
     except UserError as error:

@@ -50,7 +50,6 @@ def run_training(command: Sequence[str], log: Path) -> None:
             "HF_HUB_OFFLINE": "1",  # nothing is needed from it
             "COLUMNS": str(shutil.get_terminal_size().columns),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONWARNINGS": "ignore::UserWarning:torch.nn.functional",  # of norms in fp32 beside bf16 weights
         }
         # a session of its own: Ctrl-C reaches this process alone, which then ends the other
         process = subprocess.Popen(

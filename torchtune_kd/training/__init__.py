@@ -2,8 +2,10 @@
 validation and checkpoints."""
 
 from torchtune_kd._versions import check_versions
+from torchtune_kd._warnings import silence_known_warnings
 
 check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
+silence_known_warnings()  # before torchao is imported, also where PyTorch loads no plug-ins
 
 from torchtune_kd.training.command import command
 from torchtune_kd.training.data import build_loaders, microbatches
