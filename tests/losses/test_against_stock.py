@@ -1,5 +1,7 @@
 """torchtune's own losses: where ours agree with them, and where theirs are wrong."""
 
+import inspect
+
 import oracle
 import pytest
 import torch
@@ -119,3 +121,13 @@ def test_gradients_of_bf16_logits_are_as_right_as_the_stock_ones():
         for module in (losses, stock)
     )
     assert error <= 1.5 * stock_error + 4e-3 * right.float().norm()
+
+
+@pytest.mark.parametrize("name", [name for name in dir(stock) if name.endswith("Loss") and "KL" in name])
+def test_positional_arguments_mean_what_they_mean_in_torchtune(name):
+    """`ForwardKLLoss(-100)` and `...WithChunkedOutputLoss(8, -100)` stand in code that was written for torchtune."""
+    values = {"num_output_chunks": 4, "sym_kd_ratio": 0.3, "ignore_index": -7}
+    given = {key: values[key] for key in inspect.signature(getattr(stock, name)).parameters}
+    for module in (stock, losses):
+        loss = getattr(module, name)(*given.values())
+        assert {key: getattr(loss, key) for key in given} == given

@@ -23,9 +23,9 @@ class KDLoss(nn.Module):
     hidden states instead of logits pass :meth:`settings` on to :func:`torchtune_kd.kernels.linear_kd_loss`.
 
     Args:
+        ignore_index (int): label of the tokens that do not count; the first argument, as in torchtune.
         beta (float | None): parameter of the divergence in [0, 1]; None takes its default.
         temperature (float): T in [0.001, 1000], divides both models' logits.
-        ignore_index (int): label of the tokens that do not count.
         scale_by_temperature_squared (bool): multiply by T² (Hinton et al. 2015), which keeps the size of the
             gradient comparable across temperatures.
 
@@ -40,10 +40,10 @@ class KDLoss(nn.Module):
 
     def __init__(
         self,
+        ignore_index: int = -100,
         *,
         beta: float | None = None,
         temperature: float = 1.0,
-        ignore_index: int = -100,
         scale_by_temperature_squared: bool = True,
         **unknown: Any,
     ) -> None:
@@ -127,9 +127,9 @@ class KDWithChunkedOutputLoss(KDLoss):
 
     Args:
         num_output_chunks (int): chunks the sequence is cut into; must equal that of the cross-entropy loss.
-        beta (float | None): as in :class:`KDLoss`, like the arguments that follow.
+        ignore_index (int): as in :class:`KDLoss`, like the arguments that follow.
+        beta (float | None): parameter of the divergence in [0, 1]; None takes its default.
         temperature (float): T in [0.001, 1000].
-        ignore_index (int): label of the tokens that do not count.
         scale_by_temperature_squared (bool): multiply by T².
 
     Raises:
@@ -139,10 +139,10 @@ class KDWithChunkedOutputLoss(KDLoss):
     def __init__(
         self,
         num_output_chunks: int = 8,
+        ignore_index: int = -100,
         *,
         beta: float | None = None,
         temperature: float = 1.0,
-        ignore_index: int = -100,
         scale_by_temperature_squared: bool = True,
         **unknown: Any,
     ) -> None:

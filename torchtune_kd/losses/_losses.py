@@ -26,18 +26,19 @@ class ReverseKLLoss(KDLoss):
     divergence = "reverse_kl"
 
 
+def _one_of(beta: float | None, sym_kd_ratio: float | None) -> float | None:
+    if sym_kd_ratio is not None and beta is not None:
+        raise ValueError(
+            f"beta and sym_kd_ratio are two names of one setting, but got beta={beta} and "
+            f"sym_kd_ratio={sym_kd_ratio}; give one of them"
+        )
+    return beta if sym_kd_ratio is None else sym_kd_ratio
+
+
 class _SymmetricSettings:
     """torchtune calls β `sym_kd_ratio`; both names are understood, here and as attributes."""
 
     divergence = "symmetric_kl"
-
-    def __init__(self, *args: Any, sym_kd_ratio: float | None = None, beta: float | None = None, **kwargs: Any):
-        if sym_kd_ratio is not None and beta is not None:
-            raise ValueError(
-                f"beta and sym_kd_ratio are two names of one setting, but got beta={beta} and "
-                f"sym_kd_ratio={sym_kd_ratio}; give one of them"
-            )
-        super().__init__(*args, beta=beta if sym_kd_ratio is None else sym_kd_ratio, **kwargs)
 
     @property
     def sym_kd_ratio(self) -> float:
@@ -46,7 +47,24 @@ class _SymmetricSettings:
 
 
 class SymmetricKLLoss(_SymmetricSettings, KDLoss):
-    """β·KL(p‖q) + (1-β)·KL(q‖p), β = 0.5 by default; torchtune's name for β, `sym_kd_ratio`, works too."""
+    """β·KL(p‖q) + (1-β)·KL(q‖p), β = 0.5 by default; torchtune's name for β, `sym_kd_ratio`, works too.
+
+    Args:
+        sym_kd_ratio (float | None): another name of `beta`; the first argument, as in torchtune.
+        ignore_index (int): label of the tokens that do not count.
+        beta (float | None): β.
+        **settings: those of :class:`KDLoss`.
+    """
+
+    def __init__(
+        self,
+        sym_kd_ratio: float | None = None,
+        ignore_index: int = -100,
+        *,
+        beta: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(ignore_index, beta=_one_of(beta, sym_kd_ratio), **settings)
 
 
 class JSDLoss(KDLoss):
@@ -89,7 +107,18 @@ class ReverseKLWithChunkedOutputLoss(KDWithChunkedOutputLoss):
 
 
 class SymmetricKLWithChunkedOutputLoss(_SymmetricSettings, KDWithChunkedOutputLoss):
-    """:class:`SymmetricKLLoss` over chunks of logits."""
+    """:class:`SymmetricKLLoss` over chunks of logits; arguments in torchtune's order."""
+
+    def __init__(
+        self,
+        num_output_chunks: int = 8,
+        sym_kd_ratio: float | None = None,
+        ignore_index: int = -100,
+        *,
+        beta: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_output_chunks, ignore_index, beta=_one_of(beta, sym_kd_ratio), **settings)
 
 
 class JSDWithChunkedOutputLoss(KDWithChunkedOutputLoss):
