@@ -3,8 +3,10 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import LORA, STUDENT, model_section
+from tiny import LORA, STUDENT, VOCAB, model_section
+from torchao.quantization.qat.linear import FakeQuantizedLinear
 from torchtune import config
+from torchtune.modules.peft.lora import QATLoRALinear
 
 from torchtune_kd.models.output_head import output_head, skip_output_head
 
@@ -55,6 +57,19 @@ def test_another_kind_of_head_is_named():
     model = build(model_section("full", STUDENT, tied=False))
     model.output = torch.nn.Identity()
     with pytest.raises(ValueError, match="Identity"):
+        output_head(model)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [FakeQuantizedLinear(STUDENT["embed_dim"], VOCAB), QATLoRALinear(STUDENT["embed_dim"], VOCAB, rank=4, alpha=8)],
+    ids=lambda head: type(head).__name__,
+)
+def test_a_head_that_may_quantise_its_weight_first_is_refused(head):
+    """Its weight is not the map that it computes, though it is an nn.Linear or a LoRALinear."""
+    model = build(model_section("full", STUDENT, tied=False))
+    model.output = head
+    with pytest.raises(ValueError, match=f"got {type(head).__name__}.*quantisation-aware"):
         output_head(model)
 
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from tiny import (
     STUDENT,
+    TEACHER,
     make_config,
     model_section,
     run_in_process,
@@ -157,6 +158,13 @@ def test_tokenizers_that_give_other_ids(tmp_path):
     path.write_text(json.dumps(content))
     message = refuse(cfg)
     assert "'a'" in message or "'b'" in message
+
+
+def test_adapters_of_the_teacher_that_nothing_would_load(tmp_path):
+    cfg = make_config(tmp_path)
+    cfg.teacher_model = model_section("lora", TEACHER, tied=False)
+    message = refuse(cfg)
+    assert "lora_llama3_2 under `teacher_model` makes adapters" in message and "merged weights" in message
 
 
 def test_nf4_shape_that_cannot_be_quantised(tmp_path):

@@ -53,18 +53,22 @@ def output_head(model: TransformerDecoder) -> tuple[Tensor, Tensor | None]:
     Under FSDP2, call it where the head's parameters are gathered: inside the forward of the root module.
 
     Raises:
-        ValueError: for any other kind of head, or an adapter with dropout (no single weight exists then).
+        ValueError: for any other kind of head, also a subclass with a forward of its own, which may quantise the weight
+            first (``FakeQuantizedLinear``, ``QATLoRALinear``), or an adapter with dropout (no single weight exists
+            then).
     """
     head = model.output
-    if isinstance(head, TiedLinear):
+    if isinstance(head, TiedLinear) and type(head).__call__ is TiedLinear.__call__:
         return head.tied_module.weight, None
-    if isinstance(head, (LoRALinear, DoRALinear)):
+    forward = getattr(type(head), "forward", None)  # that of FSDP2's subclasses is the layer's own
+    if forward in (LoRALinear.forward, DoRALinear.forward):
         return _adapted_weight(head), head.bias
-    if isinstance(head, nn.Linear):
+    if forward is nn.Linear.forward:
         return head.weight, head.bias
     raise ValueError(
-        f"Expected an output head of type nn.Linear, TiedLinear, LoRALinear or DoRALinear, got "
-        f"{type(head).__name__}: choose a model builder whose `output` is one of these."
+        "Expected an output head that computes what nn.Linear, TiedLinear, LoRALinear or DoRALinear do, got "
+        f"{type(head).__name__}: choose a model builder whose `output` is one of these, and leave the head out of "
+        "quantisation-aware training."
     )
 
 

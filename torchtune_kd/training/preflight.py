@@ -100,6 +100,12 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
             f"Expected a text decoder (torchtune TransformerDecoder) under `{name}`, got {type(model).__name__}: "
             "name another builder."
         )
+    if name == "teacher_model" and get_adapter_params(model):
+        raise UserError(
+            f"The builder {cfg[name]['_component_']} under `teacher_model` makes adapters, which no checkpoint would "
+            "fill: name the builder without them and, under `teacher_checkpointer`, merged weights, such as the "
+            "`epoch_<n>` that a LoRA recipe writes."
+        )
     try:
         output_head(model)
     except ValueError as error:
