@@ -318,6 +318,21 @@ def test_new_options_count_where_they_are_allowed(tmp_path, monkeypatch, options
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("filename", ["ABSOLUTE", "runs/log.txt", None])
+def test_the_log_goes_on_where_it_was(tmp_path, monkeypatch, filename):
+    """An absolute name, one with a folder, and one that the logger makes of the time."""
+    if filename == "ABSOLUTE":
+        filename = str(tmp_path / "log.txt")
+    cfg = config(tmp_path, epochs=1, metric_logger__filename=filename)
+    (tmp_path / "out" / "logs" / "runs").mkdir(parents=True)
+    killed_run(cfg, monkeypatch, step=3)
+    resume(cfg)
+    (log,) = tmp_path.glob("**/log*.txt")
+    assert filename is None or log == tmp_path / "out" / "logs" / filename
+    steps = [int(step) for step in re.findall(r"^Step (\d+) \| loss:", log.read_text(), re.MULTILINE)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_seed_drawn_at_random_is_kept(tmp_path, monkeypatch):
     cfg = config(tmp_path, seed=None, epochs=1)
     killed_run(cfg, monkeypatch, 2)

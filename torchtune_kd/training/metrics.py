@@ -196,7 +196,7 @@ def _build_logger(cfg: DictConfig, settings: Settings, log_file: str | None) -> 
     """The component under ``metric_logger``; torchtune's log on disk goes on where the checkpoint was written."""
     section, path = cfg.metric_logger, _log_to_go_on_with(cfg, settings, log_file)
     if path is not None:
-        section = OmegaConf.merge(section, {"filename": path.name})
+        section = OmegaConf.merge(section, {"filename": str(path.absolute())})
     return build({"metric_logger": section}, "metric_logger")
 
 
