@@ -88,6 +88,8 @@ def refuse(cfg) -> str:
         ("batch_size_val", 3, "batch_size_val.*dataset_val"),
         ("metric_logger", {"_component_": "torchtune.training.metric_logging.WandBLogger"}, "metric_logger.*wandb"),
         ("checkpointer.adapter_checkpoint", "adapter_0.pt", "checkpointer.adapter_checkpoint: null"),
+        ("checkpointer.should_load_recipe_state", True, "checkpointer.should_load_recipe_state: False"),
+        ("checkpointer.resume_from_checkpoint", True, "`resume_from_checkpoint: True` at the top"),
         ("dataset.data_files", "/nowhere/rows.jsonl", "section `dataset`.*/nowhere/rows.jsonl"),
         ("tokenizer.path", "/nowhere/tokenizer.json", "section `tokenizer`.*/nowhere/tokenizer.json"),
         ("optimizer", None, "section `optimizer`.*missing"),

@@ -193,6 +193,12 @@ def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
             raise UserError(
                 f"Expected `{name}.{key}: null`, since a run starts from whole weights: merge the adapter first."
             )
+    for key in ("should_load_recipe_state", "resume_from_checkpoint"):
+        if section.get(key):
+            raise UserError(
+                f"Expected `{name}.{key}: False`, since torchtune's recipe state holds no position in the data: set "
+                "`resume_from_checkpoint: True` at the top of the config, which goes on with the newest `step_<n>`."
+            )
     folder = section.get("checkpoint_dir")
     if folder is None:
         raise UserError(f"Expected `{name}.checkpoint_dir` in the config, but it is missing: add it.")
