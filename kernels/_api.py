@@ -182,7 +182,8 @@ def linear_kd_loss(
         teacher_weight (Tensor | None): ``[V, D]`` of the teacher.
         labels (Tensor): ``[N]`` or ``[B, S]``, integers in [0, V) or `ignore_index`. May stay on the CPU
             while the rest is on a device: then ignored tokens are dropped without waiting for it. With labels on
-            the device, Triton gives every token to the products, and PyTorch waits to drop the ignored ones.
+            the device the host waits once, for the number of valid tokens. A CUDA graph captures labels on the
+            device only, and with them the products of all tokens.
         student_bias (Tensor | None): ``[V]`` floating; used, like the next, in the dtype of the products.
         teacher_bias (Tensor | None): ``[V]`` of the teacher.
         divergence (str): see :func:`softmax_kd_loss`, as for all arguments down to

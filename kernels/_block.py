@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _metrics
-from ._device import answers_at_once
+from ._device import answers_at_once, is_capturing
 from ._divergences import KULLBACK_LEIBLER, Distributions, Softmax, divergence, kl_from_exponentials
 from ._objective import Objective
 from ._workspaces import Workspaces
@@ -42,8 +42,19 @@ def working_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for: from pageable memory it might."""
-    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+    """Copy labels, or positions of tokens, to `device` without waiting for it: from pageable memory the host might.
+
+    Raises:
+        ValueError: if a CUDA graph would copy these same ones again whenever it is replayed.
+    """
+    if not answers_at_once(tensor.device) or torch.compiler.is_compiling():
+        return tensor.to(device, non_blocking=True)
+    if is_capturing(device):
+        raise ValueError(
+            f"a CUDA graph is being captured, which would replay the labels of this batch for ever because they are on "
+            f"the CPU; move them to {device} before, into a tensor that later batches are copied to"
+        )
+    if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

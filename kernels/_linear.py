@@ -24,7 +24,7 @@ from ._block import (
     slices,
     working_dtype,
 )
-from ._device import answers_at_once
+from ._device import answers_at_once, is_capturing
 from ._head_gradient import HeadGradient
 
 # Bytes of both models' chunks of logits. CPU: matrix products are at full speed from about 512 tokens on.
@@ -184,12 +184,18 @@ class Tokens(NamedTuple):
 
 
 def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: str) -> Tokens:
-    """The valid tokens, on `device`.
+    """Return the valid tokens, on `device`.
 
-    Where only the device knows the labels, finding out how many are valid would make the host wait. The Triton
-    kernel then visits every token and gives ignored ones zeros.
+    With labels on a device the host waits once, for the number of valid ones: they take a small part of the time that
+    the products of ignored tokens would. Where it cannot wait, in a CUDA graph that is being captured, and where there
+    are no values, on the meta device, all tokens are visited, and the Triton kernel gives ignored ones zeros.
     """
-    if is_triton(backend) and not answers_at_once(labels.device):
+    if labels.is_meta or (is_capturing(device) and not answers_at_once(labels.device)):
+        if not is_triton(backend):
+            raise ValueError(
+                f"backend={backend!r} has to wait for the number of valid tokens, which a CUDA graph that is being "
+                f"captured cannot do; use backend='triton' or leave linear_kd_loss out of the graph"
+            )
         labels = labels.to(device, non_blocking=True)
         return Tokens(None, labels, (labels != ignore_index).sum())
     index = (labels != ignore_index).nonzero().squeeze(-1)
