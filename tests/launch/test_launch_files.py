@@ -66,6 +66,7 @@ def start(folder: Path, *overrides: str, **more: str) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(SLURM), str(folder / "config.yaml"), *overrides],
         env=stand_in(folder / "slurm") | more,
+        cwd=folder,
         stdout=(folder / "job.out").open("w"),
         stderr=subprocess.STDOUT,
     )
@@ -99,6 +100,17 @@ def test_a_job_that_fails_is_tried_again_and_then_ends_with_its_code(tmp_path):
     assert [f"attempt {n} ended with 7" in output for n in range(3)] == [True, True, False]
     assert not (tmp_path / "slurm" / "requeued").exists()
     assert (tmp_path / "slurm" / "cpus").read_text() == "64"  # what the job asked for reaches the workers
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_config_is_said_once_and_not_tried_again(tmp_path):
+    job = start(tmp_path, "batch_sise=4")
+    assert job.wait(120) == 2
+    output = (tmp_path / "job.out").read_text()
+    sentence = "Unknown key `batch_sise` in the config: did you mean `batch_size`?"
+    assert output.count(f"error: {sentence}") == 1
+    assert output.endswith(f"kd_multinode: not tried again: {sentence}\n")
+    assert not list(tmp_path.glob("*.mistake"))
 
 
 def commands() -> dict[str, str]:

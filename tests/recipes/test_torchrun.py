@@ -13,6 +13,7 @@ import torch
 from forked import ForkedRun
 from omegaconf import OmegaConf
 from resumable import log_of, resumable_config, weights_of
+from tiny import make_config, run_tune
 
 from torchtune_kd.training.folders import step_folders
 from torchtune_kd.training.snapshots import check_whole
@@ -87,3 +88,18 @@ def test_a_signal_to_torchrun_is_a_checkpoint(tmp_path):
     newest = step_folders(tmp_path / "stopped")[0]
     assert f"stopped: SIGUSR1 ended the run after step {newest.name.removeprefix('step_')}; its checkpoint is" in output
     assert check_whole(newest, World(torch.device("cpu"))).processes == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key, sentence", [("epoch", "Unknown key `epoch`"), ("checkpoint_files", "no.safetensors")])
+def test_a_mistake_that_every_process_makes_is_said_once(tmp_path, key, sentence):
+    """Before the processes have met, and after."""
+    cfg = make_config(tmp_path)
+    if key == "epoch":
+        cfg.epoch = 2
+    else:
+        cfg.checkpointer.checkpoint_files = ["no.safetensors"]
+    done = run_tune(cfg, "torchtune_kd/kd_distributed", nproc=2, check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence in errors[0], done.stderr[-4000:]

@@ -6,21 +6,29 @@
 | 3 | :class:`RunError`: the run cannot go on (no finite step, no memory, no space for the weights, a process is gone) |
 | 75 | :class:`Stopped`: a signal asked for it and a checkpoint is written; resume with the same command |
 | 130 | SIGINT before or after training |
+
+Under torchrun, which ends with 1 whatever its processes end with, a mistake is also written into the file that the
+variable ``TORCHTUNE_KD_MISTAKE_FILE`` names, so that what started torchrun can know not to try again.
 """
 
 import contextlib
 import functools
+import hashlib
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+MISTAKE_FILE = "TORCHTUNE_KD_MISTAKE_FILE"
+STORE_LIMIT = timedelta(seconds=3)  # for the launch's store to answer
 CLEANUP_LIMIT = 20.0  # seconds that a process among several takes to clean up after an error
 
 
@@ -95,7 +103,10 @@ def one_sentence(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _say(error: BaseException) -> int | None:
-    """Print the sentence of ``error`` and return its exit code; None, and nothing printed, if it has none."""
+    """Print the sentence of ``error`` and return its exit code; None, and nothing printed, if it has none.
+
+    A sentence that several processes of a launch have to say is printed by the first of them.
+    """
     code = getattr(error, "exit_code", RunError.exit_code)
     if isinstance(error, (UserError, RunError)):
         said = f"error: {error}"
@@ -118,8 +129,36 @@ def _say(error: BaseException) -> int | None:
         )
     else:
         return None
-    print(said, file=sys.stderr, flush=True)
+    if isinstance(error, UserError) and os.environ.get(MISTAKE_FILE):
+        _record_mistake(Path(os.environ[MISTAKE_FILE]), str(error))
+    if not isinstance(error, (UserError, RunError, Stopped)) or _is_first_to_say(said):
+        print(said, file=sys.stderr, flush=True)
     return code
+
+
+def _record_mistake(path: Path, sentence: str) -> None:
+    try:
+        path.write_text(f"{sentence}\n", encoding="utf-8")
+    except OSError as error:
+        print(f"(The mistake could not be written into {path}: {error!r})", file=sys.stderr, flush=True)
+
+
+def _is_first_to_say(sentence: str) -> bool:
+    """Return whether no other process of this launch has said ``sentence``; True where they cannot be asked.
+
+    They are asked by the store over which they meet: that of torchrun's agent, or else the first process's.
+    """
+    environment = os.environ
+    has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or _several_processes()
+    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    if environment.get("WORLD_SIZE", "1") == "1" or not (has_store and address and port):
+        return True
+    launch = (environment.get("TORCHELASTIC_RUN_ID"), environment.get("TORCHELASTIC_RESTART_COUNT"), sentence)
+    try:
+        store = dist.TCPStore(address, int(port), is_master=False, timeout=STORE_LIMIT, wait_for_workers=False)
+        return store.add(f"torchtune_kd/said/{hashlib.sha256(repr(launch).encode()).hexdigest()}", 1) == 1
+    except (RuntimeError, ValueError):  # it is gone together with the process that kept it
+        return True
 
 
 def _memory_is_full(error: BaseException) -> bool:
