@@ -3,6 +3,7 @@
 Legend: N tokens, n valid tokens, C tokens of a chunk, V vocabulary, D hidden width of the model at hand.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ from ._head_gradient import HeadGradient
 # Elsewhere: 2048 tokens of a 128256-word vocabulary in bf16.
 _CHUNK_BYTES = {"cpu": 2**28}
 _CHUNK_BYTES_ELSEWHERE = 2**30
+
+# Ids that the rows of a chunk of logits are padded to a multiple of: 128 bytes of bf16. Rows of an odd length start
+# anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
+_ROW_MULTIPLE = 64
+_NO_LABEL = torch.iinfo(torch.int64).max
 
 
 class Heads(NamedTuple):
@@ -243,28 +249,39 @@ def _walk(
         return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
     chunk_tokens = min(_chunk_tokens(heads, vocab, chunk_tokens, n_visited), n_visited)
-    student_buffer = hidden.new_empty(chunk_tokens, vocab)
-    teacher_buffer = None if teacher_weight is None else teacher_weight.new_empty(chunk_tokens, vocab)
+    student_buffer = _buffer(hidden, chunk_tokens, vocab)
+    teacher_buffer = None if teacher_weight is None else _buffer(teacher_weight, chunk_tokens, vocab)
+    scored = vocab  # ids that the loss arithmetic visits
+    if is_triton(backend) and student_buffer.shape[1] > vocab:
+        # the kernel loads 128 bits at a time only if the row it visits has a round length: it visits the padding, too,
+        # where both models are -inf, which adds nothing to value or gradient
+        scored = student_buffer.shape[1]
+        if teacher_buffer is not None:
+            teacher_buffer[:, vocab:] = -math.inf
+        labels = _without_padding(labels, vocab, scored, plan.objective.ignore_index)
     block_rows = chunk_tokens if is_triton(backend) else min(chunk_tokens, rows_per_block(vocab, device))
     inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
-    block_loss = _block_loss(backend, plan, block_rows, dtype, device, mean_factor(count, inside))
+    block_loss = _block_loss(
+        backend, plan._replace(vocab=scored), block_rows, dtype, device, mean_factor(count, inside)
+    )
     for start in range(0, n_visited, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, n_visited))
         size = chunk.stop - chunk.start
         pick = chunk if index is None else index[chunk]  # positions among the N tokens
         h = hidden[pick]
-        student_logits = _logits(h, weight, bias, student_buffer[:size])
-        teacher_logits = None
+        student_logits = _logits(h, weight, bias, student_buffer[:size, :vocab])
         if teacher_buffer is not None:
-            teacher_logits = _logits(heads.teacher_hidden[pick], teacher_weight, teacher_bias, teacher_buffer[:size])
+            _logits(heads.teacher_hidden[pick], teacher_weight, teacher_bias, teacher_buffer[:size, :vocab])
+        if scored > vocab:
+            student_buffer[:size, vocab:] = -math.inf  # the last chunk's gradient is there
 
         for block in slices(size, block_rows):
             where = slice(start + block.start, start + block.stop)  # positions among the n tokens
             at = where if index is None else index[where]
-            s = student_logits[block]
+            s = student_buffer[block, :scored]
             loss, metrics = block_loss(
                 s,
-                None if teacher_logits is None else teacher_logits[block],
+                None if teacher_buffer is None else teacher_buffer[block, :scored],
                 labels[where],
                 s if plan.want_grad else None,
                 None if row_scale is None else row_scale[at],
@@ -283,6 +300,16 @@ def _walk(
             grads.bias[:vocab] += student_logits.sum(0, dtype=dtype)
     block_loss.release()
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
+
+
+def _buffer(like: Tensor, rows: int, vocab: int) -> Tensor:
+    """Return memory for a chunk of logits ``[C, V]``, as wide as its padded rows."""
+    return like.new_empty(rows, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+
+
+def _without_padding(labels: Tensor, vocab: int, padded: int, ignore_index: int) -> Tensor:
+    """Replace labels that name an id of the padding, which are as wrong as any other beyond the vocabulary."""
+    return labels.masked_fill((labels >= vocab) & (labels < padded) & (labels != ignore_index), _NO_LABEL)
 
 
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float):

@@ -171,6 +171,31 @@ print(json.dumps(answer))
     assert found and not any(found.values()), found
 
 
+def test_chunks_of_logits_of_an_odd_vocabulary_are_loaded_128_bits_at_a_time():
+    """GPT-2's 50257 ids, by the launches of ``linear_kd_loss``: its rows are padded."""
+    code = """
+import torch
+from torchtune_kd.kernels import Objective
+from torchtune_kd.kernels._linear import Heads, Wants, linear_forward
+vocab, n, width = 50257, 4096, 64
+tensor = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+heads = Heads(tensor(n, width), tensor(vocab, width), None, tensor(n, width), tensor(vocab, width), None)
+labels = torch.empty(n, dtype=torch.int64, device="meta")
+answer = []
+for name in ("forward_kl", "jsd"):
+    plan = binaries.Plan(Objective(name, temperature=2.0, kd_ratio=0.5), (), vocab, "mean", True, True)
+    with binaries.recorded() as found:
+        linear_forward(heads, labels, plan, 2048, "triton", Wants(True, False, False))
+    report = binaries.compile_binary(name, found[0], 90)
+    answer.append([len(set(found)), report.narrow, report.loads.get(binaries.WIDE, 0), report.spilled_bytes])
+print(json.dumps(answer))
+"""
+    for binaries, narrow, wide, spilled in compiling(code):
+        assert (binaries, narrow) == (1, 0)
+        assert wide > 0
+        assert spilled <= SPILLED
+
+
 # registers of a thread, warps, bytes of shared memory -> programs, as NVIDIA's occupancy calculator has them
 OCCUPANCY = [
     (80, 32, 8, 0, 8),  # by warps: 64

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from grid import GRID, VALUES
 from grid_checks import check_hidden, logits, make_inputs
 
-from torchtune_kd.kernels import METRICS, Objective, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import METRICS, Objective, _checks, _linear, linear_kd_loss, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -262,3 +262,47 @@ def test_changing_an_inference_tensor_meanwhile_changes_nothing():
         inputs["teacher_hidden"].zero_()
     for ours, right in zip(gradients(loss, inputs), expected, strict=True):
         assert torch.equal(ours, right)
+
+
+# The vocabularies of GPT-2 and Alpaca, and one of a multiple of 64.
+@pytest.mark.parametrize("v", [50257, 32001, 128])
+def test_rows_of_logits_lie_at_multiples_of_64(v, backend, monkeypatch):
+    inputs = make_inputs(n=4, v=v, ignored=4)
+    strides, plain = [], _linear._logits
+
+    def logits_into(hidden, weight, bias, out):
+        assert out.shape[1] == v
+        strides.append(out.stride())
+        return plain(hidden, weight, bias, out)
+
+    monkeypatch.setattr(_linear, "_logits", logits_into)
+    settings = {"temperature": 2.0, "kd_ratio": 0.5, "divergence": "jsd", "beta": 0.5}
+    loss = linear_kd_loss(**inputs, chunk_tokens=2, **settings)
+    assert set(strides) == {(-(-v // 64) * 64, 1)}
+    truth = oracle.mean(*logits(inputs, F64), inputs["labels"], **settings)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    for ours, right in zip(gradients(loss, inputs), gradients(truth, inputs), strict=True):
+        assert (ours - right).abs().max() <= 1e-5 * right.abs().max() + 1e-8
+
+
+def test_every_metric_and_divergence_beside_padding(divergence, backend):
+    """The padding of the rows, 24 ids beside 40, adds to no value."""
+    inputs = make_inputs(n=6, v=40, ignored=3)
+    settings = {"divergence": divergence, "temperature": 2.0, "kd_ratio": 0.5}
+    loss, sums = linear_kd_loss(**inputs, **settings, return_metrics=METRICS, chunk_tokens=2)
+    expected, right = softmax_kd_loss(*logits(inputs), inputs["labels"], **settings, return_metrics=METRICS)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name, value in right.items():
+        torch.testing.assert_close(sums[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [40, 63, 64, -1])
+def test_a_label_in_the_padding_is_none(label, monkeypatch):
+    """Labels on a device are not looked at by the host: one outside of the vocabulary shows as NaN (Triton)."""
+    monkeypatch.setattr(_checks, "answers_at_once", lambda device: False)
+    inputs = make_inputs(n=4, v=40, ignored=0)
+    inputs["labels"][2] = label
+    settings = {"kd_ratio": 0.5, "reduction": "none", "backend": "triton"}
+    assert linear_kd_loss(**inputs, **settings).isnan().tolist() == [False, False, True, False]
+    allowed = linear_kd_loss(**inputs, **settings, ignore_index=label)
+    assert allowed[2] == 0 and allowed.isfinite().all()
