@@ -55,7 +55,13 @@ def test_plan_says_nothing_before_its_first_line(tmp_path, command, environment)
     [
         (["torchtune_kd.models.gguf", "nope", "out"], "error: Expected a GGUF file"),
         (
-            "torchtune_kd.models.prune --checkpoint-dir no --output-dir out --num-layers 1 --strategy even".split(),
+            [
+                "torchtune_kd.models.prune",
+                "--checkpoint-dir=no",
+                "--output-dir=out",
+                "--num-layers=1",
+                "--strategy=even",
+            ],
             "error: ",
         ),
         (["torchtune_kd.demo", "--temperature", "-1"], "error: Expected a --temperature"),

@@ -56,7 +56,7 @@ def identity(
         "loss": _flat("kd_loss", cfg.kd_loss) | {"kd_ratio": settings.kd_ratio},
         "training": _flat("optimizer", cfg.optimizer)
         | _flat("lr_scheduler", cfg.get("lr_scheduler"))
-        | {name: getattr(settings, name) for name in ("epochs", "max_steps_per_epoch", "clip_grad_norm")}
+        | {name: getattr(settings, name) for name in ("epochs", "max_steps_per_epoch", "max_minutes", "clip_grad_norm")}
         | {"sequences per step (batch_size x gradient_accumulation_steps x processes)": sequences_per_step},
     }
 

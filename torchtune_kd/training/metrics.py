@@ -98,6 +98,11 @@ class TrainingLog:
         if self._world.is_rank_zero:
             say(sentence)
 
+    def set_total(self, total_steps: int) -> None:
+        """Let the progress bar end after so many steps."""
+        if self._bar is not None:
+            self._bar.total = total_steps
+
     def restart_clock(self) -> None:
         """Leave what happened since the last step (validation, saving) out of the tokens per second."""
         self._tokens.zero_()

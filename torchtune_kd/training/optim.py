@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune.training import DummyProfiler
 
 from torchtune_kd.training.components import component_of
@@ -19,10 +19,12 @@ def check_optimizer(cfg: DictConfig, device: torch.device) -> None:
     """Build optimizer and schedule over one weight, so that their mistakes are told before models are loaded.
 
     Raises:
-        UserError: for a value that cannot be, or a ``step`` that wants more than the recipes have.
+        UserError: for a value that cannot be, a ``step`` that wants more than the recipes have, or a schedule that
+            cannot follow ``max_minutes``.
     """
     optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(1, device=device))])
-    for name, stepped in (("optimizer", optimizer), ("lr_scheduler", build_lr_scheduler(cfg, optimizer, 1))):
+    lr_scheduler = build_lr_scheduler(cfg, optimizer, 1)
+    for name, stepped in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
         parameters = {} if stepped is None else inspect.signature(type(stepped).step).parameters
         for key, parameter in list(parameters.items())[1:]:  # after self
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
@@ -30,6 +32,18 @@ def check_optimizer(cfg: DictConfig, device: torch.device) -> None:
                     f"The section `{name}` names {type(stepped).__name__}, whose `step` wants `{key}`, which a recipe "
                     "does not have: name another."
                 )
+    if cfg.get("max_minutes") is not None and lr_scheduler is not None and not isinstance(lr_scheduler, LambdaLR):
+        raise UserError(
+            f"The section `lr_scheduler` names {type(lr_scheduler).__name__}, whose rates do not follow from a "
+            "position alone, as a run with `max_minutes` needs it: name a function that makes a LambdaLR, such as "
+            "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup, or set it to null."
+        )
+
+
+def move_schedule(lr_scheduler: LambdaLR, position: float) -> None:
+    """Set the rates to those of ``position``, counted in steps of the schedule; never back."""
+    lr_scheduler.last_epoch = max(position, lr_scheduler.last_epoch) - 1
+    lr_scheduler.step()
 
 
 def build_optimizer(cfg: DictConfig, parameters: list[nn.Parameter]) -> Optimizer:

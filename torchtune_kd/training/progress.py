@@ -16,6 +16,7 @@ class Progress:
     step_in_epoch: int = 0
     samples: int = 0  # of this epoch
     tokens: int = 0  # valid tokens of the run
+    seconds: float = 0.0  # that a run with max_minutes took; those of rank 0
     skipped_steps: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
     best: float | None = None  # the best value so far of the metric that keep_best names

@@ -1,6 +1,7 @@
 """A run: everything a recipe sets up, and what it does with it again and again."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from torchtune_kd.training.loading import load_weights
 from torchtune_kd.training.memory_advice import out_of_memory_explained
 from torchtune_kd.training.metrics import TrainingLog, say, validation_metrics
 from torchtune_kd.training.models import Student, Teacher, build_student, build_teacher
-from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
+from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler, move_schedule
 from torchtune_kd.training.phases import phase
 from torchtune_kd.training.preflight import check_run, check_shared_folder, output_folder, run_folders
 from torchtune_kd.training.progress import Progress
@@ -35,6 +36,7 @@ from torchtune_kd.training.saving import Saver
 from torchtune_kd.training.settings import Settings, build, build_kd_loss
 from torchtune_kd.training.signals import StopRequests
 from torchtune_kd.training.step import accumulate_gradients, gradient_norm
+from torchtune_kd.training.time_limit import TimeLimit
 from torchtune_kd.training.world import World
 
 # The first step also opens connections and compiles kernels: it may take so many times as long as another.
@@ -51,7 +53,7 @@ class Run:
     ignore_index: int
     loader: StatefulDataLoader
     val_loader: StatefulDataLoader | None
-    total_steps: int
+    total_steps: int  # with max_minutes, as many as are planned at present
     teacher: Teacher | None
     student: Student
     trainable: list[nn.Parameter]
@@ -63,6 +65,8 @@ class Run:
     saver: Saver
     stale: list[Path]  # what an earlier run left in the output folder, until the first save replaces it
     progress: Progress
+    scheduled_steps: int  # of the data and the config, whatever the time
+    time_limit: TimeLimit | None = None
     stop_requests: StopRequests = field(default_factory=StopRequests)
     stopping: bool = False  # all processes know that one of them was asked to stop
     validation: dict[str, float] | None = None  # of this very step, where there was one
@@ -71,6 +75,11 @@ class Run:
     @property
     def global_step(self) -> int:
         return self.progress.global_step
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether the run ends here since its minutes are over; the same on all processes."""
+        return self.time_limit is not None and self.total_steps <= self.progress.global_step < self.scheduled_steps
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -84,6 +93,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     Raises:
         UserError: for whatever in config, files or data cannot work.
     """
+    began = time.monotonic()
     output = output_folder(cfg, settings)
     check_shared_folder(output, settings, world)
     found = find_checkpoint(output, settings, world)
@@ -113,6 +123,11 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         _look_for_the_end(found, progress, settings, output, total_steps, world)
     elif world.is_rank_zero:
         folders.clean_up(output)
+    scheduled_steps, time_limit = total_steps, None
+    if settings.max_minutes is not None:
+        time_limit = TimeLimit(60 * settings.max_minutes, began, progress.seconds)
+        if progress.seconds >= time_limit.seconds:  # all that is left of the run is its export
+            total_steps = progress.global_step
     stale = run_folders(output) if found is None else []
     log_file = None if found is None else found.manifest.log_file
     log = TrainingLog(cfg, settings, world, total_steps, progress, log_file)
@@ -124,7 +139,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     student = build_student(cfg, settings, world, kd_loss, weights, seed)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(cfg, trainable)
-    lr_scheduler = build_lr_scheduler(cfg, optimizer, total_steps)
+    lr_scheduler = build_lr_scheduler(cfg, optimizer, scheduled_steps)
     profiler = build_profiler(cfg, world.device)
     if found is not None:
         restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
@@ -150,11 +165,15 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         saver=saver,
         stale=stale,
         progress=progress,
+        scheduled_steps=scheduled_steps,
+        time_limit=time_limit,
     )
 
 
 def steps(run: Run, epoch: int) -> Iterator[list[Batch]]:
-    """The microbatches of each optimizer step that is left in ``epoch``."""
+    """The microbatches of each optimizer step that is left in ``epoch``; none once the time is up."""
+    if run.time_is_up:
+        return
     progress = run.progress
     if progress.epoch != epoch:
         progress.epoch, progress.step_in_epoch, progress.samples = epoch, 0, 0
@@ -165,6 +184,8 @@ def steps(run: Run, epoch: int) -> Iterator[list[Batch]]:
     run.generators = rng_state(run.world.device)
     for step in microbatches(batches, run.settings.gradient_accumulation_steps, left):
         yield step
+        if run.time_is_up:
+            return
         run.generators = rng_state(run.world.device)  # before the next rows are read, which may draw from them
 
 
@@ -179,6 +200,8 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     """
     progress, settings = run.progress, run.settings
     metrics = run.log.wants(progress.global_step + 1)
+    if run.time_limit is not None:
+        run.time_limit.begin_step()
     with out_of_memory_explained(run, step):
         sums = accumulate_gradients(
             run.student, run.teacher, step, metrics, run.ignore_index, run.world, lambda: _asked_to_stop(run)
@@ -194,7 +217,10 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
             with phase("optimizer"):
                 run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.lr_scheduler is not None:
+    if run.lr_scheduler is not None and run.time_limit is not None:
+        done = (progress.global_step + 1) / run.total_steps
+        move_schedule(run.lr_scheduler, done * run.scheduled_steps)
+    elif run.lr_scheduler is not None:
         run.lr_scheduler.step()
 
     samples = run.world.size * sum(len(batch["tokens"]) for batch in step)
@@ -211,6 +237,9 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     run.validation = None
 
     run.log.log_step(progress.global_step, epoch, sums, lr, grad_norm, progress.skipped_steps)
+    if run.time_is_up:
+        progress.seconds = max(progress.seconds, run.time_limit.seconds)  # a run that is resumed here is over, too
+        run.log.say(f"The time is up: {settings.max_minutes:g} minutes were enough for {progress.global_step} steps.")
     if not finite:
         run.log.say(
             f"warning: step {progress.global_step} is skipped, since its loss ({loss:g}) or gradient norm "
@@ -229,6 +258,8 @@ def validate_if_due(run: Run) -> None:
         return
     if run.val_loader is not None:
         metrics = validation_metrics(run.settings)
+        if run.time_limit is not None:
+            run.time_limit.begin_validation()
         with (
             preserved_rng(run.world.device),
             out_of_memory_explained(run, None),
@@ -245,6 +276,8 @@ def validate_if_due(run: Run) -> None:
         if values is None:
             return  # what is left out here comes first when the run goes on
         run.validation = run.log.log_validation(run.progress.global_step, values)
+        if run.time_limit is not None:
+            run.time_limit.end_validation()
     run.progress.validation_pending = False
 
 
@@ -270,8 +303,11 @@ def checkpoint_if_due(run: Run) -> None:
 def save(run: Run, epoch: int) -> None:
     """Write the weights of an epoch; the time it takes is left out of the tokens per second.
 
-    Where checkpoints are wanted one comes first: a run with an epoch and without a checkpoint could not go on.
+    Where checkpoints are wanted one comes first: a run with an epoch and without a checkpoint could not go on. Once the
+    time is up these are the weights of the last epoch, whichever it was, as if all had been done.
     """
+    if run.time_is_up and epoch < run.settings.epochs - 1:
+        return
     run.saver.finish()
     if run.settings.save_every_n_steps is not None and not run.saver.has_written:
         _write_checkpoint(run, wait=True)
@@ -288,11 +324,22 @@ def _write_checkpoint(run: Run, *, wait: bool) -> bool:
 
 
 def _agree(run: Run, sums: dict[str, Tensor], grad_norm: Tensor) -> tuple[float, float]:
-    """The step's mean loss and gradient norm, and whether any process was asked to stop: alike on all processes."""
-    asked = torch.full_like(sums["loss"], float(run.stop_requests.pending))
-    totals = run.world.sum(torch.stack([sums["loss"], sums["num_tokens"].to(asked), asked]))
-    loss, num_tokens, asked, norm = torch.cat([totals, grad_norm.to(totals).reshape(1)]).tolist()  # one wait
+    """Return the step's mean loss and gradient norm, alike on all processes.
+
+    They also agree on whether any was asked to stop, and on the steps that rank 0 plans by its clock.
+    """
+    seconds, planned = 0.0, 0
+    if run.time_limit is not None and run.world.is_rank_zero:
+        seconds, planned = run.time_limit.plan(run.progress.global_step + 1, run.scheduled_steps)
+    ours = torch.tensor([run.stop_requests.pending, seconds, planned], dtype=sums["loss"].dtype)
+    ours = ours.to(run.world.device, non_blocking=True)
+    totals = run.world.sum(torch.cat([torch.stack([sums["loss"], sums["num_tokens"].to(ours)]), ours]))
+    # one wait for the device
+    loss, num_tokens, asked, seconds, planned, norm = torch.cat([totals, grad_norm.to(totals).reshape(1)]).tolist()
     run.stopping = run.stopping or asked > 0
+    if run.time_limit is not None:
+        run.progress.seconds, run.total_steps = seconds, int(planned)
+        run.log.set_total(run.total_steps)
     return loss / max(num_tokens, 1.0), norm
 
 

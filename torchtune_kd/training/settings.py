@@ -61,6 +61,9 @@ class Settings:
     # training
     epochs: int = 1
     max_steps_per_epoch: int | None = None
+    # minutes after which the run ends as if its epochs were done, loading and last validation included; the schedule is
+    # stretched or shortened so that it ends then; never fewer than 5 steps
+    max_minutes: float | None = None
     gradient_accumulation_steps: int = 1  # microbatches per optimizer step
     clip_grad_norm: float | str | None = None
     compile: bool = False
@@ -217,6 +220,8 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
         "save_every_n_steps",
     ):
         expect(name, getattr(settings, name) is None or getattr(settings, name) >= 1, "at least 1 or null")
+    if settings.max_minutes is not None:
+        expect("max_minutes", 0 < settings.max_minutes < math.inf, "a number above 0 or null")
     if settings.clip_grad_norm is not None:
         expect("clip_grad_norm", _positive(settings.clip_grad_norm), "a number above 0 or null")
     if settings.dtype == "bf16" and settings.torch_device.type == "cuda" and torch.cuda.is_available():
