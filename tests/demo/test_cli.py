@@ -13,7 +13,7 @@ from torchtune_kd.demo.output import DemoError, OutputFolder
 def ran(monkeypatch):
     """Folders that the demo was let into; the stages themselves are tested elsewhere."""
     folders = []
-    monkeypatch.setattr(cli, "_run", lambda args, output: folders.append(output.path))
+    monkeypatch.setattr(cli, "_run", lambda args, output, deadline: folders.append(output.path))
     return folders
 
 
@@ -99,6 +99,9 @@ def test_a_folder_of_ones_own_needs_no_gguf_reader(tmp_path, monkeypatch, ran, s
         (["batch_size=2", "kd_loss.temperature=1e9"], "0.001 to 1000"),
         (["tokenizer.max_seq_len=long"], "tokenizer.max_seq_len"),
         (["lr_scheduler.num_warmup_steps=ten"], "lr_scheduler"),
+        (["epochs=2"], "epochs"),
+        (["max_minutes=3"], "--steps"),
+        (["lr_scheduler={_component_: torch.optim.lr_scheduler.LinearLR}"], "lr_scheduler"),
         (["seed=${nope}"], "nope"),
         (["seed=[1"], "seed=[1"),
     ],
@@ -145,7 +148,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monke
 
 
 def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
-    def interrupted(args, output):
+    def interrupted(args, output, deadline):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", interrupted)

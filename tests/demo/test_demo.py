@@ -1,4 +1,4 @@
-"""The whole demo with two steps: the real model, the real `tune run`, real text."""
+"""The whole demo, with two steps and by a short clock: the real model, the real `tune run`, real text."""
 
 import json
 import math
@@ -69,3 +69,38 @@ def test_two_steps_from_beginning_to_end(tmp_path):
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_by_the_clock(tmp_path):
+    """Seventy seconds in place of the demo's own: training ends by them, with its schedule at its end."""
+    (tmp_path / "own.txt").write_text(reference_text()[:60_000], encoding="utf-8")
+    code = (
+        "import sys\n"
+        "from torchtune_kd.demo import __main__ as demo, budget\n"
+        "demo.Deadline = lambda: budget.Deadline(70)\n"
+        "sys.exit(demo.main(sys.argv[1:]))\n"
+    )
+    arguments = ["--output-dir", "out", "--text", "own.txt", "--strategy", "influence"]
+    arguments += ["tokenizer.max_seq_len=64", "batch_size=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    steps, training = results["settings"]["steps"], results["training"]
+    assert 5 <= steps == len(training) < 600
+    assert f"After {steps} steps of 1 x 63 tokens, {steps * 63:,} in all" in done.stdout
+    assert f"The time is up: {float(results['command'][5].partition('=')[2]):g} minutes" in done.stdout
+
+    rates = [record["lr"] for record in training]
+    assert rates[0] == 0 and max(rates) <= results["settings"]["learning_rate"]
+    assert rates[-1] < 0.1 * max(rates)
+    assert rates[rates.index(max(rates)) :] == sorted(rates[rates.index(max(rates)) :], reverse=True)
+    assert [results["validation"][index]["step"] for index in (0, -1)] == [0, steps]
+    assert ("cut short to end in time" in done.stdout) == bool(results["cut_short"])

@@ -33,7 +33,46 @@ def test_speed_counts_every_token(model, monkeypatch):
     clock = iter(i / 10 for i in range(1000))
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
     generate.with_caches(model, 16)
-    assert generate.tokens_per_second([model, model], [1, 2, 3], 8) == pytest.approx([80.0, 80.0])
+    speeds = generate.tokens_per_second([model, model], [1, 2, 3], 8)
+    assert speeds.per_second == pytest.approx([80.0, 80.0])
+    assert (speeds.tokens, speeds.repeats) == (8, 3)
+
+
+@pytest.fixture
+def slow_model(model, monkeypatch):
+    """A model whose every pass takes a second, by the clocks that are read."""
+    now = [100.0]
+
+    def wait(*_):
+        now[0] += 1
+
+    model.register_forward_hook(wait)
+    monkeypatch.setattr(generate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: now[0])
+    return generate.with_caches(model, 64)
+
+
+def test_a_text_ends_when_its_seconds_are_over(slow_model):
+    whole = generate.greedy(slow_model, [1, 2, 3], 12)
+    assert generate.greedy(slow_model, [1, 2, 3], 12, seconds=5) == whole[:5]
+    assert generate.greedy(slow_model, [1, 2, 3], 12, seconds=-1) == whole[:1]
+
+
+@pytest.mark.parametrize(
+    "seconds, tokens, repeats, passes",
+    [(1000, 8, 3, 64), (50, 8, 3, 64), (40, 8, 2, 48), (26, 7, 1, 28), (8, 2, 1, 8), (-5, 1, 1, 4)],
+)
+def test_speed_is_measured_in_the_time_there_is(slow_model, monkeypatch, seconds, tokens, repeats, passes):
+    begin = generate.time.monotonic()
+    speeds = generate.tokens_per_second([slow_model, slow_model], [1, 2, 3], 8, seconds=seconds)
+    assert speeds.per_second == pytest.approx([1.0, 1.0])
+    assert (speeds.tokens, speeds.repeats, generate.time.monotonic() - begin) == (tokens, repeats, passes)
+
+
+def test_pace_is_seconds_of_the_layers_by_tokens(model, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: float(next(clock)))
+    assert generate.seconds_per_token(model, 8) == pytest.approx(1 / 8)
 
 
 def test_prompts_are_the_beginnings_of_held_out_prose():

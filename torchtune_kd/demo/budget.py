@@ -1,79 +1,85 @@
-"""How many steps fit into the demo's time on this machine. Shapes: B batch, S sequence."""
+"""The demo's time, and what fits into it: whatever takes long stops by the clock, and estimates only make plans."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-import torch
-from omegaconf import DictConfig
+SECONDS = 320  # that the demo aims at; what no clock bounds (imports, exports, files) has the rest of six minutes
+CHOOSING = 20  # seconds to measure layers in
+MEASURING = 25  # seconds for what follows the training
+MOST_STEPS = 600
+WARM_UP = 0.1  # share of the steps
 
-import torchtune_kd.training as kd
-from torchtune_kd.training.optim import build_optimizer
+_AROUND_TRAINING = 12  # seconds of imports and export of the training process, which its own time limit does not count
+_VALIDATION = 0.06  # share of the training's time that one validation may take
+_LEAST_ROWS = 2  # to validate on
+# Seconds as multiples of what the teacher's layers take to read as many tokens. Plans alone follow from these.
+_STEP, _VALIDATING = 5.5, 2.8
 
-SECONDS = 310  # that the whole demo aims at
-LEAST, MOST = 40, 600  # steps
-_STARTING = 15  # seconds that the training process needs to start, load and save
-_MEASURING = 30  # seconds for what follows the training
-_VOCABULARY = 49152  # of SmolLM2
+T = TypeVar("T")
+
+
+class Deadline:
+    """The time by which the demo aims to end, counted from the making of this object."""
+
+    clock = staticmethod(time.monotonic)
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self._start = self.clock()
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return self.clock() - self._start
+
+    def left(self) -> float:
+        """Return the seconds until the end, negative once it has passed."""
+        return self.seconds - self.elapsed()
+
+    def within(self, seconds: float, items: Iterable[T]) -> Iterator[T]:
+        """Yield the first item, and more while ``seconds`` from now suffice for one like the slowest so far."""
+        end, slowest, begin = self.clock() + seconds, 0.0, self.clock()
+        for item in items:
+            if slowest and begin + slowest > end:
+                return
+            yield item
+            now = self.clock()
+            slowest, begin = max(slowest, now - begin), now
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds that one optimizer step and the validation of one batch take."""
+class TrainingPlan:
+    """What the training is told.
 
-    step: float
-    validation: float
+    Attributes:
+        minutes (float): The run's ``max_minutes``.
+        validation_rows (int): Rows of held-out text to validate on.
+        validate_every (int): Steps from one validation to the next.
+    """
+
+    minutes: float
+    validation_rows: int
+    validate_every: int
 
 
-def measure_pace(config: DictConfig) -> Pace:
-    """Time the recipe's own step and validation with the run's models, on random tokens.
+def plan_training(
+    deadline: Deadline, pace: float, *, step_tokens: int, rows: int, row_tokens: int, validations: int
+) -> TrainingPlan:
+    """Give the training the time that is left but for measuring, and validation its share of that.
 
     Args:
-        config (DictConfig): The config of the run that is to come, with its paths.
+        deadline (Deadline): Of the demo.
+        pace (float): Seconds that the teacher's layers take a token.
+        step_tokens (int): Tokens of an optimizer step.
+        rows (int): Rows of held-out text that there are.
+        row_tokens (int): Tokens of such a row.
+        validations (int): Validations to aim at while training.
     """
-    settings = kd.read_settings(config, distributed=False)
-    world = kd.single_process(settings.device)
-    kd_loss = kd.build_kd_loss(config)
-    teacher = kd.build_teacher(config, settings, world)
-    _, weights = kd.load_weights(config.checkpointer, "checkpointer")
-    student = kd.build_student(config, settings, world, kd_loss, weights, seed=0)
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(config, trainable)
-    metrics = kd.validation_metrics(settings)
-    length = config.tokenizer.max_seq_len - 1
-
-    def batch(size: int) -> dict[str, Any]:
-        tokens = torch.randint(_VOCABULARY, (size, length))  # [B, S]
-        return {"tokens": tokens, "labels": tokens.roll(-1, dims=1)}
-
-    def step() -> None:
-        microbatches = [batch(settings.batch_size) for _ in range(settings.gradient_accumulation_steps)]
-        kd.accumulate_gradients(student, teacher, microbatches, metrics, kd_loss.ignore_index, world)
-        kd.gradient_norm(trainable, settings.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def validation() -> None:
-        kd.evaluate(student, teacher, [batch(settings.batch_size_val or settings.batch_size)], metrics, world)
-
-    _seconds(step)  # the first one allocates
-    return Pace(step=min(_seconds(step) for _ in range(2)), validation=_seconds(validation))
-
-
-def steps_that_fit(pace: Pace, elapsed: float, validation_batches: int) -> int:
-    """Steps after which the demo ends about :data:`SECONDS` after its start, within bounds.
-
-    Args:
-        pace (Pace): What :func:`measure_pace` measured.
-        elapsed (float): Seconds since the start of the demo.
-        validation_batches (int): Batches of all validations of the run together.
-    """
-    left = SECONDS - elapsed - _STARTING - _MEASURING - validation_batches * pace.validation
-    return min(max(int(left / pace.step), LEAST), MOST)
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    seconds = max(deadline.left() - MEASURING - _AROUND_TRAINING, 1.0)
+    row = _VALIDATING * pace * row_tokens
+    kept = min(rows, max(int(_VALIDATION * seconds / row), _LEAST_ROWS))
+    steps = (seconds - (validations + 1) * kept * row) / (_STEP * pace * step_tokens)
+    steps = min(max(steps, validations), MOST_STEPS)
+    return TrainingPlan(seconds / 60, kept, math.ceil(steps / validations))

@@ -11,6 +11,8 @@ _SET_BY_THE_DEMO = {
     "data_dir": "name the folder by --output-dir, and your text by --text",
     "student_dir": "name the folder by --output-dir",
     "teacher_dir": "name the folder by --teacher-dir",
+    "epochs": "leave it out, since the demo writes as much text as it trains on",
+    "max_minutes": "leave it out, since the demo ends by its own clock, or set --steps",
     "model.num_layers": "leave it out, since the demo makes a student of 15 layers",
     "run_val_every_n_steps": "leave it out, since the demo validates three times while training",
 }
@@ -62,10 +64,10 @@ def check_inputs(args: argparse.Namespace) -> None:
     if args.text is not None:
         text.split_documents(text.read_documents(args.text))
     if args.overrides:
-        _check_overrides(args.overrides)
+        _check_overrides(args.overrides, by_the_clock=args.steps is None)
 
 
-def _check_overrides(overrides: list[str]) -> None:
+def _check_overrides(overrides: list[str], *, by_the_clock: bool) -> None:
     """The config of the run with these overrides; no file is read, and of the components only the small ones built."""
     import torch
     from omegaconf.errors import OmegaConfBaseException
@@ -77,7 +79,7 @@ def _check_overrides(overrides: list[str]) -> None:
 
     written = " ".join(overrides)
     try:
-        config = read_config(overrides)
+        config = read_config([*overrides, "max_minutes=1"] if by_the_clock else overrides)
     except Exception as error:  # OmegaConf and YAML raise several kinds
         raise DemoError(
             f"Expected key=value overrides in YAML, but {written} cannot be read "

@@ -14,9 +14,25 @@ from torchtune_kd.demo.measure import Distance
 Records = Sequence[Mapping[str, float]]
 
 
-def distance_table(before: Distance, after: Distance, num_tokens: int) -> Table:
-    """Before and after training on held-out text, the teacher beside it."""
-    table = _table(f"Held-out text, {num_tokens:,} tokens, never trained on", ["student before", "after", "teacher"])
+def distance_table(
+    before: Distance, after: Distance, held_out: Mapping[str, int], training: Mapping[str, int]
+) -> Table:
+    """Before and after training on held-out text, the teacher beside it.
+
+    Args:
+        before (Distance): The untrained student's.
+        after (Distance): The trained student's.
+        held_out (Mapping[str, int]): "tokens" that were held out, and "validated", those that are the table's.
+        training (Mapping[str, int]): "steps", "rows_per_step", "row_tokens".
+    """
+    steps, rows, length = (training[key] for key in ("steps", "rows_per_step", "row_tokens"))
+    tokens, validated = held_out["tokens"], held_out["validated"]
+    share = f"{validated:,}" if validated == tokens else f"{validated:,} of {tokens:,}"
+    title = (
+        f"After {steps} steps of {rows} x {length} tokens, {steps * rows * length:,} in all\n"
+        f"Held-out text, {share} tokens, never trained on"
+    )
+    table = _table(title, ["student before", "after", "teacher"])
     table.add_row("perplexity", *map(_number, (before.perplexity, after.perplexity, after.teacher_perplexity)))
     table.add_row("KL to the teacher, nats per token", _number(before.kl), _number(after.kl), "0")
     table.add_row("same most likely token", f"{before.top1_agreement:.1%}", f"{after.top1_agreement:.1%}", "100%")

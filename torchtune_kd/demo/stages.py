@@ -10,12 +10,14 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torchtune
 from omegaconf import DictConfig
 from rich.console import Console
+from torchtune.modules import TransformerDecoder
 
 import torchtune_kd
 from torchtune_kd.demo import budget, generate, report, teacher, text, train
@@ -25,12 +27,14 @@ from torchtune_kd.models import prune_checkpoint, select_layers, text_batches
 from torchtune_kd.models.pruning import MEASURES
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
 from torchtune_kd.training import UserError
+from torchtune_kd.training.time_limit import LEAST_STEPS
 
 TEACHER_LAYERS, STUDENT_LAYERS = 30, 15
-VALIDATIONS = 3  # while training; one more before it
-CALIBRATION_ROWS = 2  # of 256 tokens of training text, to choose layers by
+VALIDATIONS = 3  # while training, about; one more before it
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 64  # of training text, to choose layers by; short ones, so that one is quick
 NEW_TOKENS = 32  # of a continuation
-TIMED_TOKENS = 48
+TIMED_TOKENS, REPEATS = 48, 3
+LEAST_MEASURING = 12  # seconds for texts and speeds, however late it is
 QUESTION = "What is the capital of France?"  # far from the training text
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _PROSE = re.compile(r"[A-Z][^\n]{40,}\n.{120,}", re.DOTALL)  # a paragraph of several lines, not a heading or code
@@ -45,10 +49,11 @@ _STRATEGIES = {
 class Demo:
     """One run. Each method is a stage that reads what those before it left in ``results``."""
 
-    def __init__(self, args: argparse.Namespace, output: OutputFolder, console: Console) -> None:
-        self.args, self.output, self.console = args, output, console
-        self.results: dict[str, Any] = {"seconds": {}}
-        self._start = time.perf_counter()
+    def __init__(
+        self, args: argparse.Namespace, output: OutputFolder, console: Console, deadline: budget.Deadline
+    ) -> None:
+        self.args, self.output, self.console, self.deadline = args, output, console, deadline
+        self.results: dict[str, Any] = {"seconds": {}, "cut_short": []}
 
     def run(self) -> None:
         stages = (
@@ -83,9 +88,7 @@ class Demo:
     def split_text(self) -> None:
         documents = text.read_documents(self.args.text) if self.args.text else text.reference_documents()
         self.split = text.split_documents(documents)
-        rows = text.passages(self.tokenizer, text.joined(self.split.held_out), self.row_length)
-        text.write_rows(self.output.held_out_text, rows)
-        self.validation_batches = math.ceil(len(rows) / (self.config.batch_size_val or self.config.batch_size))
+        self.held_out_rows = text.passages(self.tokenizer, text.joined(self.split.held_out), self.row_length)
         counts = {
             name: {"documents": len(part), "tokens": self._num_tokens(text.joined(part))}
             for name, part in (("train", self.split.train), ("held_out", self.split.held_out))
@@ -102,10 +105,21 @@ class Demo:
 
     def make_student(self) -> None:
         strategy, influence = self.args.strategy, None
+        model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, self.dtype)
+        self.pace = generate.seconds_per_token(model, self.row_length)
         if strategy in MEASURES:
-            model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, self.dtype)
-            batches = text_batches(self.tokenizer, text.joined(self.split.train), num_sequences=CALIBRATION_ROWS)
-            influence = MEASURES[strategy](model, batches)
+            batches = text_batches(
+                self.tokenizer,
+                text.joined(self.split.train),
+                seq_len=CALIBRATION_LENGTH,
+                num_sequences=CALIBRATION_ROWS,
+            )
+            measured = []
+            influence = MEASURES[strategy](model, _noted(self.deadline.within(budget.CHOOSING, batches), measured))
+            if len(measured) < len(batches):
+                self._cut(f"the layers are measured on {len(measured)} of {len(batches)} passages")
+        del model
+        gc.collect()  # it holds references to itself, and the training process needs the memory
         layers = select_layers(TEACHER_LAYERS, STUDENT_LAYERS, strategy, influence)
         prune_checkpoint(self.teacher_dir, self.output.untrained, layers)
         self.results["layers"] = {
@@ -116,23 +130,28 @@ class Demo:
         self._detail(f"kept {' '.join(map(str, layers))} ({_STRATEGIES[strategy]})")
 
     def train(self) -> None:
-        num_steps = self.args.steps or self._choose_steps()
-        batch_size = self.config.batch_size * self.config.gradient_accumulation_steps
-        rows = text.training_passages(self.tokenizer, self.split.train, self.row_length, num_steps * batch_size)
+        rows_per_step = self.config.batch_size * self.config.gradient_accumulation_steps
+        most = self.args.steps or budget.MOST_STEPS
+        rows = text.training_passages(self.tokenizer, self.split.train, self.row_length, most * rows_per_step)
         text.write_rows(self.output.train_text, rows)
-        passes = len(rows) * self.row_length / self.results["text"]["train"]["tokens"]
-        self.results["text"]["passes_over_the_training_text"] = round(passes, 2)
-
-        command = train.tune_command([*self.overrides, f"run_val_every_n_steps={math.ceil(num_steps / VALIDATIONS)}"])
+        overrides = self._timing(rows_per_step * self.row_length)
+        command = train.tune_command([*overrides, *self.overrides])
         self._detail(shlex.join(command))
         train.run_training(command, self.output.run / "tune.log")
         steps, validations = train.read_log(self.output.run / "logs")
         before, after = (Distance.from_validation(validations[index]) for index in (0, -1))
+        tokens = len(steps) * rows_per_step * self.row_length
+        self.results["text"]["passes_over_the_training_text"] = round(
+            tokens / self.results["text"]["train"]["tokens"], 2
+        )
+        if self.args.steps is None and len(steps) <= LEAST_STEPS:
+            self._cut(f"training took no more than {len(steps)} steps")
         self.results |= {
             "command": command,
             "settings": {
-                "steps": num_steps,
-                "tokens_per_step": batch_size * self.row_length,
+                "steps": len(steps),
+                "rows_per_step": rows_per_step,
+                "row_tokens": self.row_length,
                 "temperature": self.config.kd_loss.temperature,
                 "loss": self.config.kd_loss._component_,
                 "dtype": self.config.dtype,
@@ -158,18 +177,21 @@ class Demo:
         for model in models.values():
             generate.with_caches(model, max(map(len, encoded)) + max(NEW_TOKENS, TIMED_TOKENS))
 
-        self.results["completions"] = [
-            {"prompt": prompt}
-            | {
-                name: self.tokenizer.decode(generate.greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens))
-                for name, model in models.items()
-            }
-            for prompt, ids in zip(prompts, encoded, strict=True)
-        ]
+        seconds = max(self.deadline.left(), LEAST_MEASURING) / 2  # for the texts, and as much for the speeds
+        self.results["completions"] = self._completions(models, dict(zip(prompts, encoded, strict=True)), seconds)
         names = ("teacher", "trained")
-        speeds = generate.tokens_per_second([models[name] for name in names], encoded[0], TIMED_TOKENS)
-        self.results["speed"] = {"prompt_tokens": len(encoded[0]), "generated_tokens": TIMED_TOKENS, "batch_size": 1}
-        for name, role, speed in zip(names, ("teacher", "student"), speeds, strict=True):
+        speeds = generate.tokens_per_second(
+            [models[name] for name in names], encoded[0], TIMED_TOKENS, REPEATS, max(self.deadline.left(), seconds)
+        )
+        if (speeds.tokens, speeds.repeats) != (TIMED_TOKENS, REPEATS):
+            self._cut(f"speed is that of {speeds.repeats} x {speeds.tokens} tokens, not {REPEATS} x {TIMED_TOKENS}")
+        self.results["speed"] = {
+            "prompt_tokens": len(encoded[0]),
+            "generated_tokens": speeds.tokens,
+            "repeats": speeds.repeats,
+            "batch_size": 1,
+        }
+        for name, role, speed in zip(names, ("teacher", "student"), speeds.per_second, strict=True):
             folder, layers = folders[name]
             self.results[role] = {
                 "layers": layers,
@@ -178,6 +200,25 @@ class Demo:
                 "tokens_per_second": speed,
             }
 
+    def _completions(
+        self, models: Mapping[str, TransformerDecoder], prompts: Mapping[str, list[int]], seconds: float
+    ) -> list[dict[str, str]]:
+        """Let each model go on with each prompt; every text has its share of the ``seconds`` that are left."""
+        end, texts = self.deadline.elapsed() + seconds, len(models) * len(prompts)
+        completions, cut = [], 0
+        for prompt, ids in prompts.items():
+            completions.append({"prompt": prompt})
+            for name, model in models.items():
+                share = (end - self.deadline.elapsed()) / texts
+                begin = self.deadline.elapsed()
+                tokens = generate.greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens, share)
+                cut += len(tokens) < NEW_TOKENS and self.deadline.elapsed() - begin >= share
+                texts -= 1
+                completions[-1][name] = self.tokenizer.decode(tokens)
+        if cut:
+            self._cut(f"{cut} of {len(models) * len(prompts)} texts end early")
+        return completions
+
     def finish(self) -> None:
         results, config = self.results, self.config
         before, after = (Distance.from_validation(results["validation"][index]) for index in (0, -1))
@@ -185,13 +226,13 @@ class Demo:
         objective = f"training loss ({loss}, T = {config.kd_loss.temperature:g})"
         report.write_curves(self.output.curves, results["training"], results["validation"], objective)
         tables = [
-            report.distance_table(before, after, results["text"]["held_out"]["tokens"]),
+            report.distance_table(before, after, results["text"]["held_out"], results["settings"]),
             report.size_table(results["teacher"], results["student"], results["speed"]),
             report.completion_table(results["completions"]),
         ]
         speeds = [results[role]["tokens_per_second"] for role in ("teacher", "student")]
         results["conclusion"] = closing(before, after, *speeds)
-        results["seconds"]["all"] = round(time.perf_counter() - self._start, 1)
+        results["seconds"]["all"] = round(self.deadline.elapsed(), 1)
         results["peak_memory_bytes"] = peak_memory()
         results["versions"] = {
             "python": platform.python_version(),
@@ -226,13 +267,35 @@ class Demo:
             overrides["kd_loss.temperature"] = self.args.temperature
         return [*(f"{key}={value}" for key, value in overrides.items()), *self.args.overrides]
 
-    def _choose_steps(self) -> int:
-        pace = budget.measure_pace(self.config)
-        gc.collect()  # its models hold references to themselves, and the training process needs the memory
-        elapsed = time.perf_counter() - self._start
-        steps = budget.steps_that_fit(pace, elapsed, (VALIDATIONS + 1) * self.validation_batches)
-        self._detail(f"a step takes {pace.step:.2g} s here: {steps} steps (--steps sets another number)")
-        return steps
+    def _timing(self, step_tokens: int) -> list[str]:
+        """Write the held-out text, and return how long to train and how often to validate on it, as overrides."""
+        rows, overrides, every = self.held_out_rows, [], math.ceil((self.args.steps or 0) / VALIDATIONS)
+        if self.args.steps is None:
+            plan = budget.plan_training(
+                self.deadline,
+                self.pace,
+                step_tokens=step_tokens,
+                rows=len(rows),
+                row_tokens=self.row_length,
+                validations=VALIDATIONS,
+            )
+            every = plan.validate_every
+            kept = min(plan.validation_rows, len(rows))
+            if kept < len(rows):
+                self._cut(f"held-out text is {kept} of {len(rows)} passages")
+                rows = [rows[index * len(rows) // kept] for index in range(kept)]
+            overrides.append(f"max_minutes={plan.minutes:.2f}")
+            if not any(override.startswith("lr_scheduler") for override in self.args.overrides):
+                overrides.append(f"lr_scheduler.num_warmup_steps={round(budget.WARM_UP * budget.MOST_STEPS)}")
+            self._detail(f"as many steps as end within {plan.minutes:.1f} minutes (--steps sets a number)")
+        text.write_rows(self.output.held_out_text, rows)
+        self.results["text"]["held_out"]["validated"] = sum(self._num_tokens(row) for row in rows)
+        return [*overrides, f"run_val_every_n_steps={every}"]
+
+    def _cut(self, what: str) -> None:
+        """Say what the clock has cut short."""
+        self.results["cut_short"].append(what)
+        self._detail(f"cut short to end in time: {what}")
 
     def _num_tokens(self, content: str) -> int:
         return len(self.tokenizer.encode(content, add_eos=False))
@@ -241,8 +304,14 @@ class Demo:
         self.console.print(f"        {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
 
     def _clock(self) -> str:
-        minutes, seconds = divmod(int(time.perf_counter() - self._start), 60)
+        minutes, seconds = divmod(int(self.deadline.elapsed()), 60)
         return f"{minutes:2d}:{seconds:02d}"
+
+
+def _noted(items: Iterable[Any], into: list[Any]) -> Iterator[Any]:
+    for item in items:
+        into.append(item)
+        yield item
 
 
 def held_out_prompts(documents: text.Documents, count: int) -> list[str]:
@@ -279,9 +348,9 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run(args: argparse.Namespace, output: OutputFolder) -> None:
+def run(args: argparse.Namespace, output: OutputFolder, deadline: budget.Deadline) -> None:
     """Run the demo into a folder that has been claimed."""
     try:
-        Demo(args, output, Console()).run()
+        Demo(args, output, Console(), deadline).run()
     except UserError as error:
         raise DemoError(str(error)) from error
