@@ -146,9 +146,7 @@ def test_two_processes_end_after_the_same_step(tmp_path):
 
 
 def test_a_resumed_run_has_what_is_left_of_its_minutes(tmp_path, slow_steps, monkeypatch, capsys):
-    cfg = resumable_config(
-        tmp_path, max_minutes=1.75
-    )  # validates after 4 and 8 of 12 steps, saves each 2nd
+    cfg = resumable_config(tmp_path, max_minutes=1.75)  # validates after 4 and 8 of 12 steps, saves each 2nd
 
     class Killed(Exception):
         pass
