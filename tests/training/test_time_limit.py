@@ -101,7 +101,6 @@ def slow_steps(clock, monkeypatch):
 
     monkeypatch.setattr(run, "accumulate_gradients", step)
     monkeypatch.setattr(run, "evaluate", validate)
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock.now)
     return clock
 
 

@@ -75,11 +75,12 @@ def plan_training(
         step_tokens (int): Tokens of an optimizer step.
         rows (int): Rows of held-out text that there are.
         row_tokens (int): Tokens of such a row.
-        validations (int): Validations to aim at while training.
+        validations (int): Validations to aim at while training, the last one after it.
     """
     seconds = max(deadline.left() - MEASURING - _AROUND_TRAINING, 1.0)
     row = _VALIDATING * pace * row_tokens
     kept = min(rows, max(int(_VALIDATION * seconds / row), _LEAST_ROWS))
     steps = (seconds - (validations + 1) * kept * row) / (_STEP * pace * step_tokens)
     steps = min(max(steps, validations), MOST_STEPS)
-    return TrainingPlan(seconds / 60, kept, math.ceil(steps / validations))
+    # half an interval before the end, lest a validation a few steps before the last one takes these steps' time
+    return TrainingPlan(seconds / 60, kept, math.ceil(steps / (validations - 0.5)))

@@ -1,7 +1,6 @@
 """A run: everything a recipe sets up, and what it does with it again and again."""
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +92,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
     Raises:
         UserError: for whatever in config, files or data cannot work.
     """
-    began = time.monotonic()
+    began = TimeLimit.clock()
     output = output_folder(cfg, settings)
     check_shared_folder(output, settings, world)
     found = find_checkpoint(output, settings, world)
