@@ -22,6 +22,7 @@ from ._checks import (
     check_teacher_present,
     resolve_backend,
 )
+from ._derivatives import check_transforms
 from ._linear import LinearKD
 from ._metrics import needs_teacher, resolve_metrics
 from ._objective import Objective
@@ -73,9 +74,10 @@ def softmax_kd_loss(
     ===================  ============================================  ====  ===============
 
     All are true divergences: never negative, 0 when the student equals the teacher. Arithmetic is fp32, or
-    fp64 where an input is fp64. The gradient, to the student alone, is computed together with the loss; it
-    is not twice differentiable. Without a valid token the loss is 0 and so is the gradient. An id at -inf in
-    both models contributes nothing; where D is +inf the value is +inf and the gradient stays finite.
+    fp64 where an input is fp64. The gradient, to the student alone, is computed together with the loss; to
+    differentiate it again is an error, and so are forward mode and the transforms of ``torch.func``. Without a
+    valid token the loss is 0 and so is the gradient. An id at -inf in both models contributes nothing; where D
+    is +inf the value is +inf and the gradient stays finite.
     Gradients of logits are rounded to the student's dtype before the incoming gradient multiplies them: in
     fp16 those below 6e-8 are 0, whatever the loss is scaled by; train in bf16 or fp32.
     Vocabularies that differ by less than 1024 ids are cut to the shared prefix. Inside ``torch.compile`` the
@@ -114,6 +116,7 @@ def softmax_kd_loss(
     Raises:
         ValueError: on unknown or unusable arguments.
     """
+    check_transforms()
     objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
@@ -206,6 +209,7 @@ def linear_kd_loss(
     Raises:
         ValueError: on unknown or unusable arguments.
     """
+    check_transforms()
     objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)

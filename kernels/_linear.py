@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._block import (
     BlockLoss,
@@ -25,6 +24,7 @@ from ._block import (
     slices,
     working_dtype,
 )
+from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
 from ._device import answers_at_once, is_capturing
 from ._head_gradient import HeadGradient
 
@@ -99,6 +99,8 @@ class LinearKD(torch.autograd.Function):
         loss, metrics, count, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, now)
         ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.count = plan, chunk_tokens, backend, count
         ctx.dtypes = hidden.dtype, weight.dtype
+        with torch.enable_grad():
+            ctx.inputs = anchor(hidden, weight, bias) if any(ctx.wants) else None
         if ctx.late:
             # a tensor from inference mode cannot be saved, its copy can
             saved = (*heads, labels)
@@ -109,20 +111,26 @@ class LinearKD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return loss, metrics, count
 
+    jvp = staticmethod(refuse_tangents)
+
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        refuse_transforms(grad_loss)
         nothing = (None,) * 7
         if grad_loss is None:
             return None, None, None, *nothing
-        if ctx.late:
-            *heads, labels = ctx.saved_tensors
-            scale = grad_loss.unsqueeze(-1)
-            grads = late_gradients(Heads(*heads), labels, ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.wants, scale)
-            return *scaled_gradients(grads, grad_loss.new_ones(()), *ctx.dtypes, in_place=True), *nothing
-        grads, reduction = Gradients(*ctx.saved_tensors), ctx.plan.reduction
-        scale = remaining_scale(grad_loss, ctx.count, reduction, ctx.backend, ctx.dtypes[0])
-        return *scaled_gradients(grads, scale, *ctx.dtypes, in_place=not graph_is_kept()), *nothing
+        with torch.no_grad():
+            if ctx.late:
+                *heads, labels = ctx.saved_tensors
+                rows = grad_loss.unsqueeze(-1)
+                grads = late_gradients(Heads(*heads), labels, ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.wants, rows)
+                scale, in_place = grad_loss.new_ones(()), True
+            else:
+                grads = Gradients(*ctx.saved_tensors)
+                scale = remaining_scale(grad_loss, ctx.count, ctx.plan.reduction, ctx.backend, ctx.dtypes[0])
+                in_place = not graph_is_kept()
+            out = scaled_gradients(grads, scale, *ctx.dtypes, in_place=in_place)
+        return *on_graph_of(out, grad_loss, ctx.inputs), *nothing
 
 
 def linear_forward(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._block import Plan, working_dtype
 from ._checks import check_label_values
+from ._derivatives import anchor, on_graph_of, refuse_transforms
 from ._head_gradient import head_gradient_dtype
 from ._linear import (
     Gradients,
@@ -44,7 +45,9 @@ def _linear_kd(
     want_bias: bool,
     chunk_tokens: int | None,
     backend: str,
+    inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sums of the metrics, number of valid tokens, `Gradients`; `inputs` is for autograd, see ``anchor``."""
     vocab = shared_ids(weight, teacher_weight, 0)
     check_label_values(labels, vocab, ignore_index)
     wants = Wants(want_hidden, want_weight, want_bias)
@@ -60,7 +63,7 @@ def _linear_kd(
 @_linear_kd.register_fake
 def _(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, divergence, beta, temperature, kd_ratio,
-    ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens, backend,
+    ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens, backend, inputs,
 ):  # fmt: skip
     wants = Wants(want_hidden, want_weight, want_bias)
     if wants.wait_for_backward(reduction):
@@ -171,28 +174,30 @@ def _(
 
 def _linear_context(ctx, inputs, output) -> None:
     heads, labels, settings = Heads(*inputs[:6]), inputs[6], inputs[7:15]
-    *wants, ctx.chunk_tokens, ctx.backend = inputs[15:]
+    *wants, ctx.chunk_tokens, ctx.backend, graph = inputs[15:]
     ctx.wants, ctx.settings, ctx.reduction = Wants(*wants), settings, settings[-1]
     ctx.late = ctx.wants.wait_for_backward(ctx.reduction)
     ctx.dtypes = heads.hidden.dtype, heads.weight.dtype
     _, metrics, count, *grads = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, count, *grads)
-    ctx.save_for_backward(*((*heads, labels) if ctx.late else (*grads, count)))
+    ctx.save_for_backward(graph, *((*heads, labels) if ctx.late else (*grads, count)))
 
 
 def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 17
+    refuse_transforms(grad_loss)
+    nothing = (None,) * 18
     if grad_loss is None:
         return None, None, None, *nothing
-    wants = ctx.wants
-    if ctx.late:
-        *heads, labels = ctx.saved_tensors
-        grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, *wants, ctx.chunk_tokens, ctx.backend)
-    else:
-        *grads, count = ctx.saved_tensors
-        grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, *wants, *ctx.dtypes, ctx.backend)
-    return *map(if_wanted, grads, wants), *nothing
+    wants, graph = ctx.wants, ctx.saved_tensors[0]
+    with torch.no_grad():
+        if ctx.late:
+            _, *heads, labels = ctx.saved_tensors
+            grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, *wants, ctx.chunk_tokens, ctx.backend)
+        else:
+            _, *grads, count = ctx.saved_tensors
+            grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, *wants, *ctx.dtypes, ctx.backend)
+    return *on_graph_of(tuple(map(if_wanted, grads, wants)), grad_loss, graph), *nothing
 
 
 _linear_kd.register_autograd(_linear_gradient, setup_context=_linear_context)
@@ -214,4 +219,5 @@ def linear_kd_op(
     tensors = (hidden, weight, bias)
     wants = (plan.want_grad and tensor is not None and tensor.requires_grad for tensor in tensors)
     heads = (*tensors, teacher_hidden, teacher_weight, teacher_bias)
-    return _linear_kd(*heads, labels, *pack(plan), *wants, chunk_tokens, backend)[:3]
+    inputs = anchor(*tensors) if plan.want_grad else None
+    return _linear_kd(*heads, labels, *pack(plan), *wants, chunk_tokens, backend, inputs)[:3]

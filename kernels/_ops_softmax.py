@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._block import Plan
 from ._checks import check_label_values
+from ._derivatives import anchor, on_graph_of, refuse_transforms
 from ._ops import NAMESPACE, fake_results, nothing, pack, shared_ids, unpack
 from ._softmax import softmax_backward, softmax_forward
 
@@ -29,7 +30,9 @@ def _softmax_kd(
     reduction: str,
     want_grad: bool,
     backend: str,
+    inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sums of the metrics, number of valid tokens, gradient; `inputs` is for autograd, see ``anchor``."""
     vocab = shared_ids(student, teacher, -1)
     if labels is not None:
         check_label_values(labels, vocab, ignore_index)
@@ -42,7 +45,7 @@ def _softmax_kd(
 @_softmax_kd.register_fake
 def _(
     student, teacher, labels, divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction,
-    want_grad, backend,
+    want_grad, backend, inputs,
 ):  # fmt: skip
     grad = student.new_empty(student.shape) if want_grad else nothing(student)
     # Size.numel() would make N a constant of the graph
@@ -60,17 +63,21 @@ def _(grad, grad_loss, count, reduction, backend):
 
 
 def _softmax_context(ctx, inputs, output) -> None:
-    *_, ctx.reduction, _, ctx.backend = inputs
+    *_, ctx.reduction, _, ctx.backend, graph = inputs
     _, metrics, count, grad = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, count, grad)
-    ctx.save_for_backward(grad, count)
+    ctx.save_for_backward(grad, count, graph)
 
 
 def _softmax_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    grad, count = ctx.saved_tensors
-    out = None if grad_loss is None else _softmax_kd_backward(grad, grad_loss, count, ctx.reduction, ctx.backend)
-    return out, *(None,) * 12
+    refuse_transforms(grad_loss)
+    grad, count, graph = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 14
+    with torch.no_grad():
+        out = _softmax_kd_backward(grad, grad_loss, count, ctx.reduction, ctx.backend)
+    return *on_graph_of((out,), grad_loss, graph), *(None,) * 13
 
 
 _softmax_kd.register_autograd(_softmax_gradient, setup_context=_softmax_context)
@@ -80,4 +87,5 @@ def softmax_kd_op(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``SoftmaxKD.apply`` for a graph."""
-    return _softmax_kd(student, teacher, labels, *pack(plan), plan.want_grad, backend)[:3]
+    inputs = anchor(student) if plan.want_grad else None
+    return _softmax_kd(student, teacher, labels, *pack(plan), plan.want_grad, backend, inputs)[:3]

@@ -6,7 +6,6 @@ Legend: N tokens, V vocabulary, B batch, S sequence.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._block import (
     BlockLoss,
@@ -22,6 +21,7 @@ from ._block import (
     scaled,
     working_dtype,
 )
+from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
 from ._device import answers_at_once
 from ._workspaces import WORKSPACES
 
@@ -42,20 +42,25 @@ class SoftmaxKD(torch.autograd.Function):
         """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
         loss, metrics, count, grad = softmax_forward(student, teacher, labels, plan, backend, group)
         ctx.reduction, ctx.backend, ctx.count = plan.reduction, backend, count
+        with torch.enable_grad():
+            ctx.inputs = anchor(student) if plan.want_grad else None
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(metrics, count)
         ctx.set_materialize_grads(False)
         return loss, metrics, count
 
+    jvp = staticmethod(refuse_tangents)
+
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, None, None, None, None, None]:
+        refuse_transforms(grad_loss)
         (grad,) = ctx.saved_tensors
         if grad is None or grad_loss is None:
             return None, None, None, None, None, None
-        # A second [N, V] tensor is needed only if this graph will be walked again.
-        out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not graph_is_kept())
-        return out, None, None, None, None, None
+        with torch.no_grad():
+            # A second [N, V] tensor is needed only if this graph will be walked again.
+            out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not graph_is_kept())
+        return *on_graph_of((out,), grad_loss, ctx.inputs), None, None, None, None, None
 
 
 def softmax_forward(

@@ -74,9 +74,12 @@ REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @REDUCTION
 def test_opcheck_softmax(backend, reduction):
     student, teacher, y = from_logits(dtype=BF16)
-    torch.library.opcheck(OPS.softmax_kd.default, (student, teacher, y, *SETTINGS, reduction, True, backend))
+    on_graph = student[:0].flatten()
+    torch.library.opcheck(OPS.softmax_kd.default, (student, teacher, y, *SETTINGS, reduction, True, backend, on_graph))
     only_ce = ("forward_kl", None, 1.0, 0.0, -100, True, "")
-    torch.library.opcheck(OPS.softmax_kd.default, (student.detach(), None, y, *only_ce, reduction, False, backend))
+    torch.library.opcheck(
+        OPS.softmax_kd.default, (student.detach(), None, y, *only_ce, reduction, False, backend, None)
+    )
     grad_loss = torch.randn(N if reduction == "none" else ())
     arguments = (teacher, grad_loss, torch.tensor(2), reduction, backend)
     torch.library.opcheck(OPS.softmax_kd_backward.default, arguments)
@@ -89,7 +92,7 @@ def test_opcheck_linear(trainable, chunk_tokens, backend, reduction):
     *heads, y, bias = from_hidden(dtype=BF16, trainable=trainable)
     wants = (True, trainable, trainable)
     heads.insert(2, bias)
-    arguments = (*heads, None, y, *SETTINGS, reduction, *wants, chunk_tokens, backend)
+    arguments = (*heads, None, y, *SETTINGS, reduction, *wants, chunk_tokens, backend, heads[0][:0].flatten())
     torch.library.opcheck(OPS.linear_kd.default, arguments)
 
 

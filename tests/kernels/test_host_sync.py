@@ -36,7 +36,7 @@ METADATA |= {
     "type",
     "grad_fn",
 }
-HOST_FUNCTIONS = {"len", "isinstance", "type", "hasattr", "getattr", "range", "id", "Walk"}
+HOST_FUNCTIONS = {"len", "isinstance", "type", "hasattr", "getattr", "range", "id", "Walk", "_is_batch"}
 # Functions of torch whose results are no tensors.
 NO_TENSORS = {"compiler", "cuda", "is_grad_enabled", "is_autocast_enabled", "get_autocast_dtype", "finfo", "Size"}
 

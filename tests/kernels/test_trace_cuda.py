@@ -127,11 +127,11 @@ settings = ("jsd", 0.5, 2.0, 0.5, -100, True, "kl,kd_loss", "mean")
 with FakeTensorMode():
     inputs = make("cuda", False)
     student, teacher, labels = inputs["softmax"]
-    *results, grad = ops.softmax_kd(student, teacher, labels, *settings, True, "triton")
+    *results, grad = ops.softmax_kd(student, teacher, labels, *settings, True, "triton", None)
     back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton")
     hidden, weight, teacher_hidden, teacher_weight, _ = inputs["linear"]
     heads = hidden, weight, None, teacher_hidden, teacher_weight, None, labels.cpu()
-    more = ops.linear_kd(*heads, *settings, True, True, False, 4, "triton")
+    more = ops.linear_kd(*heads, *settings, True, True, False, 4, "triton", None)
     dtypes = hidden.dtype, weight.dtype
     last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", True, True, False, *dtypes, "triton")
     tensors = {"results": results, "grads": [grad, back], "linear": more, "last": last}
