@@ -11,6 +11,10 @@ _TWICE = (
     "the gradient of a distillation loss cannot be differentiated: it was computed with the loss, and no graph leads "
     "from it to its inputs; for second derivatives (a gradient penalty, a Hessian) write the loss in PyTorch operations"
 )
+_TWICE_COMPILED = (
+    "create_graph=True has no use for a compiled distillation loss, whose gradient cannot be differentiated; leave it "
+    "out, or for second derivatives (a gradient penalty, a Hessian) write the loss in PyTorch operations"
+)
 _FORWARD = "forward-mode differentiation cannot go through a distillation loss; use loss.backward()"
 _TRANSFORMED = (
     "torch.func's transforms (grad, vmap, jvp, ...) and is_grads_batched cannot go through a distillation loss; "
@@ -25,6 +29,7 @@ _TRACED = (
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _is_batch = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda tensor: False)
 _dispatch_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
+_current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
 _TRACERS = ("ProxyTorchDispatchMode", "FunctionalTensorMode")
 
 
@@ -41,8 +46,13 @@ def check_transforms() -> None:
         if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
             raise ValueError(_FORWARD)
         return
-    if any(type(mode).__name__ in _TRACERS for mode in _dispatch_modes()):
+    if is_traced():
         raise ValueError(_TRACED)
+
+
+def is_traced() -> bool:
+    """Return whether a tracer records the operations that run, as that of ahead-of-time autograd does."""
+    return any(type(mode).__name__ in _TRACERS for mode in _dispatch_modes())
 
 
 def refuse_transforms(grad_loss: Tensor | None = None) -> None:
@@ -79,6 +89,24 @@ def on_graph_of(
         return grads
     connected = iter(_Once.apply(len(given), *given, grad_loss, inputs))
     return tuple(None if grad is None else next(connected) for grad in grads)
+
+
+def refuse_graph_of_gradients() -> None:
+    """Refuse ``create_graph=True`` in the backward pass that runs, from an operator of a compiled graph.
+
+    Ahead-of-time autograd runs such a graph with gradients switched off, and connects what leaves it with those inputs
+    only that it has saved. A hook of the node that runs the graph sees whether gradients are on around it.
+    """
+    node = _current_node()
+    if node is None:
+        return
+
+    def look(*_: object) -> None:
+        handle.remove()
+        if torch.is_grad_enabled():
+            raise RuntimeError(_TWICE_COMPILED)
+
+    handle = node.register_hook(look)
 
 
 class _Once(torch.autograd.Function):

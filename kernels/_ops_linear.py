@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._block import Plan, working_dtype
 from ._checks import check_label_values
-from ._derivatives import anchor, on_graph_of, refuse_transforms
+from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
 from ._head_gradient import head_gradient_dtype
 from ._linear import (
     Gradients,
@@ -103,7 +103,10 @@ def _linear_kd_backward(
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     backend: str,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if compiled:
+        refuse_graph_of_gradients()
     wants = (want_hidden, want_weight, want_bias)
     grads = Gradients(*map(if_wanted, (grad_hidden, grad_weight, grad_bias), wants))
     scale = remaining_scale(grad_loss, count, reduction, backend, hidden_dtype)
@@ -114,7 +117,7 @@ def _linear_kd_backward(
 @_linear_kd_backward.register_fake
 def _(
     grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, want_hidden, want_weight, want_bias,
-    hidden_dtype, weight_dtype, backend,
+    hidden_dtype, weight_dtype, backend, compiled,
 ):  # fmt: skip
     wants = (want_hidden, want_weight, want_bias)
     grads = (grad_hidden, grad_weight, grad_bias)
@@ -148,8 +151,11 @@ def _linear_kd_late(
     want_bias: bool,
     chunk_tokens: int | None,
     backend: str,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad_loss·loss: the chunks are walked again."""
+    if compiled:
+        refuse_graph_of_gradients()
     heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
     plan = unpack(shared_ids(weight, teacher_weight, 0), *settings, teacher_weight is not None, True)
@@ -163,7 +169,7 @@ def _linear_kd_late(
 def _(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, grad_loss, divergence, beta,
     temperature, kd_ratio, ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens,
-    backend,
+    backend, compiled,
 ):  # fmt: skip
     return (
         torch.empty_like(hidden) if want_hidden else nothing(hidden),
@@ -193,10 +199,12 @@ def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, 
     with torch.no_grad():
         if ctx.late:
             _, *heads, labels = ctx.saved_tensors
-            grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, *wants, ctx.chunk_tokens, ctx.backend)
+            last = (*wants, ctx.chunk_tokens, ctx.backend, is_traced())
+            grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, *last)
         else:
             _, *grads, count = ctx.saved_tensors
-            grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, *wants, *ctx.dtypes, ctx.backend)
+            last = (*wants, *ctx.dtypes, ctx.backend, is_traced())
+            grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, *last)
     return *on_graph_of(tuple(map(if_wanted, grads, wants)), grad_loss, graph), *nothing
 
 

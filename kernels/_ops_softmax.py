@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._block import Plan
 from ._checks import check_label_values
-from ._derivatives import anchor, on_graph_of, refuse_transforms
+from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
 from ._ops import NAMESPACE, fake_results, nothing, pack, shared_ids, unpack
 from ._softmax import softmax_backward, softmax_forward
 
@@ -53,12 +53,16 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softmax_kd_backward", mutates_args=())
-def _softmax_kd_backward(grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str) -> Tensor:
+def _softmax_kd_backward(
+    grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str, compiled: bool
+) -> Tensor:
+    if compiled:
+        refuse_graph_of_gradients()
     return softmax_backward(grad, grad_loss, count, reduction, backend, in_place=False)
 
 
 @_softmax_kd_backward.register_fake
-def _(grad, grad_loss, count, reduction, backend):
+def _(grad, grad_loss, count, reduction, backend, compiled):
     return torch.empty_like(grad)
 
 
@@ -76,7 +80,7 @@ def _softmax_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None,
     if grad_loss is None:
         return (None,) * 14
     with torch.no_grad():
-        out = _softmax_kd_backward(grad, grad_loss, count, ctx.reduction, ctx.backend)
+        out = _softmax_kd_backward(grad, grad_loss, count, ctx.reduction, ctx.backend, is_traced())
     return *on_graph_of((out,), grad_loss, graph), *(None,) * 13
 
 

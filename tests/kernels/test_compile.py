@@ -81,7 +81,7 @@ def test_opcheck_softmax(backend, reduction):
         OPS.softmax_kd.default, (student.detach(), None, y, *only_ce, reduction, False, backend, None)
     )
     grad_loss = torch.randn(N if reduction == "none" else ())
-    arguments = (teacher, grad_loss, torch.tensor(2), reduction, backend)
+    arguments = (teacher, grad_loss, torch.tensor(2), reduction, backend, False)
     torch.library.opcheck(OPS.softmax_kd_backward.default, arguments)
 
 
@@ -103,7 +103,7 @@ def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
     shapes = (N, D), (V, D), (V,)
     dtypes = dtype, F32, F32  # the sums over chunks are not rounded yet
     grads = [torch.randn(s if w else 0, dtype=d) for s, w, d in zip(shapes, wants, dtypes, strict=True)]
-    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", *wants, dtype, dtype, backend)
+    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", *wants, dtype, dtype, backend, False)
     torch.library.opcheck(OPS.linear_kd_backward.default, arguments)
 
 
@@ -111,7 +111,7 @@ def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
 def test_opcheck_linear_late(wants, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
     heads.insert(2, bias)
-    arguments = (*heads, None, y, torch.randn(N), *SETTINGS, "none", *wants, 2, backend)
+    arguments = (*heads, None, y, torch.randn(N), *SETTINGS, "none", *wants, 2, backend, False)
     torch.library.opcheck(OPS.linear_kd_late.default, arguments)
 
 

@@ -128,12 +128,12 @@ with FakeTensorMode():
     inputs = make("cuda", False)
     student, teacher, labels = inputs["softmax"]
     *results, grad = ops.softmax_kd(student, teacher, labels, *settings, True, "triton", None)
-    back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton")
+    back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton", True)
     hidden, weight, teacher_hidden, teacher_weight, _ = inputs["linear"]
     heads = hidden, weight, None, teacher_hidden, teacher_weight, None, labels.cpu()
     more = ops.linear_kd(*heads, *settings, True, True, False, 4, "triton", None)
     dtypes = hidden.dtype, weight.dtype
-    last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", True, True, False, *dtypes, "triton")
+    last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", True, True, False, *dtypes, "triton", True)
     tensors = {"results": results, "grads": [grad, back], "linear": more, "last": last}
     print(json.dumps({k: [[str(t.device), str(t.dtype), list(t.shape)] for t in v] for k, v in tensors.items()}))
 """
