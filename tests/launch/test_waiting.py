@@ -28,7 +28,7 @@ def output(command, given, cwd=ROOT):
 @USERS
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make(given, policy):
-    assert output(["make", "--eval", f"shown: ; @echo $${NAME}", "shown"], given) == [policy]
+    assert output(["make", "--no-print-directory", "--eval", f"shown: ; @echo $${NAME}", "shown"], given) == [policy]
 
 
 @USERS
