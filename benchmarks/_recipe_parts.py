@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchtune_kd.training as kd
+from torchtune_kd.config.metrics import training_metrics
 from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.models.output_head import output_head
-from torchtune_kd.training.metrics import training_metrics
 
 from ._device import matrix_rate
 

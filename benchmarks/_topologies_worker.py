@@ -10,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 import torchtune_kd.training as kd
-from torchtune_kd.training.checkpoint import full_state_dict
-from torchtune_kd.training.data import Batch
+from torchtune_kd.checkpoints.export import full_state_dict
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.data.batches import Batch
 from torchtune_kd.training.optim import build_optimizer
-from torchtune_kd.training.settings import Settings
 from torchtune_kd.training.step import count_valid_tokens
 
 ROWS, LENGTH, VOCABULARY, STEPS = 12, 24, 384, 10  # rows of a step divide by 1, 2, 3 and 4 processes

@@ -21,9 +21,9 @@ from statistics import median
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_kd.models.pruning import prune_checkpoint, select_layers
-from torchtune_kd.models.smollm2 import fetch_smollm2
-from torchtune_kd.training.errors import one_sentence
+from torchtune_kd.errors import exit_with_message
+from torchtune_kd.tools import fetch_smollm2
+from torchtune_kd.tools.layer_choice import prune_checkpoint, select_layers
 
 from ._measure import describe_machine
 from .recipe import LENGTH, make_config, our_recipe, write_rows
@@ -59,7 +59,7 @@ def checkpoint_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in newest.iterdir())
 
 
-@one_sentence
+@exit_with_message
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpointing", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="rounds, in each every side runs once (default 3)")

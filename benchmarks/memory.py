@@ -11,10 +11,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from torchtune_kd.training.plan import Memory, build_models, fits, plan_memory, read_request
-from torchtune_kd.training.plan.memory import GIB
-from torchtune_kd.training.plan.models import weight_bytes
-from torchtune_kd.training.plan.request import SEQUENCE
+from torchtune_kd.plan import Memory, build_models, fits, plan_memory, read_request
+from torchtune_kd.plan.memory import GIB
+from torchtune_kd.plan.meta_models import weight_bytes
+from torchtune_kd.plan.request import SEQUENCE
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 HEADER = "# Memory per device"

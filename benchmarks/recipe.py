@@ -22,9 +22,9 @@ from statistics import median
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_kd.models.pruning import prune_checkpoint, select_layers
-from torchtune_kd.models.smollm2 import fetch_smollm2
-from torchtune_kd.training.errors import one_sentence
+from torchtune_kd.errors import exit_with_message
+from torchtune_kd.tools import fetch_smollm2
+from torchtune_kd.tools.layer_choice import prune_checkpoint, select_layers
 
 from ._measure import describe_machine
 from ._recipe_parts import print_parts
@@ -147,7 +147,7 @@ def run(side: str, folder: Path, cfg: DictConfig) -> dict:
     }
 
 
-@one_sentence
+@exit_with_message
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default 3)")

@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from torchtune import config
 from torchtune.recipe_interfaces import FTRecipeInterface
 
+from torchtune_kd.plan import out_of_memory_explained
+
 
 class KDRecipeDistributed(FTRecipeInterface):
     """Distil a teacher into a student on several processes, one per device (CUDA with NCCL, CPU with gloo).
@@ -30,7 +32,7 @@ class KDRecipeDistributed(FTRecipeInterface):
     teacher runs first and only its last hidden states are kept; logits exist one chunk at a time.
 
     Args:
-        cfg (DictConfig): the parsed config; ``torchtune_kd/training/settings.py`` lists every key.
+        cfg (DictConfig): the parsed config; ``torchtune_kd/config/settings.py`` lists every key.
 
     Raises:
         UserError: before training, in one sentence, for whatever in config, files or data cannot work.
@@ -57,7 +59,7 @@ class KDRecipeDistributed(FTRecipeInterface):
     def train(self) -> None:
         """The training loop: one pass of the inner loop is one optimizer step. A resumed run enters where it stood."""
         run = self._run
-        with run.stop_requests:
+        with run.stop_requests, out_of_memory_explained(run):
             kd.validate_if_due(run)
             kd.checkpoint_if_due(run)
             run.profiler.start()
@@ -84,7 +86,7 @@ class KDRecipeDistributed(FTRecipeInterface):
 def recipe_main(cfg: DictConfig) -> None:
     """Values come from the YAML file first, then from ``key=value`` on the command line."""
     config.log_config(recipe_name="KDRecipeDistributed", cfg=cfg)
-    with kd.said_before_cleanup() as cleanup:
+    with kd.report_errors() as cleanup:
         cleanup.callback(kd.leave_process_group)  # also if the next line fails
         recipe = KDRecipeDistributed(cfg=cfg)
         cleanup.callback(recipe.cleanup)

@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from torchtune import config
 from torchtune.recipe_interfaces import FTRecipeInterface
 
+from torchtune_kd.plan import out_of_memory_explained
+
 
 class KDRecipeSingleDevice(FTRecipeInterface):
     """Distil a teacher into a student on one device (CUDA or CPU, fp32 or bf16).
@@ -22,7 +24,7 @@ class KDRecipeSingleDevice(FTRecipeInterface):
     teacher runs first and only its last hidden states are kept; logits exist one chunk at a time.
 
     Args:
-        cfg (DictConfig): the parsed config; ``torchtune_kd/training/settings.py`` lists every key.
+        cfg (DictConfig): the parsed config; ``torchtune_kd/config/settings.py`` lists every key.
 
     Raises:
         UserError: before training, in one sentence, for whatever in config, files or data cannot work.
@@ -44,7 +46,7 @@ class KDRecipeSingleDevice(FTRecipeInterface):
     def train(self) -> None:
         """The training loop: one pass of the inner loop is one optimizer step. A resumed run enters where it stood."""
         run = self._run
-        with run.stop_requests:
+        with run.stop_requests, out_of_memory_explained(run):
             kd.validate_if_due(run)
             kd.checkpoint_if_due(run)
             run.profiler.start()
@@ -69,7 +71,7 @@ class KDRecipeSingleDevice(FTRecipeInterface):
 def recipe_main(cfg: DictConfig) -> None:
     """Values come from the YAML file first, then from ``key=value`` on the command line."""
     config.log_config(recipe_name="KDRecipeSingleDevice", cfg=cfg)
-    with kd.said_before_cleanup() as cleanup:
+    with kd.report_errors() as cleanup:
         recipe = KDRecipeSingleDevice(cfg=cfg)
         cleanup.callback(recipe.cleanup)
         recipe.setup(cfg=cfg)

@@ -8,7 +8,7 @@ import torchtune_kd.training as kd  # first: it says in one sentence when torcht
 # isort: split
 from omegaconf import DictConfig
 
-from torchtune_kd.training import plan
+from torchtune_kd import plan
 
 
 @kd.command

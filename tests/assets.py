@@ -14,8 +14,8 @@ from pydoc_data import topics
 from filelock import FileLock
 from torchtune.models.qwen2._tokenizer import bytes_to_unicode
 
-from torchtune_kd.models.smollm2 import fetch_smollm2
-from torchtune_kd.models.smollm2.assets import default_cache_dir
+from torchtune_kd.tools import fetch_smollm2
+from torchtune_kd.tools.fetch_smollm2 import default_cache_dir
 
 
 def smollm2_folder() -> Path:

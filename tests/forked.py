@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from torchtune_kd.training.events import EVENTS
+
 RECIPES = {1: "torchtune_kd.recipes.kd_single_device", 2: "torchtune_kd.recipes.kd_distributed"}
 
 _context = multiprocessing.get_context("forkserver")
@@ -123,16 +125,13 @@ class ForkedRun:
 def _main(
     recipe: str, config: str, rank: int, size: int, store: str, output: str, events: Any, hold: Any, woken: Any
 ) -> None:
-    import torch
     import torch.distributed as dist
 
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    if rank == 0:
-        _announce(events, hold, woken)
-    else:
+    if rank != 0:
         events.close()
     if recipe != RECIPES[1]:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -140,31 +139,24 @@ def _main(
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     sys.argv = [recipe, "--config", config]
     module = __import__(recipe, fromlist=["recipe_main"])
+    if rank == 0 and recipe in RECIPES.values():
+        (name,) = (name for name in vars(module) if name.startswith("KDRecipe"))
+        setattr(module, name, _announcing(getattr(module, name), events, hold, woken))
     sys.exit(module.recipe_main())
 
 
-def _announce(events: Any, hold: tuple[str, int] | None, woken: Any) -> None:
-    """Send a word when a part of the run begins; the part itself is not changed."""
-    import torchtune_kd.training as kd
-    from torchtune_kd.training import folders, run, step
-    from torchtune_kd.training.snapshots import SnapshotWriter
+def _announcing(recipe_class: Any, events: Any, hold: tuple[str, int] | None, woken: Any) -> Any:
+    """The recipe, which sends a word at every event of its run and sleeps at the one to ``hold``."""
 
-    def announced(function: Any, event: str) -> Any:
-        numbers = itertools.count(1)
+    class Announcing(recipe_class):
+        def setup(self, cfg: DictConfig) -> None:
+            super().setup(cfg)
+            for event in EVENTS:
+                self._run.on(event, functools.partial(tell, event, itertools.count(1)))
 
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            events.send(event)
-            if (event, next(numbers)) == hold:
-                woken.wait(600)
-            return function(*args, **kwargs)
+    def tell(event: str, numbers: Any) -> None:
+        events.send(event)
+        if (event, next(numbers)) == hold:
+            woken.wait(600)
 
-        return wrapper
-
-    run.accumulate_gradients = announced(run.accumulate_gradients, "step")
-    step.forward = announced(step.forward, "microbatch")
-    run.evaluate = announced(run.evaluate, "validation")
-    SnapshotWriter._write = announced(SnapshotWriter._write, "save")
-    run.save_epoch = announced(run.save_epoch, "export")
-    folders.publish = announced(folders.publish, "rename")
-    kd.steps = announced(kd.steps, "epoch")
+    return Announcing

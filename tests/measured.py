@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.training import microbatches, optimizer_step
-from torchtune_kd.training.plan.tracker import tensor_bytes
 
 # Millions of student weights: layers of teacher and student, width, width of the MLP, vocabulary.
 SIZES = {

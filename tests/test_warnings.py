@@ -53,10 +53,10 @@ def test_plan_says_nothing_before_its_first_line(tmp_path, command, environment)
 @pytest.mark.parametrize(
     "command, first",
     [
-        (["torchtune_kd.models.gguf", "nope", "out"], "error: Expected a GGUF file"),
+        (["torchtune_kd.tools.gguf", "nope", "out"], "error: Expected a GGUF file"),
         (
             [
-                "torchtune_kd.models.prune",
+                "torchtune_kd.tools.prune",
                 "--checkpoint-dir=no",
                 "--output-dir=out",
                 "--num-layers=1",
@@ -153,7 +153,7 @@ def test_a_program_of_the_users_is_left_as_it_is(fresh, caplog, monkeypatch):
         ("python /bin/tune run --nproc_per_node 2 torchtune_kd/kd_distributed --config my.yaml", True),
         ("python -u /site/torchtune_kd/recipes/kd_distributed.py --config my.yaml", True),
         ("python -m torchtune_kd run torchtune_kd/plan --config my.yaml", True),
-        ("python -m torchtune_kd.models.prune --help", True),
+        ("python -m torchtune_kd.tools.prune --help", True),
         ("python /bin/tune run full_finetune_single_device --config my.yaml", False),
         ("python /bin/tune run knowledge_distillation_single_device --config torchtune_kd/x", False),
         ("python -m pytest tests/torchtune_kd.py", False),

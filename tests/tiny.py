@@ -3,10 +3,12 @@
 Width 256 so that NF4 can hold every matrix; the teacher's head is its own, the student's is tied.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +194,17 @@ def make_config(folder: Path, kind: str = "full", rows: list[str] = ROWS, **over
     return cfg
 
 
-def run_in_process(cfg: DictConfig) -> Any:
-    """Run ``kd_single_device`` from set-up to clean-up in this process; returns the recipe."""
+def run_in_process(cfg: DictConfig, on: Mapping[str, Callable[[Any], None]] | None = None) -> Any:
+    """Run ``kd_single_device`` from set-up to clean-up in this process; returns the recipe.
+
+    ``on`` maps events to functions of the run, see :mod:`torchtune_kd.training.events`.
+    """
     from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 
     recipe = KDRecipeSingleDevice(cfg)
     recipe.setup(cfg)
+    for event, listener in (on or {}).items():
+        recipe._run.on(event, functools.partial(listener, recipe._run))
     recipe.train()
     recipe.cleanup()
     return recipe

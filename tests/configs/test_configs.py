@@ -23,11 +23,11 @@ from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import ModelType
 
 import torchtune_kd.losses
+from torchtune_kd.config.settings import COMPONENTS, Settings, read_settings
+from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.nf4 import check_nf4_shapes
 from torchtune_kd.training import UserError, World, build, build_kd_loss
 from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
-from torchtune_kd.training.preflight import check_vocabularies, on_meta
-from torchtune_kd.training.settings import COMPONENTS, Settings, read_settings
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = CHECKOUT / "configs"
@@ -142,7 +142,7 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
         repo = next((repo for repo, folder in folders.items() if folder == cfg[name].checkpoint_dir), None)
         if repo is None:  # a pruned student, which no hub has
             assert (path.parent.name, name) == ("smollm2", "checkpointer")
-            from torchtune_kd.models.prune import _parse as prune_arguments
+            from torchtune_kd.tools.prune import _parse as prune_arguments
 
             (prune,) = re.findall(r"^#   python -m torchtune_kd\.models\.prune (.*)$", header(path), re.MULTILINE)
             (options,) = re.findall(r"^#   (--strategy influence .*)$", header(path), re.MULTILINE)

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from tiny import read_log
 from torchtune import config
 
+from torchtune_kd.config.checks import check_tokenizer
+from torchtune_kd.data.batches import check_ids
+from torchtune_kd.plan import as_dict, plan_run
 from torchtune_kd.training import UserError
-from torchtune_kd.training.data import check_ids
-from torchtune_kd.training.plan import as_dict, plan_run
-from torchtune_kd.training.preflight import check_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

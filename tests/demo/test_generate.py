@@ -6,7 +6,8 @@ from omegaconf import OmegaConf
 from tiny import TEACHER, model_section
 from torchtune import config
 
-from torchtune_kd.demo import generate, stages
+from torchtune_kd.demo import stages
+from torchtune_kd.generation import engine as generate
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from torchtune_kd.demo import report
-from torchtune_kd.demo.measure import Distance, closing, perplexity
+from torchtune_kd.evaluation.distance import Distance, closing, perplexity
 
 BEFORE = Distance(loss=9.95, teacher_loss=2.94, kl=7.1234, top1_agreement=0.06, acceptance_rate=0.09)
 AFTER = Distance(loss=3.33, teacher_loss=2.94, kl=0.8211, top1_agreement=0.571, acceptance_rate=0.66)

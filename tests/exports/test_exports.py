@@ -19,8 +19,8 @@ from torchtune import config
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
-from torchtune_kd.training.adapters import leave_biases_unscaled
-from torchtune_kd.training.checkpoint import full_state_dict
+from torchtune_kd.checkpoints.export import full_state_dict
+from torchtune_kd.models.adapters import leave_biases_unscaled
 
 KINDS = ["full", "lora", "dora", "qlora", "qdora"]
 HEADS = ["lora_head", "dora_head"]  # adapters on the output head too, which a tied one cannot have

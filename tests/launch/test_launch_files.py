@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiny import ROWS, make_config
 
 import torchtune_kd
-from torchtune_kd.training.settings import Settings
+from torchtune_kd.config.settings import Settings
 
 FOLDER = Path(torchtune_kd.__file__).parent / "launch"
 SLURM = FOLDER / "kd_multinode.slurm"

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from assets import reference_text
 from torchtune.training import FullModelHFCheckpointer
 
-from torchtune_kd.models.smollm2 import assets, fetch_smollm2, smollm2_135m, smollm2_tokenizer
+from torchtune_kd.models.smollm2 import smollm2_135m, smollm2_tokenizer
+from torchtune_kd.tools import fetch_smollm2
+from torchtune_kd.tools import fetch_smollm2 as assets
 
 
 def _no_pip(*_, **__):

@@ -77,7 +77,7 @@ def test_wrong_number_of_layers(build, num_layers: int) -> None:
 
 @pytest.mark.parametrize(("size", "base"), [("135m", 100_000), ("1_7b", 130_000)])
 def test_rope_is_plain(size: str, base: int) -> None:
-    from torchtune_kd.models.smollm2._model_builders import _CONFIGS
+    from torchtune_kd.models.smollm2.model_builders import _CONFIGS
 
     config = _CONFIGS[size] | {"num_layers": 1, "vocab_size": 8, "intermediate_dim": 8}
     model = smollm2_models._model_builders.llama3_2(**config)

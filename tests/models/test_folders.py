@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_kd.models import _folders
-from torchtune_kd.models._folders import complete_folder
+from torchtune_kd.storage import checkpoint_folder as _folders
+from torchtune_kd.storage.atomic import complete_folder
 
 
 @pytest.fixture

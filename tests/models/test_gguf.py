@@ -17,9 +17,9 @@ from torch import Tensor
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.training import FullModelHFCheckpointer
 
-import torchtune_kd.models.gguf as gguf_module
-from torchtune_kd.models import gguf_to_hf
-from torchtune_kd.models._gguf_command import main
+import torchtune_kd.tools.gguf_reader as gguf_module
+from torchtune_kd.tools import gguf_to_hf
+from torchtune_kd.tools.gguf import main
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP, BASE, EPS = 2, 64, 4, 2, 16, 96, 5000.0, 1e-5
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -380,7 +380,7 @@ def test_command_line_mistakes(tmp_path: Path, capsys, monkeypatch: pytest.Monke
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torchtune_kd.models.gguf", "no.gguf", "hf"]
+    command = [sys.executable, "-m", "torchtune_kd.tools.gguf", "no.gguf", "hf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == "error: Expected a GGUF file, but no.gguf does not exist; check the path."

@@ -17,16 +17,9 @@ from torchtune import config
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
-from torchtune_kd.models import (
-    layer_influence,
-    prune,
-    prune_checkpoint,
-    removal_influence,
-    select_layers,
-    text_batches,
-)
-from torchtune_kd.models.prune import main
 from torchtune_kd.models.smollm2 import smollm2_tokenizer
+from torchtune_kd.tools import layer_influence, prune, prune_checkpoint, removal_influence, select_layers, text_batches
+from torchtune_kd.tools.prune import main
 
 LAYERS = 6
 SECTION = model_section("full", TEACHER | {"num_layers": LAYERS, "embed_dim": 64, "intermediate_dim": 96})

@@ -13,7 +13,7 @@ from torchtune.data import Message
 from torchtune.datasets import alpaca_dataset, chat_dataset, text_completion_dataset
 
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
-from torchtune_kd.models.smollm2._tokenizer import DEFAULT_SYSTEM_PROMPT
+from torchtune_kd.models.smollm2.tokenizer import DEFAULT_SYSTEM_PROMPT
 
 CONVERSATION = [
     ("user", "What is 12 * 345?"),

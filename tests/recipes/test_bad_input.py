@@ -19,9 +19,9 @@ from tiny import (
 )
 from torchtune import config, training
 
+from torchtune_kd.models.build import check_sharded_layers
 from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 from torchtune_kd.training import RunError, UserError, read_settings
-from torchtune_kd.training.preflight import check_sharded_layers
 
 
 def refuse(cfg) -> str:

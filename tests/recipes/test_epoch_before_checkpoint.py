@@ -5,7 +5,7 @@ from forked import ForkedRun
 from resumable import assert_same_run, resumable_config
 from tiny import run_in_process
 
-from torchtune_kd.training.folders import step_folders
+from torchtune_kd.checkpoints.folders import step_folders
 
 
 @pytest.mark.slow

@@ -18,25 +18,16 @@ from safetensors.torch import load_file, save_file
 from tiny import make_config, read_log, run_in_process
 from torchtune.modules import TransformerDecoder
 
-import torchtune_kd.training.models as models_module
-import torchtune_kd.training.run as run_module
-from torchtune_kd.training import RunError, Stopped, UserError
-from torchtune_kd.training.folders import step_folders
-from torchtune_kd.training.manifest import Manifest
+import torchtune_kd.models.student as models_module
+from torchtune_kd.checkpoints.folders import step_folders
+from torchtune_kd.storage.manifest import Manifest
+from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.training import RunError, Stopped, UserError, checkpoint_if_due
 
 
-@contextlib.contextmanager
-def at_steps(monkeypatch, actions):
+def at_steps(actions):
     """Call ``actions[n]`` once step n is done and its checkpoint is written."""
-    original = run_module.checkpoint_if_due
-
-    def then_act(run):
-        original(run)
-        actions.get(run.progress.global_step, lambda: None)()
-
-    with monkeypatch.context() as patch:
-        patch.setattr("torchtune_kd.training.checkpoint_if_due", then_act)
-        yield
+    return {"between steps": lambda run: actions.get(run.progress.global_step, lambda: None)()}
 
 
 def is_whole(folder) -> bool:
@@ -66,7 +57,7 @@ def fill(folder):
             file.write(bytes(4096))
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, small_disk, capfd):
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, small_disk, capfd):
     undisturbed = resumable_config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
     run_in_process(undisturbed)
     capfd.readouterr()
@@ -78,8 +69,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, s
         assert all(is_whole(folder) for folder in step_folders(small_disk / "out"))
         (small_disk / "filler").unlink()
 
-    with at_steps(monkeypatch, {3: lambda: fill(small_disk), 5: look}):
-        run_in_process(cfg)
+    run_in_process(cfg, on=at_steps({3: lambda: fill(small_disk), 5: look}))
     assert seen == [{"step_2"}]  # step_4 failed and left nothing behind
     message = capfd.readouterr().err
     warning = (
@@ -92,13 +82,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, s
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_the_final_export_ends_with_one_sentence(tmp_path, monkeypatch, small_disk):
+def test_a_full_disk_at_the_final_export_ends_with_one_sentence(tmp_path, small_disk):
     cfg = resumable_config(tmp_path, output_dir=str(small_disk / "out"))
-    with (
-        at_steps(monkeypatch, {12: lambda: fill(small_disk)}),
-        pytest.raises(RunError, match=r"weights of epoch 1 could not be written to .*/disk/out \(.*No space.*resume"),
-    ):
-        run_in_process(cfg)
+    with pytest.raises(RunError, match=r"weights of epoch 1 could not be written to .*/disk/out \(.*No space.*resume"):
+        run_in_process(cfg, on=at_steps({12: lambda: fill(small_disk)}))
     names = {path.name for path in (small_disk / "out").iterdir() if path.is_dir()}
     assert names == {"logs", "epoch_0", "step_10", "step_12"}
     (small_disk / "filler").unlink()
@@ -121,11 +108,10 @@ def test_a_file_that_may_not_grow_fails_a_save_and_not_the_run(tmp_path, monkeyp
     def lift():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with at_steps(monkeypatch, {3: limit, 5: lift}):
-        try:
-            run_in_process(cfg)
-        finally:
-            lift()
+    try:
+        run_in_process(cfg, on=at_steps({3: limit, 5: lift}))
+    finally:
+        lift()
     assert f"{tmp_path}/out/step_4 could not be written ([Errno 27] File too large)" in capfd.readouterr().err
     assert [folder.name for folder in step_folders(tmp_path / "out")] == ["step_12", "step_10"]
     assert not list((tmp_path / "out").glob("*.partial"))
@@ -199,7 +185,7 @@ def test_all_processes_skip_the_same_step(tmp_path):
 
 
 PHASES = {
-    "teacher": (models_module.Teacher, "forward"),
+    "teacher": (Teacher, "forward"),
     "student forward": (TransformerDecoder, "forward"),
     "loss": (models_module, "linear_kd_loss"),
     "backward": (torch.Tensor, "backward"),
@@ -387,15 +373,12 @@ def test_a_save_in_the_background_that_fails_is_made_up_for_when_the_run_is_stop
         original(self, folder)
 
     monkeypatch.setattr(Manifest, "write", fail_once)
-    checkpoint_if_due = run_module.checkpoint_if_due
 
     def stop_at_4(run):
-        checkpoint_if_due(run)
         if run.progress.global_step == 4:
             run.stopping = True
             checkpoint_if_due(run)
 
-    monkeypatch.setattr("torchtune_kd.training.checkpoint_if_due", stop_at_4)
     with pytest.raises(Stopped, match=r"after step 4; its checkpoint is .*/step_4: go on"):
-        run_in_process(cfg)
+        run_in_process(cfg, on={"between steps": stop_at_4})
     assert len(failures) == 1 and is_whole(tmp_path / "out" / "step_4")

@@ -23,7 +23,7 @@ from resumable import resumable_config, weights_of
 from safetensors.torch import load_file
 from tiny import ROWS, make_config, read_log
 
-from torchtune_kd.training.folders import step_folders
+from torchtune_kd.checkpoints.folders import step_folders
 
 agents = benchmarks("_agents")
 pytestmark = pytest.mark.slow

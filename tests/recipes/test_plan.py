@@ -13,8 +13,8 @@ import pytest
 from measured import sized_config
 from omegaconf import OmegaConf
 
+from torchtune_kd.plan import as_dict, as_text, plan_run
 from torchtune_kd.training import UserError
-from torchtune_kd.training.plan import as_dict, as_text, plan_run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LLAMA = CHECKOUT / "configs" / "llama3_2"

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from resumable import resumable_config, weights_of
 from tiny import read_log
 
-from torchtune_kd.training.folders import step_folders
+from torchtune_kd.checkpoints.folders import step_folders
 
 DISTRIBUTED = "torchtune_kd.recipes.kd_distributed"
 

@@ -1,6 +1,7 @@
 """A run that is killed and resumed gives the numbers of one that was not: bit for bit, whatever was in the way."""
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -21,10 +22,9 @@ from tiny import (
     write_rows,
 )
 
-import torchtune_kd.training.run as run_module
-from torchtune_kd.training import UserError, folders
-from torchtune_kd.training.folders import step_folders
-from torchtune_kd.training.manifest import Manifest
+from torchtune_kd.checkpoints.folders import step_folders
+from torchtune_kd.storage.manifest import Manifest
+from torchtune_kd.training import UserError
 
 MASTER = "torchtune_kd.training.master_adamw.MasterAdamW"
 
@@ -37,23 +37,26 @@ class Killed(BaseException):
     """Stands for SIGKILL where a test wants the moment exactly; test_kill.py sends the real one."""
 
 
-def kill_after_step(monkeypatch, step):
-    """The process is gone once this step's update, validation and checkpoint are done."""
-    original = run_module.checkpoint_if_due
+def die_at(number):
+    """Die at the event of this number (from 1)."""
+    numbers = itertools.count(1)
 
-    def checkpoint_then_die(run):
-        original(run)
+    def die(run):
+        if next(numbers) == number:
+            raise Killed
+
+    return die
+
+
+def killed_run(cfg, step):
+    """The process is gone once this step's update, validation and checkpoint are done."""
+
+    def die(run):
         if run.progress.global_step == step:
             raise Killed
 
-    monkeypatch.setattr("torchtune_kd.training.checkpoint_if_due", checkpoint_then_die)
-
-
-def killed_run(cfg, monkeypatch, step):
-    with monkeypatch.context() as patch:
-        kill_after_step(patch, step)
-        with pytest.raises(Killed):
-            run_in_process(cfg)
+    with pytest.raises(Killed):
+        run_in_process(cfg, on={"between steps": die})
 
 
 def resume(cfg, **overrides):
@@ -84,49 +87,36 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, monkeypatch, student):
     if optimizer is not None:
         undisturbed.optimizer, cfg.optimizer = optimizer, optimizer
     run_in_process(undisturbed)
-    killed_run(cfg, monkeypatch, 3)
+    killed_run(cfg, 3)
     for step in (4, 6, 9):
-        killed_run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), monkeypatch, step)
+        killed_run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), step)
     resume(cfg)
     assert_same_run(cfg, undisturbed)
 
 
+# place: the event, and the how many-th of it
+PLACES = {
+    "writing": ("manifest", 3),  # shards are there, the manifest is not
+    "before renaming": ("rename", 3),
+    "validation": ("validation", 3),
+    "step": ("gradients", 6),
+    "export": ("export", 2),
+}
+
+
 @pytest.mark.parametrize("place", ["before renaming", *map(slow, ("writing", "validation", "step", "export"))])
-def test_killed_in_the_middle_of_anything(tmp_path, monkeypatch, place):
+def test_killed_in_the_middle_of_anything(tmp_path, place):
     undisturbed = config(tmp_path, output_dir=str(tmp_path / "undisturbed"))
     run_in_process(undisturbed)
     cfg = config(tmp_path, output_dir=str(tmp_path / "killed"))
 
-    def die(*args, **kwargs):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        if place == "writing":  # shards are there, the manifest is not
-            patch.setattr(Manifest, "write", at_call(3, Manifest.write, die))
-        elif place == "before renaming":
-            patch.setattr(folders, "publish", at_call(3, folders.publish, die))
-        elif place == "validation":
-            patch.setattr(run_module, "evaluate", at_call(3, run_module.evaluate, die))
-        elif place == "step":
-            patch.setattr(run_module, "gradient_norm", at_call(6, run_module.gradient_norm, die))
-        else:
-            patch.setattr(run_module, "save_epoch", at_call(2, run_module.save_epoch, die))
-        with pytest.raises(Killed):
-            run_in_process(cfg)
+    event, number = PLACES[place]
+    with pytest.raises(Killed):
+        run_in_process(cfg, on={event: die_at(number)})
     resume(cfg)
     assert_same_run(cfg, undisturbed)
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     assert {name for name in names if "." in name} == {"torchtune_config.yaml"}  # nothing half done is left
-
-
-def at_call(number, original, replacement):
-    """``original``, but the call of this number (from 1) is ``replacement``."""
-    calls = iter(range(1, 1000))
-
-    def function(*args, **kwargs):
-        return (replacement if next(calls) == number else original)(*args, **kwargs)
-
-    return function
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
@@ -151,9 +141,9 @@ def test_checkpoints_written_in_the_background_are_the_same(tmp_path):
     assert_same_run(cfg, undisturbed)
 
 
-def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(tmp_path, capsys):
     cfg = config(tmp_path, resume_from_checkpoint=True, epochs=1, save_every_n_steps=6)
-    killed_run(cfg, monkeypatch, 3)
+    killed_run(cfg, 3)
     run_in_process(cfg)
     assert f"There is no checkpoint in {tmp_path}/out yet" in capsys.readouterr().err
     assert [line["step"] for line in read_log(cfg.output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -169,9 +159,9 @@ def test_a_complete_run_is_left_alone(tmp_path, capsys):
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(cfg, 0).items())
 
 
-def test_a_run_that_is_not_resumed_is_not_written_over(tmp_path, monkeypatch):
+def test_a_run_that_is_not_resumed_is_not_written_over(tmp_path):
     cfg = config(tmp_path)
-    killed_run(cfg, monkeypatch, 4)
+    killed_run(cfg, 4)
     with pytest.raises(UserError, match=r"already holds a run \(step_2, step_4\): set `resume_from_checkpoint: True`"):
         run_in_process(cfg)
     cfg.overwrite_output_dir, cfg.epochs = True, 1
@@ -202,9 +192,9 @@ FAST_DAMAGE = ("a flipped byte", "a manifest that is no JSON")
 
 
 @pytest.mark.parametrize("damage", [name if name in FAST_DAMAGE else slow(name) for name in DAMAGE])
-def test_a_damaged_checkpoint_is_stepped_over(tmp_path, monkeypatch, capsys, damage):
+def test_a_damaged_checkpoint_is_stepped_over(tmp_path, capsys, damage):
     cfg = config(tmp_path)
-    killed_run(cfg, monkeypatch, 6)
+    killed_run(cfg, 6)
     run = make_copy(cfg, tmp_path / "undisturbed")
     resume(run)
     file, change, said = DAMAGE[damage]
@@ -223,9 +213,9 @@ def test_a_damaged_checkpoint_is_stepped_over(tmp_path, monkeypatch, capsys, dam
 
 
 @pytest.mark.slow
-def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path, monkeypatch):
+def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
     cfg = config(tmp_path, keep_last_n=1)
-    killed_run(cfg, monkeypatch, 2)
+    killed_run(cfg, 2)
     (tmp_path / "out" / "step_2" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"Every checkpoint in .*/out is damaged \(step_2\)"):
         resume(cfg)
@@ -265,9 +255,9 @@ def swap_tokenizer(folder):
 
 
 @pytest.mark.parametrize("change", [name if name in ("teacher swapped", "loss") else slow(name) for name in CHANGES])
-def test_another_teacher_tokenizer_dataset_or_loss_is_refused_by_name(tmp_path, monkeypatch, capsys, change):
+def test_another_teacher_tokenizer_dataset_or_loss_is_refused_by_name(tmp_path, capsys, change):
     cfg = config(tmp_path, epochs=1)
-    killed_run(cfg, monkeypatch, 2)
+    killed_run(cfg, 2)
     apply, said = CHANGES[change]
     apply(cfg, tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "out" / "step_2").iterdir()}
@@ -283,19 +273,19 @@ def test_another_teacher_tokenizer_dataset_or_loss_is_refused_by_name(tmp_path, 
 
 
 @pytest.mark.slow
-def test_another_student_is_refused_for_good(tmp_path, monkeypatch):
+def test_another_student_is_refused_for_good(tmp_path):
     cfg = config(tmp_path, "lora")
-    killed_run(cfg, monkeypatch, 2)
+    killed_run(cfg, 2)
     cfg.model.lora_rank = 8
     with pytest.raises(UserError, match=r"holds another student: `model.lora_rank` \(4 then, 8 now\)"):
         resume(cfg, resume_despite_changes=True)
 
 
 @pytest.mark.slow
-def test_a_moved_folder_is_the_same_run(tmp_path, monkeypatch):
+def test_a_moved_folder_is_the_same_run(tmp_path):
     """Files count by their content: the job may be restarted where the disk has another name."""
     cfg = config(tmp_path / "here", epochs=1)
-    killed_run(cfg, monkeypatch, 4)
+    killed_run(cfg, 4)
     (tmp_path / "here").rename(tmp_path / "there")
     moved = OmegaConf.create(OmegaConf.to_yaml(cfg).replace(f"{tmp_path}/here", f"{tmp_path}/there"))
     resume(moved)
@@ -304,10 +294,10 @@ def test_a_moved_folder_is_the_same_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"optimizer.lr": 1e-4}, {"epochs": 3}])
-def test_new_options_count_where_they_are_allowed(tmp_path, monkeypatch, options):
+def test_new_options_count_where_they_are_allowed(tmp_path, options):
     """Learning rates after resuming are those of a run that had the new options from the start."""
     cfg = config(tmp_path)
-    killed_run(cfg, monkeypatch, 4)
+    killed_run(cfg, 4)
     for key, value in options.items():
         OmegaConf.update(cfg, key, value)
     fresh = OmegaConf.merge(cfg, {"output_dir": str(tmp_path / "fresh")})
@@ -319,13 +309,13 @@ def test_new_options_count_where_they_are_allowed(tmp_path, monkeypatch, options
 
 @pytest.mark.slow
 @pytest.mark.parametrize("filename", ["ABSOLUTE", "runs/log.txt", None])
-def test_the_log_goes_on_where_it_was(tmp_path, monkeypatch, filename):
+def test_the_log_goes_on_where_it_was(tmp_path, filename):
     """An absolute name, one with a folder, and one that the logger makes of the time."""
     if filename == "ABSOLUTE":
         filename = str(tmp_path / "log.txt")
     cfg = config(tmp_path, epochs=1, metric_logger__filename=filename)
     (tmp_path / "out" / "logs" / "runs").mkdir(parents=True)
-    killed_run(cfg, monkeypatch, step=3)
+    killed_run(cfg, step=3)
     resume(cfg)
     (log,) = tmp_path.glob("**/log*.txt")
     assert filename is None or log == tmp_path / "out" / "logs" / filename
@@ -333,9 +323,9 @@ def test_the_log_goes_on_where_it_was(tmp_path, monkeypatch, filename):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_seed_drawn_at_random_is_kept(tmp_path, monkeypatch):
+def test_a_seed_drawn_at_random_is_kept(tmp_path):
     cfg = config(tmp_path, seed=None, epochs=1)
-    killed_run(cfg, monkeypatch, 2)
+    killed_run(cfg, 2)
     seed = Manifest.read(tmp_path / "out" / "step_2").seed
     resume(cfg)
     assert Manifest.read(tmp_path / "out" / "step_6").seed == seed
@@ -358,9 +348,9 @@ def test_keep_best_names_a_metric_that_has_a_better_end(tmp_path, name, said):
             run_in_process(cfg)
 
 
-def test_the_manifest_says_what_the_checkpoint_is(tmp_path, monkeypatch):
+def test_the_manifest_says_what_the_checkpoint_is(tmp_path):
     cfg = config(tmp_path, "lora")
-    killed_run(cfg, monkeypatch, 8)
+    killed_run(cfg, 8)
     content = json.loads((tmp_path / "out" / "step_8" / "manifest.json").read_text())
     assert content["progress"]["global_step"] == 8 and content["progress"]["epoch"] == 1
     assert content["progress"]["samples"] == 8  # 2 steps of 4 rows into the second epoch

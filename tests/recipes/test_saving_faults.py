@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from resumable import assert_same_run, resumable_config
 from tiny import run_in_process
 
-import torchtune_kd.training.snapshots as snapshots
+import torchtune_kd.checkpoints.writer as snapshots
+from torchtune_kd.checkpoints.folders import step_folders
+from torchtune_kd.checkpoints.writer import SnapshotWriter
+from torchtune_kd.distributed.world import World
+from torchtune_kd.storage.manifest import Damaged, Manifest
+from torchtune_kd.storage.manifest import _checksum as checksum
 from torchtune_kd.training import UserError
-from torchtune_kd.training.folders import step_folders
-from torchtune_kd.training.manifest import Damaged, Manifest
-from torchtune_kd.training.manifest import _checksum as checksum
-from torchtune_kd.training.snapshots import SnapshotWriter
-from torchtune_kd.training.world import World
 
 
 def manifest(step):
@@ -57,7 +57,14 @@ def save_on_two(monkeypatch, outputs, steps):
     def rank_main(rank):
         world = World(device=torch.device("cpu"), rank=rank, size=2, sharded=True)
         writer = SnapshotWriter(
-            outputs[rank], world, stale=[], keep_last_n=1, is_better=None, in_background=False, say=said.append
+            outputs[rank],
+            world,
+            stale=[],
+            keep_last_n=1,
+            is_better=None,
+            in_background=False,
+            say=said.append,
+            announce=lambda event: None,
         )
         for step in steps:
             writer.write({"rank": rank}, manifest(step))

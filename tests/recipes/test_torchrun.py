@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from resumable import log_of, resumable_config, weights_of
 from tiny import make_config, run_tune
 
-from torchtune_kd.training.folders import step_folders
-from torchtune_kd.training.snapshots import check_whole
-from torchtune_kd.training.world import World
+from torchtune_kd.checkpoints.folders import step_folders
+from torchtune_kd.checkpoints.writer import check_whole
+from torchtune_kd.distributed.world import World
 
 
 @contextlib.contextmanager

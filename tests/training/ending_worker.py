@@ -4,7 +4,8 @@ import time
 
 import torch.distributed as dist
 
-from torchtune_kd.training import RunError, UserError, errors, said_before_cleanup
+from torchtune_kd import errors
+from torchtune_kd.training import RunError, UserError, report_errors
 
 
 def fail() -> None:
@@ -13,7 +14,7 @@ def fail() -> None:
 
 def recipe_main() -> None:
     errors.CLEANUP_LIMIT = 1.0
-    with said_before_cleanup() as cleanup:
+    with report_errors() as cleanup:
         if dist.get_rank() == 0:
             cleanup.callback(time.sleep, 600)
             raise RunError("The memory of cuda:0 ran out.")

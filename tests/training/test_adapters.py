@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchtune.modules.peft import DoRALinear, get_merged_lora_ckpt
 
-from torchtune_kd.training.adapters import BiasedDoRALinear, leave_biases_unscaled
+from torchtune_kd.models.adapters import BiasedDoRALinear, leave_biases_unscaled
 
 
 @pytest.mark.parametrize("quantize_base", [False, True])

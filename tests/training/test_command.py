@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from torchtune_kd.training import UserError, command
+from torchtune_kd.config.command import command
+from torchtune_kd.training import UserError
 
 
 @command

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torchtune.datasets import PackedDataset
 
-from torchtune_kd.training.data import build_loader, collate_shifted, microbatches, shift_labels
-from torchtune_kd.training.errors import UserError
-from torchtune_kd.training.world import World
+from torchtune_kd.data.batches import collate_shifted, shift_labels
+from torchtune_kd.data.steps import build_loader, microbatches
+from torchtune_kd.distributed.world import World
+from torchtune_kd.errors import UserError
 
 IGNORE = -100
 

@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from tiny import make_config, run_in_process
 
 import torchtune_kd.training as kd
+from torchtune_kd.models import build
 from torchtune_kd.recipes import kd_single_device
-from torchtune_kd.training import RunError, Stopped, UserError, models, one_sentence, said_before_cleanup
+from torchtune_kd.teachers import live
+from torchtune_kd.training import RunError, Stopped, UserError, exit_with_message, report_errors
 
 
 @pytest.mark.parametrize(
@@ -32,9 +34,9 @@ from torchtune_kd.training import RunError, Stopped, UserError, models, one_sent
 def test_the_sentence_comes_before_cleaning_up_and_stays_if_that_fails(capsys, error, code, said):
     seen = []
 
-    @one_sentence
+    @exit_with_message()
     def main():
-        with said_before_cleanup() as cleanup:
+        with report_errors() as cleanup:
             cleanup.callback(lambda: 1 / 0)
             cleanup.callback(lambda: seen.append(capsys.readouterr().err))
             raise error
@@ -47,14 +49,14 @@ def test_the_sentence_comes_before_cleaning_up_and_stays_if_that_fails(capsys, e
 
 
 def test_an_error_that_is_not_foreseen_keeps_its_traceback(capsys):
-    with pytest.raises(KeyError, match="weight"), said_before_cleanup() as cleanup:
+    with pytest.raises(KeyError, match="weight"), report_errors() as cleanup:
         cleanup.callback(lambda: 1 / 0)
         raise KeyError("weight")
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_cleaning_up_after_a_good_end_may_fail():
-    with pytest.raises(ZeroDivisionError), said_before_cleanup() as cleanup:
+    with pytest.raises(ZeroDivisionError), report_errors() as cleanup:
         cleanup.callback(lambda: 1 / 0)
 
 
@@ -71,16 +73,18 @@ def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_
     ]
 
 
-@pytest.mark.parametrize(("model", "section"), [("teacher", "teacher_model"), ("student", "model")])
-def test_memory_that_is_too_small_for_a_model_names_it(tmp_path, monkeypatch, model, section):
-    original = models._build_decoder
+@pytest.mark.parametrize(
+    ("model", "section", "room"), [("teacher", "teacher_model", live), ("student", "model", build)]
+)
+def test_memory_that_is_too_small_for_a_model_names_it(tmp_path, monkeypatch, model, section, room):
+    original = build.build_decoder
 
     def too_large(cfg, name, settings, world):
         if name == section:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return original(cfg, name, settings, world)
 
-    monkeypatch.setattr(models, "_build_decoder", too_large)
+    monkeypatch.setattr(room, "build_decoder", too_large)
     with pytest.raises(RunError, match=f"^The memory of cpu ran out while loading the {model}, before the first step"):
         run_in_process(make_config(tmp_path))
 

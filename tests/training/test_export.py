@@ -7,7 +7,7 @@ import torch
 from tiny import make_config, run_in_process
 from torchtune.models.convert_weights import tune_to_hf
 
-from torchtune_kd.training.export import peft_weights
+from torchtune_kd.checkpoints.peft_export import peft_weights
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from torchtune_kd.training import fingerprints
-from torchtune_kd.training.fingerprints import dataset_fingerprint, differences, files_fingerprint
+from torchtune_kd.checkpoints.identity import dataset_fingerprint, differences
+from torchtune_kd.storage import fingerprints
+from torchtune_kd.storage.fingerprints import files_fingerprint
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_kd.training import folders
+from torchtune_kd.checkpoints import folders
+from torchtune_kd.storage import atomic
 
 
 class Killed(BaseException):
@@ -45,11 +46,11 @@ def content_of(folder):
 @pytest.mark.parametrize("number", range(6))
 def test_replacing_leaves_the_old_or_the_new(tmp_path, monkeypatch, number):
     folder = write(tmp_path / "step_2", "old")
-    written = write(folders.partial(folder), "new")
+    written = write(atomic.partial(folder), "new")
     with monkeypatch.context() as patch:
         die_at(patch, number)
         try:
-            folders.publish(written, folder, [])
+            atomic.publish(written, folder, [])
         except Killed:
             pass
         else:
@@ -63,11 +64,11 @@ def test_replacing_leaves_the_old_or_the_new(tmp_path, monkeypatch, number):
 def test_an_earlier_run_is_never_taken_for_this_one(tmp_path, monkeypatch, number):
     stale = [write(tmp_path / name, "earlier") for name in ("step_40", "epoch_0")]
     folder = tmp_path / "step_2"
-    written = write(folders.partial(folder), "new")
+    written = write(atomic.partial(folder), "new")
     with monkeypatch.context() as patch:
         die_at(patch, number)
         with pytest.raises(Killed):
-            folders.publish(written, folder, stale)
+            atomic.publish(written, folder, stale)
     folders.clean_up(tmp_path)
     newest = folders.step_folders(tmp_path)
     if number == 0:  # nothing has happened yet
@@ -82,7 +83,7 @@ def test_deleting_leaves_no_half_of_it_under_its_name(tmp_path, monkeypatch, num
     with monkeypatch.context() as patch:
         die_at(patch, number)
         with pytest.raises(Killed):
-            folders.delete(folder)
+            atomic.delete(folder)
     assert not folder.exists() or content_of(folder) == "old"
     folders.clean_up(tmp_path)
     assert not (tmp_path / "step_2.deleted").exists()
@@ -107,14 +108,14 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 def test_an_earlier_run_that_is_replaced_is_never_in_the_way(tmp_path, monkeypatch, number):
     """Whenever the first run that overwrites it dies, the second one does, too, and leaves nothing of it."""
     stale = [write(tmp_path / f"step_{step}", "old") for step in (2, 4)]
-    written = write(folders.partial(tmp_path / "step_1"), "new")
+    written = write(atomic.partial(tmp_path / "step_1"), "new")
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         die_at(patch, number)
-        folders.publish(written, tmp_path / "step_1", list(stale))
+        atomic.publish(written, tmp_path / "step_1", list(stale))
     folders.clean_up(tmp_path)
     left = [path for path in stale if path.exists()]
     if not (tmp_path / "step_1").exists():
-        folders.publish(write(folders.partial(tmp_path / "step_1"), "new"), tmp_path / "step_1", left)
+        atomic.publish(write(atomic.partial(tmp_path / "step_1"), "new"), tmp_path / "step_1", left)
     folders.clean_up(tmp_path)
     assert content_of(tmp_path / "step_1") == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
@@ -131,12 +132,12 @@ def test_what_was_set_aside_goes_when_something_has_replaced_it(tmp_path):
 
 def test_a_folder_that_cannot_be_deleted_does_not_undo_the_new_one(tmp_path, monkeypatch):
     stale = [write(tmp_path / "step_2", "old")]
-    written = write(folders.partial(tmp_path / "step_4"), "new")
+    written = write(atomic.partial(tmp_path / "step_4"), "new")
 
     def refuse(path, **_):
         raise OSError(39, "Directory not empty")
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"replaced_step_2 could not be deleted"):
         patch.setattr(shutil, "rmtree", refuse)
-        folders.publish(written, tmp_path / "step_4", stale)
+        atomic.publish(written, tmp_path / "step_4", stale)
     assert content_of(tmp_path / "step_4") == "new" and not stale

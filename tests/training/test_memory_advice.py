@@ -6,10 +6,10 @@ from measured import measured_step, sized_config
 from tiny import make_config
 from torchtune.models.llama3_2 import llama3_2
 
+from torchtune_kd.plan import Layout
+from torchtune_kd.plan.advice import Case, Shape, advice, changes
 from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 from torchtune_kd.training import read_settings
-from torchtune_kd.training.memory_advice import Case, Shape, advice, changes
-from torchtune_kd.training.plan import Layout
 
 
 def case_of(cfg, *, validation=False, layout=None):

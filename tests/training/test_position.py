@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from torchtune_kd.training.data import build_loader, microbatches, steps_left
-from torchtune_kd.training.world import World
+from torchtune_kd.data.steps import build_loader, microbatches, steps_left
+from torchtune_kd.distributed.world import World
 
 IGNORE = -100
 

@@ -12,9 +12,9 @@ from tiny import STUDENT, make_config, model_section, read_log, run_in_process, 
 from torchtune import config
 from torchtune.modules.peft import LoRALinear
 
+from torchtune_kd.models.random_weights import NoInitialValues, RandomWeights
+from torchtune_kd.plan import Layout, build_models, plan_memory
 from torchtune_kd.training import UserError, read_settings
-from torchtune_kd.training.plan import Layout, build_models, plan_memory
-from torchtune_kd.training.random_weights import NoInitialValues, RandomWeights
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WITHOUT_FILES = {"checkpointer": None, "teacher_checkpointer": None, "random_weights": True}

@@ -7,10 +7,11 @@ from tiny import STUDENT, TEACHER, VOCAB, model_section
 from torch.nn.functional import cross_entropy, log_softmax
 from torchtune import config
 
+from torchtune_kd.distributed.world import World
 from torchtune_kd.losses import ForwardKLLoss, JSDLoss, ReverseKLLoss
-from torchtune_kd.training.models import Student, Teacher
+from torchtune_kd.models.student import Student
+from torchtune_kd.teachers.live import Teacher
 from torchtune_kd.training.step import accumulate_gradients, count_valid_tokens, gradient_norm
-from torchtune_kd.training.world import World
 
 WORLD = World(torch.device("cpu"))
 IGNORE = -100

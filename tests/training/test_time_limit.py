@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from resumable import resumable_config
 from tiny import dataset_section, make_config, read_log, run_in_process
 
-from torchtune_kd.training.errors import UserError
+from torchtune_kd.errors import UserError
 from torchtune_kd.training.time_limit import LEAST_STEPS, TimeLimit
 
 COSINE = {
@@ -85,29 +85,22 @@ def steps_of(cfg):
 
 
 @pytest.fixture
-def slow_steps(clock, monkeypatch):
-    """The clock moves 10 s a step, and 3 s a validation."""
-    from torchtune_kd.training import run
+def slow_steps(clock):
+    """The clock moves 10 s a step, and 3 s a validation: events of a run, see ``run_in_process``."""
 
-    accumulate, evaluate = run.accumulate_gradients, run.evaluate
+    def pass_time(seconds):
+        def listener(run):
+            clock.now += seconds
 
-    def step(*args, **kwargs):
-        clock.now += 10
-        return accumulate(*args, **kwargs)
+        return listener
 
-    def validate(*args, **kwargs):
-        clock.now += 3
-        return evaluate(*args, **kwargs)
-
-    monkeypatch.setattr(run, "accumulate_gradients", step)
-    monkeypatch.setattr(run, "evaluate", validate)
-    return clock
+    return {"step": pass_time(10), "validation": pass_time(3)}
 
 
 def test_the_run_ends_with_validation_export_and_the_schedules_end(tmp_path, slow_steps, capsys):
     cfg = make_config(tmp_path, epochs=5, lr_scheduler=COSINE, max_minutes=1.75)  # 6 steps an epoch, 10 in the time
     cfg.dataset_val = dataset_section(tmp_path / "rows.jsonl")
-    recipe = run_in_process(cfg)
+    recipe = run_in_process(cfg, on=slow_steps)
     steps = steps_of(cfg)
     assert [line["step"] for line in steps] == list(range(1, 10))  # 3 + 90 + 3 s; another would end at 106
     assert [line["step"] for line in read_log(cfg.output_dir) if "val_kl" in line] == [0, 9]
@@ -124,7 +117,7 @@ def test_a_run_shorter_than_its_minutes_is_as_without_them(tmp_path, slow_steps)
     logs = []
     for name, minutes in (("without", None), ("with", 60)):
         cfg = make_config(tmp_path / name, epochs=2, lr_scheduler=COSINE, max_minutes=minutes)
-        run_in_process(cfg)
+        run_in_process(cfg, on=slow_steps)
         assert {path.name for path in Path(cfg.output_dir).glob("epoch_*")} == {"epoch_0", "epoch_1"}
         logs.append([(line["step"], line["loss"], line["lr"]) for line in steps_of(cfg)])
     assert len(logs[0]) == 12
@@ -144,28 +137,21 @@ def test_two_processes_end_after_the_same_step(tmp_path):
     assert (Path(cfg.output_dir) / "epoch_399").is_dir()
 
 
-def test_a_resumed_run_has_what_is_left_of_its_minutes(tmp_path, slow_steps, monkeypatch, capsys):
+def test_a_resumed_run_has_what_is_left_of_its_minutes(tmp_path, slow_steps, clock, capsys):
     cfg = resumable_config(tmp_path, max_minutes=1.75)  # validates after 4 and 8 of 12 steps, saves each 2nd
 
     class Killed(Exception):
         pass
 
-    from torchtune_kd.training import run
-
-    step = run.optimizer_step
-
-    def killed_after_five(a_run, *rest):
-        step(a_run, *rest)
-        if a_run.global_step == 5:
+    def die_after_five(run):
+        if run.global_step == 5:
             raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr("torchtune_kd.training.optimizer_step", killed_after_five)
-        with pytest.raises(Killed):
-            run_in_process(cfg)
-    slow_steps.now += 5000  # while nothing runs, no time passes for it
+    with pytest.raises(Killed):
+        run_in_process(cfg, on=slow_steps | {"update": die_after_five})
+    clock.now += 5000  # while nothing runs, no time passes for it
     resumed = OmegaConf.merge(cfg, {"resume_from_checkpoint": True})
-    run_in_process(resumed)
+    run_in_process(resumed, on=slow_steps)
     steps = steps_of(cfg)
     # 43 s until step 4, then 3 s of validation that the checkpoint does not know of
     assert [line["step"] for line in steps] == list(range(1, 10))
@@ -173,7 +159,7 @@ def test_a_resumed_run_has_what_is_left_of_its_minutes(tmp_path, slow_steps, mon
     assert steps[-1]["lr"] < 0.2 * max(line["lr"] for line in steps)
     assert (Path(cfg.output_dir) / "epoch_1").is_dir()
 
-    run_in_process(resumed)
+    run_in_process(resumed, on=slow_steps)
     assert "The run is complete" in capsys.readouterr().err
     assert steps_of(cfg) == steps
 

@@ -6,9 +6,9 @@ from omegaconf import OmegaConf
 from tiny import STUDENT, make_config, model_section
 from torch.torch_version import TorchVersion
 
+from torchtune_kd.distributed.world import describe_layout, mesh_shape
+from torchtune_kd.models.build import on_meta
 from torchtune_kd.training import UserError, World, join_process_group, read_settings
-from torchtune_kd.training.preflight import on_meta
-from torchtune_kd.training.world import describe_layout, mesh_shape
 
 CPU = torch.device("cpu")
 

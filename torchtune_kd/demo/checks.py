@@ -74,7 +74,7 @@ def _check_overrides(overrides: list[str], *, by_the_clock: bool) -> None:
 
     import torchtune_kd.training as kd
     from torchtune_kd.demo.train import read_config
-    from torchtune_kd.training.components import one_line
+    from torchtune_kd.errors import one_line
     from torchtune_kd.training.optim import check_optimizer
 
     written = " ".join(overrides)

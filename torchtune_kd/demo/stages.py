@@ -20,12 +20,13 @@ from rich.console import Console
 from torchtune.modules import TransformerDecoder
 
 import torchtune_kd
-from torchtune_kd.demo import budget, generate, report, teacher, text, train
-from torchtune_kd.demo.measure import Distance, closing
+from torchtune_kd.demo import budget, report, teacher, text, train
 from torchtune_kd.demo.output import DemoError, OutputFolder
-from torchtune_kd.models import prune_checkpoint, select_layers, text_batches
-from torchtune_kd.models.pruning import MEASURES
+from torchtune_kd.evaluation.distance import Distance, closing
+from torchtune_kd.generation import engine as generate
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
+from torchtune_kd.tools import prune_checkpoint, select_layers, text_batches
+from torchtune_kd.tools.layer_choice import MEASURES
 from torchtune_kd.training import UserError
 from torchtune_kd.training.time_limit import LEAST_STEPS
 

@@ -3,8 +3,15 @@
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torchtune import training
+from torchtune.models.convert_weights import hf_to_tune
+from torchtune.modules import TransformerDecoder
+
 from torchtune_kd.demo.output import DemoError
-from torchtune_kd.models.smollm2 import fetch_smollm2
+from torchtune_kd.models.smollm2 import smollm2_135m
+from torchtune_kd.tools import fetch_smollm2
 
 _FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _SHAPE = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}  # of SmolLM2 135M
@@ -59,3 +66,22 @@ def checked(folder: Path) -> Path:
                 "that model's folder."
             )
     return folder
+
+
+def load_model(folder: Path, num_layers: int, dtype: torch.dtype) -> TransformerDecoder:
+    """A SmolLM2 135M of ``num_layers`` layers with the weights of a Hugging Face folder, in eval mode."""
+    with training.set_default_dtype(dtype):
+        model = smollm2_135m(num_layers)
+    attention = model.layers[0].attn
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    weights = hf_to_tune(
+        weights,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        dim=model.tok_embeddings.embedding_dim,
+        head_dim=attention.head_dim,
+    )
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)

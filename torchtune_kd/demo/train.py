@@ -71,18 +71,6 @@ def run_training(command: Sequence[str], log: Path) -> None:
         raise DemoError(f"Training ended with exit code {code} ({last.strip()}); see {log} for all it said.", abs(code))
 
 
-def read_log(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Training steps and validations out of the file that torchtune's DiskLogger wrote into ``folder``."""
-    (file,) = folder.glob("log_*.txt")
-    steps, validations = [], []
-    for line in file.read_text().splitlines():
-        head, _, values = line.partition(" | ")
-        pairs = (pair.rsplit(":", 1) for pair in values.split())
-        record = {"step": int(head.removeprefix("Step "))} | {name: float(value) for name, value in pairs}
-        (steps if "loss" in record else validations).append(record)
-    return steps, validations
-
-
 def _show_progress(process: subprocess.Popen, file) -> None:
     """Copy everything to ``file`` and, from the progress bar's first sign on, to this process's output."""
     showing = False

@@ -1,7 +1,7 @@
 """Knowledge-distillation losses to be named in a recipe's YAML. Importing them does not import torchtune."""
 
-from ._base import KDLoss, KDWithChunkedOutputLoss
-from ._losses import (
+from torchtune_kd.losses.base import KDLoss, KDWithChunkedOutputLoss
+from torchtune_kd.losses.divergences import (
     ForwardKLLoss,
     ForwardKLWithChunkedOutputLoss,
     JSDLoss,

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from torchtune_kd.training.data import Batch
-from torchtune_kd.training.metrics import means
-from torchtune_kd.training.models import Student, Teacher
-from torchtune_kd.training.sharding import reshard
+from torchtune_kd.checkpoints.rng import preserved_rng
+from torchtune_kd.config.metrics import validation_metrics
+from torchtune_kd.data.batches import Batch
+from torchtune_kd.distributed.sharding import reshard
+from torchtune_kd.distributed.world import World
+from torchtune_kd.models.student import Student
+from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.training.log import means
+from torchtune_kd.training.run import Run, asked_to_stop
 from torchtune_kd.training.step import add, forward
-from torchtune_kd.training.world import World
 
 
 @torch.no_grad()
@@ -28,7 +32,7 @@ def evaluate(
 
     ``interrupted`` is asked before every batch, on all processes with the same answer; if it is true there are no
     means and None comes back. The student is in eval mode meanwhile and no gradient is computed. Returns the names of
-    ``metrics`` plus ``loss`` and ``num_tokens``; see :mod:`torchtune_kd.training.metrics` for units.
+    ``metrics`` plus ``loss`` and ``num_tokens``; see :mod:`torchtune_kd.training.log` for units.
     """
     was_training = student.training
     student.eval()
@@ -45,3 +49,31 @@ def evaluate(
     reshard(student)
     student.train(was_training)
     return None if stopped else means(sums, world)
+
+
+def validate_if_due(run: Run) -> None:
+    """Log the means over ``dataset_val``, where there is one: before the first step, every so often, at the end."""
+    if not run.progress.validation_pending:
+        return
+    if run.val_loader is not None:
+        metrics = validation_metrics(run.settings)
+        if run.time_limit is not None:
+            run.time_limit.begin_validation()
+        run.events.announce("validation")
+        run.microbatches = None
+        with preserved_rng(run.world.device):  # to validate more often changes no step
+            values = evaluate(
+                run.student,
+                run.teacher,
+                run.val_loader,
+                metrics,
+                run.world,
+                max_batches=run.settings.max_val_batches,
+                interrupted=lambda: asked_to_stop(run),
+            )
+        if values is None:
+            return  # what is left out here comes first when the run goes on
+        run.validation = run.log.log_validation(run.progress.global_step, values)
+        if run.time_limit is not None:
+            run.time_limit.end_validation()
+    run.progress.validation_pending = False

@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune.training import DummyProfiler
 
-from torchtune_kd.training.components import component_of
-from torchtune_kd.training.errors import UserError
-from torchtune_kd.training.settings import build
+from torchtune_kd.config.components import build, component_of
+from torchtune_kd.errors import UserError
 
 
 def check_optimizer(cfg: DictConfig, device: torch.device) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from torchtune_kd.training.errors import RunError
-
 PHASES = ("teacher", "student forward", "loss", "backward", "optimizer")
 
 
@@ -26,26 +24,6 @@ def phase(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(name) from error
-
-
-@contextlib.contextmanager
-def loading(model: str, device: torch.device) -> Iterator[None]:
-    """Memory that runs out in the block, in which ``model`` is built and loaded, ends the run with a sentence.
-
-    There are no sizes yet to weigh settings by, as there are in a step; ``torchtune_kd/plan`` has them.
-
-    Raises:
-        RunError: for memory that runs out.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"The memory of {device} ran out while loading the {model}, before the first step: `dtype: bf16`, a QLoRA "
-            "builder as `model._component_`, more processes that share the weights or `fsdp_cpu_offload: True` take "
-            "less of it; `tune run torchtune_kd/plan` with this config shows what each part takes. "
-            f"({' '.join(str(error).split())[:300]})"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from measured import measured_step, sized_config, weight_bytes
 
+from torchtune_kd.plan import Layout, build_models, plan_memory
 from torchtune_kd.recipes.kd_distributed import KDRecipeDistributed
 from torchtune_kd.training import leave_process_group, read_settings
-from torchtune_kd.training.plan import Layout, build_models, plan_memory
 
 
 class Recipe(KDRecipeDistributed):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from torchtune_kd.plan.devices import DEVICES, custom_device, find_device, parse_memory
 from torchtune_kd.training import UserError
-from torchtune_kd.training.plan.devices import DEVICES, custom_device, find_device, parse_memory
 
 
 def test_the_table_is_plausible_and_sourced():

@@ -13,13 +13,13 @@ from tiny import make_config
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.modules import loss as stock_losses
 
+from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
+from torchtune_kd.plan.memory import GIB
+from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
+from torchtune_kd.plan.stock import dry_stock_step
+from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
 from torchtune_kd.training import read_settings
-from torchtune_kd.training.plan import Layout, build_models, fits, largest_batch, plan_memory
-from torchtune_kd.training.plan.memory import GIB
-from torchtune_kd.training.plan.models import weight_bytes as planned_weights
-from torchtune_kd.training.plan.stock import dry_stock_step
-from torchtune_kd.training.plan.tracker import tensor_bytes
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).with_name("fsdp_memory_worker.py")

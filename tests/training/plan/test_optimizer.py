@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 from torchao.optim import AdamW8bit
 
-from torchtune_kd.training.plan.optimizer import optimizer_cost
-from torchtune_kd.training.plan.tracker import tensor_bytes
+from torchtune_kd.plan.optimizer_cost import optimizer_cost
+from torchtune_kd.plan.tracker import tensor_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

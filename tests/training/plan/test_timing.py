@@ -5,22 +5,16 @@ import torch
 from measured import SIZES, sized_config
 from torch import nn
 
+from torchtune_kd.plan import Layout, build_models
+from torchtune_kd.plan.communication import Communication, communication
+from torchtune_kd.plan.devices import Device
+from torchtune_kd.plan.dry_run import dry_step
+from torchtune_kd.plan.optimizer_cost import OptimizerCost
+from torchtune_kd.plan.stock import dry_stock_step
+from torchtune_kd.plan.timing import ACHIEVED_BANDWIDTH, ACHIEVED_FLOPS, ACHIEVED_LINK, flops_by_phase, step_time
+from torchtune_kd.plan.timing import SECONDS_PER_OPERATION as LEAST
+from torchtune_kd.plan.tracker import Operation
 from torchtune_kd.training import read_settings
-from torchtune_kd.training.plan import Layout, build_models
-from torchtune_kd.training.plan.devices import Device
-from torchtune_kd.training.plan.dry_run import dry_step
-from torchtune_kd.training.plan.optimizer import OptimizerCost
-from torchtune_kd.training.plan.sharding import Communication, communication
-from torchtune_kd.training.plan.stock import dry_stock_step
-from torchtune_kd.training.plan.timing import (
-    ACHIEVED_BANDWIDTH,
-    ACHIEVED_FLOPS,
-    ACHIEVED_LINK,
-    flops_by_phase,
-    step_time,
-)
-from torchtune_kd.training.plan.timing import SECONDS_PER_OPERATION as LEAST
-from torchtune_kd.training.plan.tracker import Operation
 
 NOTHING = Communication(0, 0, 0, 0, 0)
 DEVICE = Device("test", 0, {"bf16": 100.0, "fp32": 10.0}, 1000.0, 100.0, "")

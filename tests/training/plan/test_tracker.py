@@ -6,7 +6,7 @@ from measured import allocated
 from torch import nn
 from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
 
-from torchtune_kd.training.plan.tracker import Tracker, tensor_bytes
+from torchtune_kd.plan.tracker import Tracker, tensor_bytes
 
 
 def meta(*shape, dtype=torch.float32):

@@ -1,6 +1,6 @@
-"""SmolLM2: builders, tokenizer, and a copy of the 135M model that needs no model hub."""
+"""SmolLM2: builders and tokenizer."""
 
-from torchtune_kd.models.smollm2._model_builders import (
+from torchtune_kd.models.smollm2.model_builders import (
     lora_smollm2_1_7b,
     lora_smollm2_135m,
     lora_smollm2_360m,
@@ -9,12 +9,10 @@ from torchtune_kd.models.smollm2._model_builders import (
     smollm2_135m,
     smollm2_360m,
 )
-from torchtune_kd.models.smollm2._tokenizer import SmolLM2Tokenizer, smollm2_tokenizer
-from torchtune_kd.models.smollm2.assets import fetch_smollm2
+from torchtune_kd.models.smollm2.tokenizer import SmolLM2Tokenizer, smollm2_tokenizer
 
 __all__ = [
     "SmolLM2Tokenizer",
-    "fetch_smollm2",
     "lora_smollm2_1_7b",
     "lora_smollm2_135m",
     "lora_smollm2_360m",

@@ -1,0 +1,128 @@
+"""What a run depends on, in a form that can be compared later: files by their content, not by where they lie."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchtune_kd.config.checks import checkpoint_files
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.data.datasets import row
+from torchtune_kd.storage.fingerprints import files_fingerprint
+
+ROWS = 256  # rows of a dataset that are read, evenly spread
+
+GROUPS = ("teacher", "student", "tokenizer", "data", "loss", "training")
+
+
+def identity(
+    cfg: DictConfig, settings: Settings, dataset: Dataset, *, seed: int, sequences_per_step: int
+) -> dict[str, dict[str, Any]]:
+    """Everything that changes a run's numbers, in :data:`GROUPS`, each from a dotted key to a plain value.
+
+    Paths are left out: files count by a fingerprint of what is in them. What changes no number (logging, devices,
+    sharding, activation checkpointing) is left out too.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        settings (Settings): its plain values.
+        dataset (Dataset): what ``cfg.dataset`` has built.
+        seed (int): the seed in use, drawn where the config has none.
+        sequences_per_step (int): rows of one optimizer step over all processes.
+    """
+    teacher = {}
+    if settings.uses_teacher:
+        teacher = _flat("teacher_model", cfg.teacher_model)
+        teacher["weights of the teacher"] = weights_fingerprint(cfg, "teacher_checkpointer")
+    student = _flat("model", cfg.model) | {"dtype": settings.dtype}
+    student["weights that the student starts from"] = weights_fingerprint(cfg, "checkpointer")
+    data = _flat("dataset", cfg.dataset) | {"rows of the dataset": len(dataset)}
+    data |= {"content of the dataset": dataset_fingerprint(cfg.dataset, dataset)}
+    data |= {"shuffle": settings.shuffle, "seed": seed}
+    return {
+        "teacher": teacher,
+        "student": student,
+        "tokenizer": _flat("tokenizer", cfg.tokenizer)
+        | {"files of the tokenizer": files_fingerprint(_paths(cfg.tokenizer))},
+        "data": data,
+        "loss": _flat("kd_loss", cfg.kd_loss) | {"kd_ratio": settings.kd_ratio},
+        "training": _flat("optimizer", cfg.optimizer)
+        | _flat("lr_scheduler", cfg.get("lr_scheduler"))
+        | {name: getattr(settings, name) for name in ("epochs", "max_steps_per_epoch", "max_minutes", "clip_grad_norm")}
+        | {"sequences per step (batch_size x gradient_accumulation_steps x processes)": sequences_per_step},
+    }
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], groups: tuple[str, ...] = GROUPS) -> list[str]:
+    """``key (old value then, new value now)`` for whatever differs between two identities."""
+    found = []
+    for group in groups:
+        old, new = then.get(group, {}), json.loads(json.dumps(now.get(group, {})))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                name = key if " " in key else f"`{key}`"
+                found.append(f"{name} ({_shown(old.get(key))} then, {_shown(new.get(key))} now)")
+    return found
+
+
+def weights_fingerprint(cfg: DictConfig, name: str) -> str:
+    """Of the files that the checkpointer section ``name`` reads, in their order."""
+    return "random" if cfg.get(name) is None else files_fingerprint(checkpoint_files(cfg, name))
+
+
+def dataset_fingerprint(section: Any, dataset: Dataset) -> str:
+    """Of local files that the section names, and of :data:`ROWS` rows as the models will see them."""
+    digest = hashlib.sha256(files_fingerprint(_paths(section)).encode())
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(ROWS, len(dataset)), dtype=np.int64))
+    for index in rows.tolist():
+        sample = row(dataset, index, "dataset")
+        for key in ("tokens", "labels", "seq_lens"):
+            values = sample.get(key, ())
+            values = values.tolist() if isinstance(values, Tensor) else list(values)
+            digest.update(json.dumps([key, values], default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _flat(path: str, node: Any) -> dict[str, Any]:
+    """Leaves of a section by dotted key; names of files, and absolute ones of folders, are left out."""
+    if isinstance(node, (DictConfig, ListConfig)):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, dict):
+        return {key: value for k, v in node.items() for key, value in _flat(f"{path}.{k}", v).items()}
+    if isinstance(node, list):
+        return {key: value for i, v in enumerate(node) for key, value in _flat(f"{path}[{i}]", v).items()}
+    if node is None or (isinstance(node, str) and (Path(node).is_absolute() or _is_file(Path(node)))):
+        return {}
+    return {path: node}
+
+
+def _paths(node: Any) -> list[Path]:
+    """The local files that strings of a section name."""
+    return [path for path in map(Path, _strings(node)) if _is_file(path)]
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, (DictConfig, ListConfig)):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, (dict, list)):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _strings(value)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a string too long to be a name
+        return False
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,146 @@
+"""What can be known to fail before a weight is read: files, folders, vocabularies, shapes, lengths."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune import training
+from torchtune.training import ModelType
+
+from torchtune_kd.errors import UserError, nearest
+
+
+def check_tokenizer(tokenizer: Any, vocab: int) -> None:
+    """Refuse a tokenizer whose ordinary tokens, or whose padding, lie beyond the ``vocab`` ids of the models.
+
+    Special tokens may lie beyond: text never gives torchtune's ``<|image|>`` of Llama 3, which is id 128256 where text
+    models have 128256 rows. Whether the data holds one is seen row by row (``data.check_ids``).
+    """
+    size = getattr(tokenizer, "vocab_size", None)
+    special = getattr(tokenizer, "special_tokens", None)
+    beyond = [index for index in special.values() if index >= vocab] if isinstance(special, Mapping) else []
+    if size is not None and size - len(set(beyond)) > vocab:
+        raise UserError(
+            f"Expected a tokenizer of the models' {vocab} ids, but the one under `tokenizer` has {size}: name the "
+            "tokenizer of these models."
+        )
+    if not 0 <= tokenizer.pad_id < vocab:
+        raise UserError(
+            f"Expected the tokenizer's padding to be one of the models' {vocab} ids, but it is {tokenizer.pad_id}: "
+            "name the tokenizer of these models."
+        )
+
+
+def missing_tokenizer_files(cfg: DictConfig) -> list[Path]:
+    """Return the files that the section ``tokenizer`` names and that are not there."""
+    named = [str(value) for key, value in cfg.tokenizer.items() if re.search(r"(^|_)(path|file)$", str(key)) and value]
+    return [path for path in map(Path, named) if not path.exists()]
+
+
+def check_tokenizer_files(cfg: DictConfig) -> None:
+    """Where both checkpoint folders hold a ``tokenizer.json``, the same words have the same ids."""
+    paths = [Path(str((cfg.get(name) or {}).get("checkpoint_dir", ""))) / "tokenizer.json" for name in CHECKPOINTERS]
+    if not all(path.is_file() for path in paths):
+        return
+    student, teacher = map(_token_ids, paths)
+    for token, index in student.items():
+        if teacher.get(token, index) != index:
+            raise UserError(
+                f"The token {token!r} is id {index} in {paths[0]} and id {teacher[token]} in {paths[1]}: teacher and "
+                "student need the same tokenizer; choose models of one family."
+            )
+    unshared = len(student.keys() ^ teacher.keys())
+    if unshared > max(len(student), len(teacher)) // 100:
+        raise UserError(
+            f"{unshared} tokens stand in only one of {paths[0]} ({len(student)} tokens) and {paths[1]} "
+            f"({len(teacher)}): teacher and student need the same tokenizer; choose models of one family."
+        )
+
+
+def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
+    """The folder and the files that a checkpointer section names exist."""
+    section = cfg.get(name)
+    if section is None:  # random_weights: True
+        return
+    for key in ("adapter_checkpoint", "recipe_checkpoint"):
+        if section.get(key) is not None:
+            raise UserError(
+                f"Expected `{name}.{key}: null`, since a run starts from whole weights: merge the adapter first."
+            )
+    for key in ("should_load_recipe_state", "resume_from_checkpoint"):
+        if section.get(key):
+            raise UserError(
+                f"Expected `{name}.{key}: False`, since torchtune's recipe state holds no position in the data: set "
+                "`resume_from_checkpoint: True` at the top of the config, which goes on with the newest `step_<n>`."
+            )
+    folder = section.get("checkpoint_dir")
+    if folder is None:
+        raise UserError(f"Expected `{name}.checkpoint_dir` in the config, but it is missing: add it.")
+    folder = Path(str(folder))
+    hint = f"fetch the model (`tune download`, see the head of the config) or change `{name}.checkpoint_dir`."
+    if not folder.is_dir():
+        raise UserError(f"The folder {folder} of `{name}.checkpoint_dir` does not exist: {hint}")
+    kind = section.get("model_type", ModelType.LLAMA3_2.name)
+    if kind not in ModelType.__members__:
+        raise UserError(
+            f"Unknown model type {kind!r} under `{name}.model_type`: {nearest(kind, ModelType.__members__)}"
+        )
+    files = checkpoint_files(cfg, name)
+    if not files:
+        raise UserError(f"Expected `{name}.checkpoint_files` to name the model's files in {folder}, but it is empty.")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"The file {path.name} of `{name}.checkpoint_files` is not in {folder}: {hint}")
+
+
+def checkpoint_files(cfg: DictConfig, name: str) -> list[Path]:
+    """The weight files that a checkpointer section names."""
+    section = cfg[name]
+    return [Path(str(section.checkpoint_dir)) / file for file in _file_names(section.get("checkpoint_files"))]
+
+
+def _file_names(files: Any) -> Iterator[str]:
+    if isinstance(files, ListConfig):
+        yield from (str(file) for file in files)
+    elif isinstance(files, DictConfig):  # torchtune's short form: filename_format and max_filename
+        section = OmegaConf.to_container(files)
+        yield from training.FormattedCheckpointFiles.from_dict(section).build_checkpoint_filenames()
+
+
+def _token_ids(path: Path) -> dict[str, int]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+
+
+CHECKPOINTERS = ("checkpointer", "teacher_checkpointer")
+
+
+def check_random_weights(cfg: DictConfig, *, asked: bool, uses_teacher: bool) -> None:
+    """A model without a checkpoint has to be meant so, and the key ``random_weights`` has to have a use.
+
+    Args:
+        cfg (DictConfig): a run's config.
+        asked (bool): its ``random_weights``.
+        uses_teacher (bool): whether its teacher counts.
+
+    Raises:
+        UserError: for one without the other.
+    """
+    used = CHECKPOINTERS if uses_teacher else CHECKPOINTERS[:1]
+    null = [name for name in used if name in cfg and cfg[name] is None]
+    if null and not asked:
+        raise UserError(
+            f"`{null[0]}: null` leaves a model without weights: name a checkpoint, or set `random_weights: True` to "
+            "run with random ones of the true shapes."
+        )
+    if asked and all(cfg.get(name) is not None for name in used):
+        raise UserError(
+            "`random_weights: True` is for models without a checkpoint, but "
+            f"{' and '.join(f'`{name}`' for name in used)} name{'s' * (len(used) == 1)} files: set "
+            f"`{used[0]}: null` or delete `random_weights`."
+        )

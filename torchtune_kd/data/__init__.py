@@ -1,0 +1,1 @@
+"""Datasets, batches, and the microbatches of an optimizer step."""

@@ -1,0 +1,71 @@
+"""Batches with shifted labels.
+
+Shapes: B batch, S sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed, padded_collate_sft
+
+from torchtune_kd.errors import UserError
+
+Batch = dict[str, Any]
+
+
+def collate_shifted(samples: list[Batch], *, pad_id: int, ignore_index: int, packed: bool, max_seq_len: int) -> Batch:
+    """Collate with torchtune's collators, then shift the labels by one: see :func:`build_loader`."""
+    longest = max(len(sample["tokens"]) for sample in samples)
+    if longest > max_seq_len:
+        raise UserError(too_long_sentence("a sample of the dataset", longest, max_seq_len))
+    if longest == 0 and not packed:  # a model takes one token at least; it is a microbatch without a valid one
+        samples = [{**sample, "tokens": [pad_id], "labels": [CROSS_ENTROPY_IGNORE_IDX]} for sample in samples]
+    if packed:
+        batch = padded_collate_packed(samples)
+    else:
+        batch = padded_collate_sft(samples, padding_idx=pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
+    if ignore_index != CROSS_ENTROPY_IGNORE_IDX:  # torchtune's datasets mask and pad with its own
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == CROSS_ENTROPY_IGNORE_IDX, ignore_index)
+    documents = [sample["seq_lens"].tolist() for sample in samples] if packed else None
+    batch["labels"] = shift_labels(batch["labels"], documents, ignore_index)
+    return batch
+
+
+def shift_labels(labels: Tensor, documents: list[list[int]] | None, ignore_index: int) -> Tensor:
+    """Move labels [B, S] one to the left; ignore the last of a row and of each document.
+
+    Args:
+        labels (Tensor): [B, S], each the id of the token at its own place.
+        documents (list[list[int]] | None): the lengths of the documents in each packed row.
+        ignore_index (int): what stands where there is no next token.
+    """
+    shifted = torch.full_like(labels, ignore_index)
+    shifted[:, :-1] = labels[:, 1:]
+    for row, lengths in zip(shifted, documents or [], strict=False):
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        row[ends] = ignore_index
+    return shifted
+
+
+def attention_inputs(batch: Batch, move: Callable[[Any], Any]) -> dict[str, Any]:
+    """``mask`` and ``input_pos`` where the batch has them, on the device."""
+    return {name: move(batch[name]) for name in ("mask", "input_pos") if batch.get(name) is not None}
+
+
+def check_ids(sample: Batch, index: int, name: str, vocab: int) -> None:
+    """Refuse row ``index`` of ``name`` if one of its ``tokens`` is none of the ``vocab`` ids of the models."""
+    tokens = torch.as_tensor(sample["tokens"])
+    if tokens.numel() and not 0 <= (wrong := int(tokens.max() if tokens.min() >= 0 else tokens.min())) < vocab:
+        raise UserError(
+            f"Expected ids from 0 to {vocab - 1}, which teacher and student share, but row {index} of `{name}` holds "
+            f"{wrong}: name the tokenizer of these models, or remove what gives that id (an image, for example)."
+        )
+
+
+def too_long_sentence(what: str, length: int, max_seq_len: int) -> str:
+    return (
+        f"Expected sequences of at most {max_seq_len} tokens, the most that teacher and student take, but {what} has "
+        f"{length}: set `tokenizer.max_seq_len: {max_seq_len}` (it also bounds packed rows)."
+    )

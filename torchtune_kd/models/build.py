@@ -1,0 +1,160 @@
+"""Build models from their sections: on the meta device to check them, and the student with its weights.
+
+One path for full-weight, LoRA, DoRA and QLoRA students: what the student is follows from its builder.
+"""
+
+import typing
+from collections.abc import Mapping
+
+import torch
+import torchtune.modules.common_utils as common_utils
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import modules, training
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LORA_ATTN_MODULES, get_adapter_params, set_trainable_params
+
+from torchtune_kd.config.components import build
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.distributed.sharding import shard
+from torchtune_kd.distributed.world import World
+from torchtune_kd.errors import UserError, loading, nearest, one_line
+from torchtune_kd.kernels._vocab import shared_vocab
+from torchtune_kd.losses import KDLoss
+from torchtune_kd.models.adapters import initial_adapters, leave_biases_unscaled
+from torchtune_kd.models.loading import check_weights, load_sharded, load_whole
+from torchtune_kd.models.nf4 import check_nf4_shapes
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.models.random_weights import NoInitialValues, RandomWeights
+from torchtune_kd.models.student import Student
+
+ATTENTION_MODULES = typing.get_args(LORA_ATTN_MODULES)
+
+
+def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
+    """The model under ``cfg.<name>`` without memory for its weights; checks NF4's shape rule on the way."""
+    _check_adapters(cfg[name], name)
+    with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
+        try:
+            model = build(cfg, name)
+            unquantised = model
+        except AssertionError as error:  # torchao's own check of NF4 shapes, which names no layer
+            try:
+                model, unquantised = None, build(cfg, name, quantize_base=False)
+            except UserError:  # no such keyword, so it was another assertion
+                raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
+    if model is None or any(isinstance(parameter, NF4Tensor) for parameter in model.parameters()):
+        try:
+            check_nf4_shapes(unquantised, world.num_shards)
+        except ValueError as error:
+            raise UserError(f"The section `{name}` cannot be quantised: {one_line(error)}") from error
+        if world.sharded and world.num_shards == 1:
+            raise UserError(
+                f"The section `{name}` is quantised, and FSDP2 shards NF4 weights over two processes or more, but here "
+                "each has a copy of its own: use kd_single_device for one process, or a smaller "
+                "`data_parallel_replicate_dim`."
+            )
+    if not isinstance(model, TransformerDecoder):
+        raise UserError(
+            f"Expected a text decoder (torchtune TransformerDecoder) under `{name}`, got {type(model).__name__}: "
+            "name another builder."
+        )
+    if name == "teacher_model" and get_adapter_params(model):
+        raise UserError(
+            f"The builder {cfg[name]['_component_']} under `teacher_model` makes adapters, which no checkpoint would "
+            "fill: name the builder without them and, under `teacher_checkpointer`, merged weights, such as the "
+            "`epoch_<n>` that a LoRA recipe writes."
+        )
+    try:
+        output_head(model)
+    except ValueError as error:
+        raise UserError(f"The section `{name}` does not fit: {one_line(error)}") from error
+    return model
+
+
+def _check_adapters(section: DictConfig, name: str) -> None:
+    """torchtune's builders ignore a module that they do not know, and divide by the rank in the first step."""
+    modules = section.get("lora_attn_modules", [])
+    for module in modules if isinstance(modules, (list, ListConfig)) else [modules]:
+        if module not in ATTENTION_MODULES:
+            known = nearest(module, ATTENTION_MODULES)
+            raise UserError(f"Unknown module {module!r} in `{name}.lora_attn_modules`: {known}")
+    rank = section.get("lora_rank", 1)
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"Expected `{name}.lora_rank` to be a whole number of at least 1, got {rank!r}: change it.")
+
+
+def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder | None) -> int:
+    """Return the number of ids that teacher and student share; padded vocabularies may differ in the padding alone."""
+    student_size = output_head(student)[0].shape[0]
+    if teacher is None:
+        return student_size
+    try:
+        return shared_vocab(student_size, output_head(teacher)[0].shape[0])
+    except ValueError as error:
+        raise UserError(f"`model` and `teacher_model` do not fit: {one_line(error)}") from error
+
+
+def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:
+    """The loss reads the head outside the head's own forward, so FSDP must not gather it by itself."""
+    modules = dict(student.named_modules())
+    weight = output_head(student)[0]
+    for name in names:
+        if name not in modules:
+            raise UserError(f"`custom_sharded_layers` names {name}, which `model` has not: delete it.")
+        if isinstance(modules[name], nn.ModuleList):
+            raise UserError(
+                f"`custom_sharded_layers` names {name}, a list of layers sharded anyway: delete that entry."
+            )
+        if any(parameter is weight for parameter in modules[name].parameters()) or name == "output":
+            raise UserError(
+                f"`custom_sharded_layers` names {name}, which holds the output head; the loss reads the head "
+                "together with the whole model: delete that entry."
+            )
+
+
+def build_student(
+    cfg: DictConfig,
+    settings: Settings,
+    world: World,
+    kd_loss: KDLoss,
+    weights: Mapping[str, Tensor] | None,
+    seed: int,
+) -> Student:
+    """The student with ``weights`` (None: random ones), in the run's dtype.
+
+    Its adapters are trainable if it has any, else all of it.
+    """
+    common_utils._use_low_cpu_ram = settings.low_cpu_ram
+    with loading("student", world.device):
+        decoder = build_decoder(cfg, "model", settings, world)
+        if weights is None:
+            weights = RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
+        check_weights(decoder, weights, "checkpointer")
+        leave_biases_unscaled(decoder)
+        adapters = get_adapter_params(decoder)
+        if adapters:
+            set_trainable_params(decoder, adapters)
+        student = Student(decoder, kd_loss, settings.kd_ratio).train()
+        if settings.compile:
+            training.compile_model(decoder, verbose=world.is_rank_zero)
+        if settings.enable_activation_checkpointing:
+            training.set_activation_checkpointing(decoder, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        adapter_weights = initial_adapters(decoder, weights, settings.torch_dtype, seed) if world.reads_files else {}
+        if world.sharded:
+            shard(student, settings, world, extra_layers=settings.custom_sharded_layers)
+            student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
+            load_sharded(decoder, weights, adapter_weights, settings, world)
+        else:
+            load_whole(decoder, weights, adapter_weights)
+    student.offload_activations = training.get_act_offloading_ctx_manager(
+        decoder, settings.enable_activation_offloading
+    )
+    return student
+
+
+def build_decoder(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
+    device = torch.device("meta") if world.sharded else world.device
+    with training.set_default_dtype(settings.torch_dtype), device, NoInitialValues():
+        return build(cfg, name)

@@ -1,0 +1,131 @@
+"""FSDP2's part: what one process holds of the weights, what it gathers, and what travels in a step.
+
+Legend: P processes that share one copy of the weights (``shards``), R such copies (``replicas``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torchtune import training
+
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.plan.meta_models import Models
+from torchtune_kd.plan.tracker import tensor_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a run are laid out; P x R of them."""
+
+    shards: int = 1
+    replicas: int = 1
+    sharded: bool = False
+
+    @property
+    def processes(self) -> int:
+        return self.shards * self.replicas
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Bytes of the parameters that are gathered together: each layer, and the rest (embedding, norm, head)."""
+
+    layers: list[int]
+    rest: int
+
+    @property
+    def all(self) -> int:
+        return sum(self.layers) + self.rest
+
+
+def parameter_groups(model: nn.Module, settings: Settings, only: Callable[[Tensor], bool] = lambda _: True) -> Groups:
+    """The groups of a decoder as ``training/sharding.py`` makes them.
+
+    Args:
+        model (nn.Module): the decoder.
+        settings (Settings): for ``custom_sharded_layers``.
+        only (Callable[[Tensor], bool]): which parameters to count.
+    """
+    names = settings.custom_sharded_layers
+    units = [m for n, m in model.named_modules() if training.get_shard_conditions(n, m, names_to_match=names)]
+    in_units = {id(p) for unit in units for p in unit.parameters()}
+    rest = sum(tensor_bytes(p) for p in model.parameters() if id(p) not in in_units and only(p))
+    return Groups([sum(tensor_bytes(p) for p in unit.parameters() if only(p)) for unit in units], rest)
+
+
+@dataclass(frozen=True)
+class ShardedWeights:
+    """Bytes of one model's weights on one process.
+
+    Attributes:
+        share (int): its part, kept all the time; 0 with ``fsdp_cpu_offload``.
+        gathered (int): whole parameters beside it at the highest point: embedding, norm and head during the whole
+            step, two layers (one at work, one on its way), and with ``fsdp_reshard_after_forward: False`` all.
+    """
+
+    share: int
+    gathered: int
+
+
+def sharded_weights(model: nn.Module, settings: Settings, layout: Layout) -> ShardedWeights:
+    groups = parameter_groups(model, settings)
+    share = 0 if settings.fsdp_cpu_offload else groups.all // layout.shards
+    if layout.shards == 1:  # nothing is copied: a gathered parameter is the share
+        return ShardedWeights(share, 0)
+    at_once = sorted(groups.layers, reverse=True)[:2] if settings.fsdp_reshard_after_forward else groups.layers
+    return ShardedWeights(share, groups.rest + sum(at_once))
+
+
+def scatter_buffer(models: Models, settings: Settings) -> int:
+    """Bytes of the largest layer's gradients, which are copied to be summed over processes."""
+    return max(parameter_groups(models.student, settings, lambda p: p.requires_grad).layers, default=0)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that one process receives in one optimizer step (a ring moves (P-1)/P of what is gathered).
+
+    Attributes:
+        teacher_layers (int): gathered for the teacher's forward passes, hidden behind them.
+        student_layers (int): gathered for the student's forward and backward passes, hidden behind them.
+        heads (int): both models' embedding, norm and head, gathered before anything can start.
+        gradients (int): summed over the P processes that share weights, in the last backward pass.
+        replicas (int): gradients summed over the R copies, across nodes.
+    """
+
+    teacher_layers: int
+    student_layers: int
+    heads: int
+    gradients: int
+    replicas: int
+
+    @property
+    def total(self) -> int:
+        return self.teacher_layers + self.student_layers + self.heads + self.gradients + self.replicas
+
+
+def communication(models: Models, settings: Settings, layout: Layout, *, stock: bool = False) -> Communication:
+    """What travels in one step.
+
+    Args:
+        models (Models): of the run.
+        settings (Settings): its plain values.
+        layout (Layout): its processes.
+        stock (bool): as in torchtune's recipe, which reduces gradients and gathers the heads in every microbatch.
+    """
+    ring = (layout.shards - 1) / layout.shards
+    across = 2 * (layout.replicas - 1) / layout.replicas / layout.shards  # an all-reduce of each process's share
+    steps = settings.gradient_accumulation_steps
+    student = parameter_groups(models.student, settings)
+    gradients = parameter_groups(models.student, settings, lambda p: p.requires_grad).all
+    teacher = Groups([], 0) if models.teacher is None else parameter_groups(models.teacher, settings)
+    reshards = settings.fsdp_reshard_after_forward
+    often = steps if stock else 1
+    return Communication(
+        teacher_layers=round(ring * sum(teacher.layers) * (steps if reshards else often)),
+        student_layers=round(ring * sum(student.layers) * (2 * steps if reshards else often)),
+        heads=round(ring * (student.rest + teacher.rest) * often),
+        gradients=round(ring * gradients * often),
+        replicas=round(across * gradients * often),
+    )

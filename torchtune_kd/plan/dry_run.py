@@ -1,0 +1,317 @@
+"""One microbatch of the real training step, or of a validation, on the meta device: its memory and its FLOPs.
+
+The models, the step and the loss are those of the recipe. Two things are stood in for: the loss arithmetic on one
+chunk of logits, which needs values (its workspace is allocated as on the device), and the offloading of activations.
+
+Legend: B sequences, S their length, N = B x S tokens, V vocabulary, D hidden width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from torchtune_kd.config.components import build_kd_loss
+from torchtune_kd.config.metrics import training_metrics, validation_metrics
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.data.batches import Batch
+from torchtune_kd.distributed.world import World
+from torchtune_kd.kernels import Objective, _block, _linear
+from torchtune_kd.kernels._block import BlockLoss, Plan, rows_per_block
+from torchtune_kd.losses import KDLoss
+from torchtune_kd.models import student as training_models
+from torchtune_kd.models.student import Student
+from torchtune_kd.plan.meta_models import Models
+from torchtune_kd.plan.tracker import Operation, Tracker
+from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.training.step import accumulate_gradients, forward
+
+PHASES = ("teacher", "student", "loss", "backward")
+WEIGHTS = ("teacher weights", "student weights")
+
+
+@dataclass(frozen=True)
+class DryStep:
+    """A microbatch on one device that holds everything whole.
+
+    Attributes:
+        peaks (dict[str, int]): highest number of bytes by phase, weights and gradients included, optimizer not.
+        at_peak (dict[str, int]): bytes by category where the highest of them is reached.
+        kept (int): bytes between the student's forward and the loss that are neither weights nor gradients: what
+            autograd keeps, and both models' last hidden states.
+        loss (int): most bytes that the loss holds beside what was there before it.
+        gradients (int): bytes of the gradients after the backward pass.
+        operations (list[Operation]): in order.
+    """
+
+    peaks: dict[str, int]
+    at_peak: dict[str, int]
+    kept: int
+    loss: int
+    gradients: int
+    operations: list[Operation]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.peaks, key=lambda phase: self.peaks[phase])
+
+
+def dry_step(
+    cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int, shards: int = 1
+) -> DryStep:
+    """Run one microbatch, every token valid.
+
+    With ``gradient_accumulation_steps`` above 1 it is the second one: the first one's gradients are there.
+
+    Args:
+        cfg (DictConfig): the config, for ``kd_loss``.
+        settings (Settings): its plain values.
+        models (Models): of the same config.
+        batch_size (int): B.
+        sequence (int): S.
+        shards (int): processes that share the weights: FSDP2 leaves each its part of the gradients.
+    """
+    at_once = settings.gradient_accumulation_steps == 1  # else in the last microbatch
+    with _dry_run(cfg, settings, models, batch_size, sequence) as dry:
+        with gradients_counted(dry.tracker, models, settings, shards, reduced_at_once=at_once), dry.tracker:
+            accumulate_gradients(
+                dry.student.train(),
+                dry.teacher,
+                [dry.batch],
+                training_metrics(settings),
+                dry.kd_loss.ignore_index,
+                World(torch.device("meta")),
+            )
+            gradients = dry.tracker.live["gradients"]
+        return dry.result(gradients)
+
+
+def dry_validation(
+    cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int, shards: int = 1
+) -> DryStep:
+    """Run one batch of a validation: as :func:`dry_step`, without gradients."""
+    with _dry_run(cfg, settings, models, batch_size, sequence) as dry:
+        with torch.no_grad(), dry.tracker:
+            world = World(torch.device("meta"))
+            forward(dry.student.eval(), dry.teacher, dry.batch, validation_metrics(settings), world)
+        return dry.result(gradients=0)
+
+
+@dataclass(frozen=True)
+class _DryRun:
+    tracker: Tracker
+    student: Student
+    teacher: Teacher | None
+    kd_loss: KDLoss
+    batch: Batch
+    sizes: dict[str, int]
+
+    def result(self, gradients: int) -> DryStep:
+        return DryStep(
+            peaks=self.tracker.peaks,
+            at_peak=self.tracker.at_peak,
+            kept=self.sizes["kept"],
+            loss=self.tracker.peaks["loss"] - self.sizes["before loss"],
+            gradients=gradients,
+            operations=self.tracker.operations,
+        )
+
+
+@contextlib.contextmanager
+def _dry_run(cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
+    kd_loss = build_kd_loss(cfg)
+    student = Student(models.student, kd_loss, settings.kd_ratio)
+    teacher = Teacher(models.teacher) if models.teacher is not None else None
+    if settings.enable_activation_offloading:
+        student.offload_activations = _offloaded()
+    tracker = Tracker()
+    hold_weights(tracker, models)
+    labels = torch.zeros(batch_size, sequence, dtype=torch.long)  # on the host, as in a run
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, student, "offload_activations", contextlib.nullcontext())
+        sizes = stack.enter_context(_phases(tracker, student, teacher))
+        stack.enter_context(_loss_on_meta(tracker, settings.torch_device))
+        yield _DryRun(tracker, student, teacher, kd_loss, {"tokens": labels, "labels": labels}, sizes)
+
+
+def hold_weights(tracker: Tracker, models: Models) -> None:
+    tracker.phase = "teacher" if models.teacher is not None else "student"
+    for name, model in zip(WEIGHTS, (models.teacher, models.student), strict=True):
+        if model is not None:
+            tracker.hold(name, (*model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def _phases(tracker: Tracker, student: Student, teacher: Teacher | None) -> Iterator[dict[str, int]]:
+    """Set the tracker's phase as the step goes through the modules, and take sizes on the way."""
+    sizes: dict[str, int] = {}
+
+    def enter(phase: str) -> Any:
+        def hook(*_: Any) -> None:
+            tracker.phase = phase
+
+        return hook
+
+    def before_loss(*_: Any) -> None:
+        live = tracker.live
+        sizes["before loss"] = sum(live.values())
+        sizes["kept"] = sizes["before loss"] - live["gradients"] - sum(live[name] for name in WEIGHTS)
+        tracker.phase = "loss"
+
+    handles = [
+        student.register_forward_pre_hook(enter("student")),
+        student.decoder.register_forward_hook(before_loss),
+        student.register_forward_hook(enter("backward")),
+    ]
+    if teacher is not None:
+        handles.append(teacher.register_forward_pre_hook(enter("teacher")))
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def gradients_counted(
+    tracker: Tracker, models: Models, settings: Settings, shards: int, *, reduced_at_once: bool
+) -> Iterator[None]:
+    """Give the trainable parameters the gradients of earlier microbatches, if any, and follow those of this one.
+
+    Args:
+        tracker (Tracker): counts complete gradients under "gradients".
+        models (Models): whose student trains; its gradients are removed in the end.
+        settings (Settings): with one microbatch per step there are no earlier ones.
+        shards (int): P processes that share the weights.
+        reduced_at_once (bool): as soon as a layer's gradients are there, 1/P of them is kept; those of embedding,
+            norm and head follow at the end of the backward pass.
+    """
+    in_layers = {id(parameter) for parameter in models.student.layers.parameters()}
+    shares: dict[int, Tensor] = {}
+    scattered = shards > 1 and reduced_at_once
+
+    def keep_share(parameter: nn.Parameter) -> None:
+        if id(parameter) not in shares:
+            shares[id(parameter)] = parameter.new_empty(-(-parameter.numel() // shards))
+            tracker.hold("gradients", [shares[id(parameter)]])
+
+    def complete(parameter: nn.Parameter) -> None:
+        if scattered and id(parameter) in in_layers:
+            keep_share(parameter)
+            parameter.grad = None
+        else:
+            tracker.hold("gradients", [parameter.grad])
+
+    if settings.gradient_accumulation_steps > 1:
+        for parameter in models.trainable:
+            if scattered:
+                keep_share(parameter)
+            else:
+                parameter.grad = torch.empty_like(parameter)
+                tracker.hold("gradients", [parameter.grad])
+    handles = [parameter.register_post_accumulate_grad_hook(complete) for parameter in models.trainable]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in models.trainable:
+            parameter.grad = None
+
+
+@contextlib.contextmanager
+def _loss_on_meta(tracker: Tracker, device: torch.device) -> Iterator[None]:
+    """Let :class:`Student` compute its loss from meta tensors as on ``device``.
+
+    The kernels' public functions refuse meta tensors, rightly; what is replaced here is put back at the end.
+    """
+
+    def linear_kd_loss(
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor,
+        *,
+        student_bias: Tensor | None,
+        teacher_bias: Tensor | None,
+        kd_ratio: float,
+        reduction: str,
+        return_metrics: tuple[str, ...],
+        **objective: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, has_teacher = labels.numel(), teacher_weight is not None
+        vocab = min(w.shape[0] for w in (weight, teacher_weight) if w is not None)
+        logit = sum(w.element_size() for w in (weight, teacher_weight) if w is not None)
+        terms, want_grad = Objective(kd_ratio=kd_ratio, **objective), torch.is_grad_enabled()
+        plan = Plan(terms, return_metrics, vocab, reduction, has_teacher, want_grad)
+        loss, metrics, count = _linear.LinearKD.apply(
+            hidden.flatten(0, 1),
+            weight,
+            student_bias,
+            teacher_hidden.flatten(0, 1) if has_teacher else None,
+            teacher_weight,
+            teacher_bias,
+            labels.flatten(),
+            plan,
+            _linear.chunk_size(tokens, vocab, logit, device),
+            "triton",  # which loops over whole chunks
+        )
+        return loss, {**dict(zip(return_metrics, metrics, strict=True)), "num_tokens": count}
+
+    def block_loss(_: str, plan: Plan, max_rows: int, *__: Any) -> "_BlockLossOnMeta":
+        return _BlockLossOnMeta(tracker, plan, max_rows, device)
+
+    # the size of the blocks in which gradients are scaled and summed
+    blocks = {"meta": _block._BLOCK_ELEMENTS.get(device.type, _block._BLOCK_ELEMENTS_ELSEWHERE)}
+    with (
+        mock.patch.dict(_block._BLOCK_ELEMENTS, blocks),
+        mock.patch.object(training_models, "linear_kd_loss", linear_kd_loss),
+        mock.patch.object(_linear, "_block_loss", block_loss),
+    ):
+        yield
+
+
+class _BlockLossOnMeta:
+    """Stands for the arithmetic on a chunk of logits: PyTorch's workspace on a CPU, none with Triton on CUDA."""
+
+    def __init__(self, tracker: Tracker, plan: Plan, max_rows: int, device: torch.device) -> None:
+        self._tracker, self._plan, self._is_eager = tracker, plan, device.type != "cuda"
+        if self._is_eager:
+            rows = min(max_rows, rows_per_block(plan.vocab, device))
+            self._workspace = BlockLoss(plan, rows, torch.float32, torch.device("meta"))
+
+    def __call__(self, student: Tensor, teacher: Tensor | None, *_: Any) -> tuple[Tensor, list[Tensor]]:
+        # kernels/README.md: the kernel reads each model's logits twice and writes the gradient once; eagerly they pass
+        # through some twenty fp32 operations that stay in cache
+        logits = [t for t in (student, teacher) if t is not None]
+        moved = sum(t.numel() * t.element_size() for t in logits) * 2 + student.numel() * student.element_size()
+        self._tracker.account(0, moved)
+        values = [student.new_empty(len(student), dtype=torch.float32) for _ in range(1 + len(self._plan.metrics))]
+        return values[0], values[1:]
+
+    def release(self) -> None:
+        """The run's workspace stays, too, where it is small."""
+
+
+def _offloaded() -> Any:
+    """Activations leave the device when autograd saves them and come back when it reads them."""
+
+    def pack(tensor: Tensor) -> Any:
+        small = tensor.numel() * tensor.element_size() < 1024  # torchtune's threshold
+        if small or not tensor.is_meta or isinstance(tensor, nn.Parameter) or tensor._base is not None:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, stride, dtype = packed
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,175 @@
+"""The memory of a run per device, put together from a dry step, the optimizer and FSDP2's part."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+from torchtune.modules.peft import get_adapter_params
+
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.plan.communication import Layout, scatter_buffer, sharded_weights
+from torchtune_kd.plan.dry_run import WEIGHTS, DryStep, dry_step
+from torchtune_kd.plan.meta_models import Models, table_bytes, weight_bytes
+from torchtune_kd.plan.optimizer_cost import OptimizerCost, optimizer_cost
+from torchtune_kd.plan.tracker import tensor_bytes
+
+GIB = 2**30
+# What a device's memory cannot be used for: CUDA's context and NCCL's buffers, and what fragmentation leaves over.
+CONTEXT_BYTES, USABLE = GIB, 0.9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        teacher (int): weights and tables that it keeps, NF4 with its scales.
+        student (int): the same of the student, adapters included.
+        adapters (int): of the student's.
+        gathered (int): whole parameters and gradients in transit that FSDP2 holds beside its shares.
+        gradients (int): at the end of the backward pass.
+        optimizer (int | None): state; None where it is not known.
+        activations (int): what the student's forward leaves for the backward pass, and the teacher's hidden states.
+        loss (int): most that the loss holds beside that.
+        at_peak (dict[str, int]): what is alive at the highest point, by category; sums to ``total``.
+        phases (dict[str, int]): the highest point of each phase of a step.
+    """
+
+    teacher: int
+    student: int
+    adapters: int
+    gathered: int
+    gradients: int
+    optimizer: int | None
+    activations: int
+    loss: int
+    at_peak: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def total(self) -> int | None:
+        """The highest point of a step; None where the optimizer's state is not known."""
+        return None if self.optimizer is None else max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+StepFunction = Callable[[DictConfig, Settings, Models, int, int, int], DryStep]
+
+
+def plan_memory(
+    cfg: DictConfig,
+    settings: Settings,
+    models: Models,
+    layout: Layout,
+    sequence: int,
+    batch_size: int | None = None,
+    run: StepFunction = dry_step,
+) -> tuple[Memory, DryStep]:
+    """The memory of one device, and the dry step that it comes from.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        settings (Settings): its plain values.
+        models (Models): on the meta device.
+        layout (Layout): the run's processes.
+        sequence (int): tokens of a sequence.
+        batch_size (int | None): sequences of a microbatch; None takes ``settings.batch_size``.
+        run (StepFunction): the recipe's step.
+    """
+    step = run(cfg, settings, models, batch_size or settings.batch_size, sequence, layout.shards)
+    cost = optimizer_cost(cfg, models.trainable[0].dtype, settings.torch_device)
+    return _assemble(settings, models, layout, step, cost), step
+
+
+def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep, cost: OptimizerCost | None) -> Memory:
+    whole, held, gathered = {}, {}, 0
+    for name, model in zip(WEIGHTS, (models.teacher, models.student), strict=True):
+        whole[name] = held[name] = 0
+        if model is None:
+            continue
+        whole[name] = held[name] = weight_bytes(model)
+        if layout.sharded:
+            weights = sharded_weights(model, settings, layout)
+            held[name] = weights.share + table_bytes(model)
+            gathered += weights.gathered
+    if layout.shards > 1:
+        gathered += scatter_buffer(models, settings)
+    sizes = [-(-parameter.numel() // layout.shards) for parameter in models.trainable]
+    offloaded = layout.sharded and settings.fsdp_cpu_offload
+    state = temporary = 0
+    if cost is not None and not offloaded:
+        state, temporary = cost.state_bytes(sum(sizes)), cost.temporary_bytes(sum(sizes), max(sizes))
+    weights = sum(held.values())
+    beside = weights - sum(whole.values()) + gathered + state
+    phases = {phase: peak + beside for phase, peak in step.peaks.items()}
+    gradients = step.gradients // layout.shards  # after the last microbatch
+    phases["optimizer"] = weights + (0 if offloaded else gradients + state + temporary)
+    if max(phases, key=lambda phase: phases[phase]) == "optimizer":
+        at_peak = {"gradients": gradients, "optimizer": state, "temporary": temporary}
+    else:
+        live = {name: size for name, size in step.at_peak.items() if name not in whole}
+        at_peak = {
+            "gathered": gathered,
+            "gradients": live.pop("gradients", 0),
+            "optimizer": state,
+            "activations": live.pop("student", 0) + live.pop("teacher", 0),
+            "loss": live.pop("loss", 0),
+            "temporary": sum(live.values()),
+        }
+    return Memory(
+        teacher=held[WEIGHTS[0]],
+        student=held[WEIGHTS[1]],
+        adapters=sum(map(tensor_bytes, get_adapter_params(models.student).values())) // layout.shards,
+        gathered=gathered,
+        gradients=step.gradients,
+        optimizer=None if cost is None else state,
+        activations=step.kept,
+        loss=step.loss,
+        at_peak={**held, **at_peak},
+        phases=phases,
+    )
+
+
+def fits(total: int, device_memory: int) -> bool:
+    """Whether a run of ``total`` bytes goes into a device of ``device_memory`` bytes."""
+    return total + CONTEXT_BYTES <= USABLE * device_memory
+
+
+def largest_batch(total: Callable[[int], int], device_memory: int, known: dict[int, int], most: int = 1 << 14) -> int:
+    """The most sequences per microbatch that fit; 0 if not even one does.
+
+    Memory grows nearly in proportion to the batch, so each trial is where the two nearest ones point.
+
+    Args:
+        total (Callable[[int], int]): bytes at a batch size.
+        device_memory (int): bytes of the device.
+        known (dict[int, int]): totals that are known already; grows.
+        most (int): where to stop.
+    """
+
+    def at(batch: int) -> int:
+        if batch not in known:
+            known[batch] = total(batch)
+        return known[batch]
+
+    low, high = 0, most + 1  # the largest known to fit, the smallest known not to
+    guess = max(1, min(known, default=1))
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        if fits(at(guess), device_memory):
+            low = guess
+        else:
+            high = guess
+        nearest = sorted(known, key=lambda batch: abs(batch - guess))[:2]
+        if len(nearest) < 2:
+            guess = 2 * guess if low else max(1, guess // 2)
+            continue
+        first, second = nearest
+        slope = max(1.0, (known[first] - known[second]) / (first - second))
+        room = USABLE * device_memory - CONTEXT_BYTES - known[first]
+        guess = first + math.floor(room / slope)
+    return low

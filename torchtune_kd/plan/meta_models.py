@@ -1,0 +1,122 @@
+"""Teacher and student on the meta device, ready for a dry step, and what they consist of."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import modules, training
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.distributed.world import World
+from torchtune_kd.models.build import check_vocabularies, on_meta
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.plan.tracker import tensor_bytes
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both decoders with rotary tables, the trainable parameters marked; ``teacher`` is None at kd_ratio 0."""
+
+    student: TransformerDecoder
+    teacher: TransformerDecoder | None
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights (elements, whatever they are held in); the student's adapters are part of ``student``."""
+
+    teacher: int
+    student: int
+    adapters: int
+    trained: int
+
+
+def build_models(cfg: DictConfig, settings: Settings, shards: int = 1) -> Models:
+    """Both models as the recipe would build them, on the meta device.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        settings (Settings): its plain values.
+        shards (int): processes that share one copy of the weights, for NF4's rule of shapes; 1 shards nothing.
+
+    Raises:
+        UserError: if one cannot be built, or they have different vocabularies.
+    """
+    on_host = replace(settings, device="cpu")  # shapes need no GPU
+    world = World(torch.device("cpu"), size=shards, sharded=shards > 1)
+    student = on_meta(cfg, "model", on_host, world)
+    if adapters := get_adapter_params(student):
+        set_trainable_params(student, adapters)
+    teacher = on_meta(cfg, "teacher_model", on_host, world) if settings.uses_teacher else None
+    for model in (student, teacher):
+        if model is not None:
+            _make_runnable(model)
+    if teacher is not None:
+        teacher.requires_grad_(False)
+        check_vocabularies(student, teacher)
+    if settings.enable_activation_checkpointing:
+        training.set_activation_checkpointing(student, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    return Models(student, teacher)
+
+
+def count_parameters(models: Models) -> Parameters:
+    return Parameters(
+        teacher=_count(models.teacher.parameters()) if models.teacher is not None else 0,
+        student=_count(models.student.parameters()),
+        adapters=_count(get_adapter_params(models.student).values()),
+        trained=_count(models.trainable),
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of all parameters, NF4 with its scales, and of the tables."""
+    return sum(map(tensor_bytes, model.parameters())) + table_bytes(model)
+
+
+def table_bytes(model: nn.Module) -> int:
+    """Rotary tables, each once: buffers that every process holds whole."""
+    return sum(map(tensor_bytes, {id(buffer): buffer for buffer in model.buffers()}.values()))
+
+
+def is_quantised(model: nn.Module) -> bool:
+    return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
+
+
+def heads(models: Models) -> list[Tensor]:
+    """The heads' weights [V, D] of student and, where there is one, teacher."""
+    return [output_head(model)[0] for model in (models.student, models.teacher) if model is not None]
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _make_runnable(model: TransformerDecoder) -> None:
+    """Give Llama 3's rotary embeddings the table that they cannot compute without values, and pick flash attention.
+
+    That is what PyTorch picks on CUDA in bf16 and on the CPU; from meta tensors it cannot tell. What it keeps for the
+    backward pass (and what memory-efficient attention, for fp32, keeps) is the same.
+    """
+    for layer in model.layers:
+        rotary = layer.attn.pos_embeddings
+        if rotary is not None and not getattr(rotary, "is_cache_built", True):
+            frequencies = torch.empty(rotary.dim // 2, dtype=torch.float32, device="meta")
+            rotary.register_buffer("theta", frequencies, persistent=False)
+            table = frequencies.new_empty(rotary.max_seq_len, rotary.dim // 2, 2)
+            rotary.register_buffer("cache", table, persistent=False)
+            rotary.is_cache_built = True
+        layer.attn._attention_call = _flash_attention
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]

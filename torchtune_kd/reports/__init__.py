@@ -1,0 +1,1 @@
+"""Logs read, pictures drawn; without torch, so that a laptop can do it."""

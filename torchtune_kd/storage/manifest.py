@@ -1,0 +1,93 @@
+"""``manifest.json`` of a checkpoint: what it holds, what it was made with, and what each file must look like."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be trusted. The message says what was found, without a full stop."""
+
+
+@dataclass
+class Manifest:
+    """Facts about a checkpoint, readable with any editor."""
+
+    progress: dict[str, Any]  # where the run stood: see torchtune_kd.checkpoints.progress
+    seed: int
+    processes: int
+    identity: dict[str, dict[str, Any]]  # see torchtune_kd.checkpoints.identity
+    config: dict[str, Any]
+    versions: dict[str, str]
+    saved_at: str  # ISO 8601, UTC
+    validation: dict[str, float] | None = None  # of this very step, where there was one
+    log_file: str | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name: {"bytes", "sha256"}
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write and flush to disk, with a checksum over all fields."""
+        content = json.loads(json.dumps(asdict(self)))  # as it will be read: keys are strings, tuples lists
+        content["checksum"] = _checksum(content)
+        with (folder / NAME).open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest in ``folder``.
+
+        Raises:
+            Damaged: if it cannot be read or is not what was written.
+        """
+        try:
+            content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+            checksum = content.pop("checksum")
+        except FileNotFoundError as error:
+            raise Damaged(f"it has no {NAME}") from error
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise Damaged(f"its {NAME} cannot be read") from error
+        if content.get("format") != FORMAT:
+            raise Damaged(f"its format is {content.get('format')}, and this version reads {FORMAT}")
+        if checksum != _checksum(content):
+            raise Damaged(f"its {NAME} is not as it was written")
+        if content.keys() != {each.name for each in fields(cls)}:
+            raise Damaged(f"its {NAME} has the fields of another version")
+        return cls(**content)
+
+    def check_files(self, folder: Path, names: Iterable[str]) -> None:
+        """Compare size and content of some of the files.
+
+        Raises:
+            Damaged: naming the first that is missing, cut short or changed.
+        """
+        for name in names:
+            expected, path = self.files[name], folder / name
+            if not path.is_file():
+                raise Damaged(f"the file {name} is missing")
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise Damaged(f"the file {name} has {size} bytes instead of {expected['bytes']}")
+            if file_facts(path) != expected:
+                raise Damaged(f"the content of {name} has changed since it was written")
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """``bytes`` and ``sha256`` of a file, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""A teacher that runs beside the student.
+
+Shapes: B batch, S sequence, D hidden width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+
+from torchtune_kd.config.settings import Settings
+from torchtune_kd.distributed.sharding import reshard, shard
+from torchtune_kd.distributed.world import World
+from torchtune_kd.errors import loading
+from torchtune_kd.models.build import build_decoder
+from torchtune_kd.models.loading import check_weights, load_sharded, load_weights, load_whole
+from torchtune_kd.models.output_head import output_head, skip_output_head
+from torchtune_kd.models.random_weights import RandomWeights
+
+
+class Teacher(nn.Module):
+    """A frozen decoder that gives its last hidden states [B, S, D] and, beside them, the head that reads them.
+
+    Under FSDP2 this module is the root. Its own parameters (embedding, norm, head) are gathered by the first
+    forward of a step and stay so until :meth:`release`: the head travels once per step.
+    """
+
+    def __init__(self, decoder: TransformerDecoder) -> None:
+        super().__init__()
+        self.decoder = skip_output_head(decoder).eval()
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, **attention: Any) -> Tensor:
+        return self.decoder(tokens, **attention)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The head's weight [V, D] and bias [V] or None; valid after a forward and before :meth:`release`."""
+        weight, bias = output_head(self.decoder)
+        return weight.detach(), None if bias is None else bias.detach()
+
+    def release(self) -> None:
+        """End of a step: give the gathered parameters back."""
+        reshard(self)
+
+
+def build_teacher(cfg: DictConfig, settings: Settings, world: World) -> Teacher | None:
+    """The teacher with its weights, frozen, in the run's dtype; None at kd_ratio 0."""
+    if not settings.uses_teacher:
+        return None
+    with loading("teacher", world.device):
+        _, weights = load_weights(cfg.get("teacher_checkpointer"), "teacher_checkpointer", world)
+        decoder = build_decoder(cfg, "teacher_model", settings, world)
+        if weights is None:
+            weights = RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
+        check_weights(decoder, weights, "teacher_checkpointer")
+        teacher = Teacher(decoder)
+        if settings.compile:
+            training.compile_model(decoder, verbose=world.is_rank_zero)
+        if world.sharded:
+            shard(teacher, settings, world)
+            load_sharded(decoder, weights, {}, settings, world)
+        else:
+            load_whole(decoder, weights, {})
+    return teacher
