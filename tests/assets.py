@@ -15,7 +15,7 @@ from filelock import FileLock
 from torchtune.models.qwen2._tokenizer import bytes_to_unicode
 
 from torchtune_kd.tools import fetch_smollm2
-from torchtune_kd.tools.fetch_smollm2 import default_cache_dir
+from torchtune_kd.tools.smollm2 import default_cache_dir
 
 
 def smollm2_folder() -> Path:

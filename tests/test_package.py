@@ -27,17 +27,39 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 MAPPED = {"torchtune_kd": "torchtune_kd"} | SETUPTOOLS["package-dir"]  # package: folder
 
-# Which of our own packages a package may import; beside itself, `_versions` and `_warnings` (standard library only).
+# What each room may import of ours, beside itself and EVERYWHERE; from the ground up, see docs/architecture.md.
+EVERYWHERE = {"torchtune_kd", "_versions", "_warnings"}
+_PARTS = {"losses", "config", "distributed", "data", "models"}
+_LOOP = {"kernels", "storage", *_PARTS, "teachers", "checkpoints"}
 FLOORS = {
-    "torchtune_kd.kernels": set(),
-    "torchtune_kd.models": set(),
-    "torchtune_kd.losses": {"torchtune_kd.kernels", "torchtune_kd.models"},
-    "torchtune_kd.training": {"torchtune_kd.kernels", "torchtune_kd.models", "torchtune_kd.losses"},
-    "torchtune_kd.configs": set(),
-    "torchtune_kd.launch": set(),
+    "kernels": set(),  # by relative imports alone: the folder is copied into other projects
+    "errors": set(),
+    "reports": {"errors"},
+    "storage": {"errors"},
+    "generation": {"errors"},
+    "losses": {"kernels"},
+    "config": {"errors", "losses"},
+    "distributed": {"errors", "config"},
+    "data": {"errors", "config", "distributed"},
+    "models": {"errors", "kernels", "losses", "config", "distributed"},
+    "teachers": {"errors", "storage", *_PARTS},
+    "checkpoints": {"errors", "storage", "config", "distributed", "data", "models"},
+    "training": {"errors", *_LOOP},
+    "plan": {"errors", "training", *_LOOP},
+    "evaluation": {"errors", "models", "generation", "reports", "storage"},
+    "tools": {"errors", "models", "generation", "reports", "storage"},
+    "demo": {"errors", "training", "plan", "evaluation", "tools", "generation", "reports", *_LOOP},
+    "recipes": {"errors", "training", "plan", *_LOOP},
+    "configs": set(),
+    "launch": set(),
+    # loaded by every `import torch`
+    "_registry": set(),
+    "__main__": {"_registry"},
+    "_versions": set(),
+    "_warnings": set(),
 }
-FLOORS["torchtune_kd.recipes"] = FLOORS["torchtune_kd.training"] | {"torchtune_kd.training"}
-FLOORS["torchtune_kd.demo"] = FLOORS["torchtune_kd.recipes"] - {"torchtune_kd.recipes"}
+# what a laptop reads logs and draws pictures with
+WITHOUT_TORCH = {"reports", "configs", "launch", "_registry", "__main__", "_versions", "_warnings"}
 
 
 def modules():
@@ -52,23 +74,24 @@ MODULES = list(modules())
 
 
 def imports(module, file):
-    """The absolute names that a file imports anywhere in it, with the dots of relative ones resolved."""
+    """The absolute names that a file imports anywhere in it, with their lines; dots of relative ones resolved."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 up = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join((*up, base)) if base else ".".join(up)
             # `from torchtune_kd import losses` imports torchtune_kd.losses
-            yield from (f"{base}.{alias.name}" if base == "torchtune_kd" else base for alias in node.names)
+            for alias in node.names:
+                yield (f"{base}.{alias.name}" if base == "torchtune_kd" else base), node.lineno
 
 
-def floor(module):
-    """`torchtune_kd.losses._base` -> `torchtune_kd.losses`; `torchtune_kd._registry` -> itself."""
-    return ".".join(module.split(".")[:2])
+def room(module):
+    """`torchtune_kd.losses.base` -> `losses`; `torchtune_kd` -> itself."""
+    return (module.split(".") + [module])[1] if "." in module else module
 
 
 def test_package_list_equals_the_tree():
@@ -83,23 +106,29 @@ def test_every_folder_with_python_is_a_package():
 
 def test_the_walk_sees_the_tree():
     """The tests below are empty where this one fails."""
-    assert {floor(module) for module, _ in MODULES} >= set(FLOORS)
-    assert "torch" in {name for module, file in MODULES for name in imports(module, file)}
+    assert {room(module) for module, _ in MODULES} == {*FLOORS, "torchtune_kd"}
+    assert "torch" in {name for module, file in MODULES for name, _ in imports(module, file)}
 
 
 @pytest.mark.parametrize("module, file", MODULES, ids=[module for module, _ in MODULES])
 def test_imports_only_point_down(module, file):
-    here = floor(module)
-    ours = {floor(name) for name in imports(module, file) if name.partition(".")[0] == "torchtune_kd"}
-    light = {"torchtune_kd", "torchtune_kd.__version__", "torchtune_kd._versions", "torchtune_kd._warnings"}
-    if here in FLOORS:
-        allowed = FLOORS[here] | {here}
-        if here != "torchtune_kd.kernels":
-            allowed |= light
-    else:  # the package itself and its private modules are loaded by every `import torch`
-        allowed = light | {"torchtune_kd._registry"}
-    assert ours <= allowed
-    assert not {name.partition(".")[0] for name in imports(module, file)} & {"tests", "benchmarks"}
+    here = room(module)
+    allowed = FLOORS.get(here, set()) | {here} | (set() if here == "kernels" else EVERYWHERE)
+    wrong = []
+    for name, line in imports(module, file):
+        top = name.partition(".")[0]
+        leaves = top == "torchtune_kd" and name != "torchtune_kd.__version__" and room(name) not in allowed
+        if leaves or top in {"tests", "benchmarks", "unittest"} or (top == "torch" and here in WITHOUT_TORCH):
+            wrong.append(f"{file.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_floors_hold_no_circle():
+    """Every room can be built after the rooms that it may import."""
+    built = set()
+    while ready := {name for name, below in FLOORS.items() if name not in built and below <= built}:
+        built |= ready
+    assert built == set(FLOORS)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +168,7 @@ def test_what_is_imported_is_declared():
     distributions = packages_distributions()
     imported = set()
     for module, file in MODULES:
-        for name in imports(module, file):
+        for name, _ in imports(module, file):
             top = name.partition(".")[0]
             if top not in sys.stdlib_module_names and top != "torchtune_kd":
                 imported |= {found.lower().replace("_", "-") for found in distributions.get(top, [top])}

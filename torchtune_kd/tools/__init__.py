@@ -1,6 +1,6 @@
 """Commands on checkpoints: fetch a model, read GGUF files, keep some of the layers."""
 
-from torchtune_kd.tools.fetch_smollm2 import fetch_smollm2
+from torchtune_kd.tools.smollm2 import fetch_smollm2
 from torchtune_kd.tools.gguf_reader import gguf_to_hf
 from torchtune_kd.tools.layer_choice import (
     layer_influence,
