@@ -24,7 +24,7 @@ OLDEST := .venv-oldest
 EXPORTS := .venv-exports
 
 .DEFAULT_GOAL := install
-.PHONY: install exports demo test test-fast test-oldest lint format build clean
+.PHONY: install exports demo docs test test-fast test-oldest lint format build clean
 
 install: $(INSTALLED)
 
@@ -70,11 +70,16 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ and the API reference, in site/. Material announces another project's plans with every build.
+docs: export NO_MKDOCS_2_WARNING ?= 1
+docs: install
+	$(BIN)/mkdocs build --strict
+
 # setuptools would pack what an earlier build left in build/.
 build: install
 	rm -rf build
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EXPORTS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(EXPORTS) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
