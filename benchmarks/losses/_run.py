@@ -1,4 +1,4 @@
-"""All cells of a plan: in this process on a GPU, each in a process of its own on a CPU."""
+"""All cells of a plan: in this process on a GPU, each in a process of its own on a CPU unless told otherwise."""
 
 import gc
 import json
@@ -60,15 +60,27 @@ def select(case: Case, words: list[str] | None) -> list[Implementation]:
     return sorted(wanted, key=lambda one: one.slow)
 
 
-def run_case(case: Case, device: str, words: list[str] | None, budget: float, clock: Clock) -> Result:
-    """Measure a case; cells for which no time is left, or that cannot run here, say so."""
+def run_case(
+    case: Case, device: str, words: list[str] | None, budget: float, clock: Clock, apart: bool | None = None
+) -> Result:
+    """Measure a case; cells for which no time is left, or that cannot run here, say so.
+
+    Args:
+        case (Case): what to compute.
+        device (str): ``cuda`` or ``cpu``.
+        words (list[str] | None): only implementations that hold one of them.
+        budget (float): seconds to repeat a cell for.
+        clock (Clock): of the whole run.
+        apart (bool | None): a process of its own for each cell; None: on a CPU.
+    """
     candidates = select(case, words)
     reasons = {one.key: one.missing(device, case) for one in candidates}
     runnable = [one for one in candidates if reasons[one.key] is None]
     measured: dict[str, Cell] = {}
     if runnable and clock.left() > 0:
         try:
-            with _measurer(case, device, runnable, budget, clock) as measurer:
+            apart = device != "cuda" if apart is None else apart
+            with _measurer(case, device, runnable, budget, clock, apart) as measurer:
                 for one in runnable:
                     measured[one.key] = measurer(one) if clock.left() > 0 else Cell(one.key, clock.reason)
         except torch.cuda.OutOfMemoryError:
@@ -80,7 +92,7 @@ def run_case(case: Case, device: str, words: list[str] | None, budget: float, cl
 
 @contextmanager
 def _measurer(
-    case: Case, device: str, implementations: list[Implementation], budget: float, clock: Clock
+    case: Case, device: str, implementations: list[Implementation], budget: float, clock: Clock, apart: bool
 ) -> Iterator[Callable[[Implementation], Cell]]:
     """What measures one implementation after another on the same inputs."""
     gc.collect()
@@ -88,7 +100,7 @@ def _measurer(
         torch.cuda.empty_cache()
     inputs = make_inputs(case, device)
     truths = _truths(inputs, case, implementations)
-    if device == "cuda":
+    if not apart:
         yield lambda one: _in_this_process(one, case, inputs, truths.get(_truth_key(one, case)), budget, clock)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +127,7 @@ def _in_this_process(
     one: Implementation, case: Case, inputs: Inputs, truth: Truth | None, budget: float, clock: Clock
 ) -> Cell:
     cell = measure_cell(one, inputs, truth, case, budget)
-    if cell.missing:
+    if cell.missing and inputs.student.is_cuda:
         try:
             torch.cuda.synchronize()
         except Exception:  # an illegal access: nothing more runs on the GPU in this process

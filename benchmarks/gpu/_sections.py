@@ -1,0 +1,60 @@
+"""The sections in their order, and their shares of the time."""
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+MINUTES = 8.0
+REHEARSAL_MINUTES = 2.0
+
+
+class Section(NamedTuple):
+    """One section of the report.
+
+    Attributes:
+        name (str): of its module here, and in ``--sections``.
+        minutes (float): of :data:`MINUTES`; what one leaves over goes to those after it.
+        parallel (bool): its parts, and those of the next section, may run at the same time: nothing is timed.
+    """
+
+    name: str
+    minutes: float
+    parallel: bool = False
+
+    @property
+    def module(self) -> ModuleType:
+        """Module with ``TITLE``, ``PARTS``, ``run``, ``problems`` and ``render``."""
+        return importlib.import_module(f"{__package__}.{self.name}")
+
+
+SECTIONS = (
+    Section("machine", 0.5),
+    Section("plan", 0.0, parallel=True),
+    Section("kernels", 1.9, parallel=True),
+    Section("losses", 2.0),
+    Section("steps", 2.6),
+    Section("waits", 0.8),
+)
+
+
+def find(name: str) -> Section:
+    return next(section for section in SECTIONS if section.name == name)
+
+
+def groups(names: list[str] | None, together: bool = False) -> list[list[Section]]:
+    """Return the wanted sections, those that may run together in one list; the machine always comes first.
+
+    The steps are compared with their plan, so that comes with them. ``together``: nothing is timed, so that all but the
+    machine may run together.
+    """
+    wanted = None if names is None else {"machine", *names, *(("plan",) if "steps" in names else ())}
+    chosen = [section for section in SECTIONS if wanted is None or section.name in wanted]
+    result: list[list[Section]] = []
+    for section in chosen:
+        if together and section.name != "machine":
+            section = section._replace(parallel=True)
+        if section.parallel and result and result[-1][-1].parallel:
+            result[-1].append(section)
+        else:
+            result.append([section])
+    return result

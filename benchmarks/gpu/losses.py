@@ -1,0 +1,77 @@
+"""The loss benchmark with the peers that are installed: what :mod:`benchmarks.losses` measures, within the time."""
+
+from typing import Any
+
+from ..losses._case import Case, plan
+from ..losses._cell import Cell
+from ..losses._counts import Rates
+from ..losses._report import case_table, footnotes, target_table
+from ..losses._run import Clock, Result, run_case
+from ._job import Emit, Job, Row, Skip
+
+TITLE = "The losses and their peers"
+PARTS = ("",)
+SECONDS_PER_CELL = 0.3
+# few and small, of both operations
+_REHEARSED = (
+    Case(tokens=8, vocab=300),
+    Case(op="linear", tokens=8, vocab=300, widths=(32, 64), ignored=0.5),
+)
+
+
+def run(job: Job, emit: Emit) -> None:
+    """Measure case after case, those with a target first; each is a row."""
+    if "copy_bytes" not in job.facts:
+        raise Skip("the rates of the device are not known, see the first section")
+    clock = Clock(job.seconds)
+    cases = list(_REHEARSED if job.rehearse else plan(job.device))
+    words = ["ours-torch", "ours-triton"] if job.rehearse else None
+    for index, case in enumerate(cases):
+        if clock.left() <= 0:
+            emit({"left_out": len(cases) - index})
+            return
+        result = run_case(case, job.device, words, 0.0 if job.rehearse else SECONDS_PER_CELL, clock, apart=False)
+        emit({"case": case._asdict(), "cells": [cell._asdict() for cell in result.cells]})
+
+
+def results(rows: list[Row]) -> list[Result]:
+    """Return the measured cases."""
+    return [
+        Result(
+            Case(**row["case"] | {"widths": tuple(row["case"]["widths"])}),
+            [Cell(**cell | {"notes": tuple(cell["notes"])}) for cell in row["cells"]],
+        )
+        for row in rows
+        if "case" in row
+    ]
+
+
+def problems(rows: list[Row]) -> list[str]:
+    """Return a line for each of our own calls that failed."""
+    return [
+        f"{result.case.name}: {cell.key} {cell.missing}"
+        for result in results(rows)
+        for cell in result.cells
+        if cell.key.startswith("ours") and (cell.missing or "").startswith(("failed", "out of memory"))
+    ]
+
+
+def render(rows: list[Row], facts: dict[str, Any]) -> str:
+    """The targets, a table a case, the footnotes."""
+    measured = results(rows)
+    if not measured:
+        return "No case was measured."
+    rates = Rates(facts["copy_bytes"], facts["matrix_flops"])
+    device = "cuda" if facts.get("name") else "cpu"
+    parts = [
+        "`bound` is the least time at the measured rates over the time: a fraction of the memory bandwidth for losses "
+        "of logits, of the matrix products' rate for losses of hidden states. `vs ours` is the time over that of "
+        "ours-triton. `python -m benchmarks.losses --help` says more."
+    ]
+    if device == "cuda":
+        parts.append(target_table(measured, device))
+    parts += [case_table(result, rates) for result in measured]
+    left_out = sum(row.get("left_out", 0) for row in rows)
+    if left_out:
+        parts.append(f"{left_out} more cases were not reached; `python -m benchmarks.losses` runs them all.")
+    return "\n\n".join([*parts, footnotes(measured) or ""]).rstrip()
