@@ -23,13 +23,14 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
     ``flops`` are those of the matrix products (attention's are not counted) that both recipes need, ``rate`` is the
     most of them per second that a product alone reaches here: no step can be shorter than their quotient.
     """
-    settings = kd.read_settings(cfg, distributed=False)
-    run = kd.set_up(cfg, settings, kd.single_process(settings.device))
+    config = kd.read_config(cfg, distributed=False)
+    settings = config.settings
+    run = kd.set_up(config, kd.join_world(settings))
     batch = next(iter(run.loader))
-    tokens, labels, decoder = batch["tokens"], batch["labels"], run.student.decoder
+    tokens, labels, decoder = batch.tokens, batch.labels, run.student.decoder
     with torch.no_grad():
         hidden, teacher_hidden = decoder(tokens), run.teacher(tokens)
-    weight, teacher_weight = output_head(decoder)[0].detach(), run.teacher.head()[0]
+    weight, teacher_weight = output_head(decoder)[0].detach(), run.teacher.signal(batch).head.weight
     student_rows, teacher_rows = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
     logits = student_rows @ weight.t()
 

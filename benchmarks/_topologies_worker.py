@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 
 import torchtune_kd.training as kd
 from torchtune_kd.checkpoints.export import full_state_dict
-from torchtune_kd.config.settings import Settings
-from torchtune_kd.data.batches import Batch
-from torchtune_kd.training.optim import build_optimizer
-from torchtune_kd.training.step import count_valid_tokens
+from torchtune_kd.models.build import build_student
+from torchtune_kd.teachers.live import build_teacher
+from torchtune_kd.training.step import gradient_norm
 
 ROWS, LENGTH, VOCABULARY, STEPS = 12, 24, 384, 10  # rows of a step divide by 1, 2, 3 and 4 processes
 SIZES = {"num_heads": 4, "num_kv_heads": 4, "embed_dim": 256, "intermediate_dim": 256}  # NF4 holds quarters of them
@@ -53,7 +52,7 @@ def config(kind: str, replicate_dim: int) -> DictConfig:
     )
 
 
-def batches(step: int, rank: int, size: int, ignore_index: int) -> list[Batch]:
+def batches(step: int, rank: int, size: int, ignore_index: int) -> list[kd.Batch]:
     """This process's two microbatches of a step.
 
     The valid tokens of a row are 0 to ``LENGTH`` many, of the last three rows none: the last process has a microbatch
@@ -66,25 +65,28 @@ def batches(step: int, rank: int, size: int, ignore_index: int) -> list[Batch]:
     labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) >= lengths, ignore_index)
     mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
     pairs = zip(tokens[mine, :-1].chunk(2), labels[mine].chunk(2), strict=True)
-    return [{"tokens": t, "labels": l} for t, l in pairs]
+    return [kd.Batch(t, l) for t, l in pairs]
 
 
-def train(cfg: DictConfig, settings: Settings, world: kd.World) -> Iterator[dict[str, float]]:
+def train(config: kd.Config, world: kd.World) -> Iterator[dict[str, float]]:
     """Loss and gradient norm of each step; at last, on rank 0, the student's weights before and after."""
-    loss = kd.build_kd_loss(cfg)
-    teacher = kd.build_teacher(cfg, settings, world)
-    student = kd.build_student(cfg, settings, world, loss, None, seed=1)
+    loss = config.kd_loss.build()
+    teacher = build_teacher(config, world)
+    student = build_student(config.model, config.settings, world, loss, None, seed=1)
     start = full_state_dict(student.decoder, world)
     trainable = [p for p in student.parameters() if p.requires_grad]
-    optimizer = build_optimizer(cfg, trainable)
-    for step in range(STEPS):
-        microbatches = batches(step, world.rank, world.size, loss.ignore_index)
-        sums = kd.accumulate_gradients(student, teacher, microbatches, (), loss.ignore_index, world)
-        count = world.sum(torch.tensor(float(count_valid_tokens(microbatches, loss.ignore_index))))
-        norm = kd.gradient_norm(trainable, settings.clip_grad_norm)
+    optimizer = config.optimizer.build(trainable)
+    for number in range(STEPS):
+        microbatches = batches(number, world.rank, world.size, loss.ignore_index)
+        step = kd.Step(student, microbatches, (), loss.ignore_index, world)
+        for batch in step:
+            step.backward(*student(batch, teacher.signal(batch), ()))
+        teacher.end_step(student)
+        norm = gradient_norm(trainable, config.settings.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        yield {"loss": float(world.sum(sums["loss"]) / count), "grad_norm": float(norm)}
+        mean = world.sum(step.sums["loss"]) / world.sum(step.sums["num_tokens"])
+        yield {"loss": float(mean), "grad_norm": float(norm)}
     yield {"start": start, "weights": full_state_dict(student.decoder, world)}
 
 
@@ -92,13 +94,12 @@ def main(folder: str, *runs: str) -> None:
     """``runs`` are ``kind:replicate_dim``; rank 0 writes ``<kind>-<replicate_dim>.safetensors`` for each."""
     for run in runs:
         kind, replicate_dim = run.split(":")
-        cfg = config(kind, int(replicate_dim))
-        settings = kd.read_settings(cfg, distributed=True)
+        read = kd.read_config(config(kind, int(replicate_dim)), distributed=True)
         if kind == "qlora" and os.environ["WORLD_SIZE"] == "1":
-            world = kd.single_process("cpu")  # FSDP2 shards NF4 over two or more
+            world = kd.World(torch.device("cpu"))  # FSDP2 shards NF4 over two or more
         else:
-            world = kd.join_process_group("cpu", replicate_dim=settings.data_parallel_replicate_dim)
-        *steps, last = train(cfg, settings, world)
+            world = kd.join_world(read.settings)
+        *steps, last = train(read, world)
         if world.is_rank_zero:
             numbers = {name: torch.tensor([step[name] for step in steps], dtype=torch.float64) for name in steps[0]}
             weights = {f"{when}.{name}": w.clone() for when, state in last.items() for name, w in state.items()}

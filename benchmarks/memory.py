@@ -81,10 +81,11 @@ def estimate(path: str | Path, processes: int = 2) -> Estimate:
     cfg = OmegaConf.load(path)
     if Path(path).stem.endswith("_distributed"):
         cfg.devices = processes
-    _, cfg, settings, layout = read_request(cfg)
-    models = build_models(cfg, settings, layout.shards)
-    sequence = cfg.tokenizer.get("max_seq_len") or SEQUENCE
-    memory, _ = plan_memory(cfg, settings, models, layout, sequence)
+    _, config, layout = read_request(cfg)
+    settings = config.settings
+    models = build_models(config, layout.shards)
+    sequence = config.tokenizer.get("max_seq_len") or SEQUENCE
+    memory, _ = plan_memory(config, models, layout, sequence)
     return Estimate(
         processes=layout.processes,
         batch=settings.batch_size,

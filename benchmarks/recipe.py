@@ -46,7 +46,7 @@ def stock_recipe() -> Path:
 def our_recipe() -> Path:
     import torchtune_kd.recipes
 
-    return Path(torchtune_kd.recipes.__path__[0]) / "kd_single_device.py"
+    return Path(torchtune_kd.recipes.__path__[0]) / "kd.py"
 
 
 def write_rows(path: Path, rows: int) -> None:

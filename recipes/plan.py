@@ -20,7 +20,7 @@ def recipe_main(cfg: DictConfig) -> None:
     ``bandwidth`` (GB/s) in place of the table's, ``link_bandwidth`` and ``network_bandwidth`` (GB/s in one direction),
     ``sequence_length``, and ``json=True``, also written ``--json``, which prints nothing but JSON.
     """
-    planned = plan.plan_run(cfg)
+    planned = plan.plan_run(*plan.read_request(cfg))
     print(json.dumps(plan.as_dict(planned), indent=2) if planned.request.json else plan.as_text(planned))
 
 

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchtune_kd.training.events import EVENTS
 
-RECIPES = {1: "torchtune_kd.recipes.kd_single_device", 2: "torchtune_kd.recipes.kd_distributed"}
+RECIPE = "torchtune_kd.recipes.kd"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "datasets", *RECIPES.values()])
+_context.set_forkserver_preload(["torch", "datasets", RECIPE])
 
 
 def needs_fsdp2_on_a_cpu() -> None:
@@ -39,16 +39,22 @@ class ForkedRun:
 
     Args:
         cfg (DictConfig): the config.
-        size (int): 1 runs kd_single_device, more run kd_distributed.
-        recipe (str | None): another module than that.
+        size (int): processes.
+        recipe (str): the module that every process runs.
+        distributed (bool | None): whether they form a process group; None: where there are several.
         hold (tuple[str, int] | None): an event, and the how many-th of it; rank 0's main thread sleeps there.
     """
 
     def __init__(
-        self, cfg: DictConfig, size: int = 1, recipe: str | None = None, hold: tuple[str, int] | None = None
+        self,
+        cfg: DictConfig,
+        size: int = 1,
+        recipe: str = RECIPE,
+        hold: tuple[str, int] | None = None,
+        distributed: bool | None = None,
     ) -> None:
-        recipe = recipe or RECIPES[min(size, 2)]
-        if recipe == RECIPES[2]:
+        distributed = size > 1 if distributed is None else distributed
+        if distributed:
             needs_fsdp2_on_a_cpu()
         folder = Path(cfg.output_dir).parent
         name = f"{Path(cfg.output_dir).name}_{time.monotonic_ns()}"
@@ -65,7 +71,7 @@ class ForkedRun:
                 str(self._config),
                 rank,
                 size,
-                str(self._store),
+                str(self._store) if distributed else None,
                 str(self._outputs[rank]),
                 sender,
                 hold,
@@ -123,7 +129,7 @@ class ForkedRun:
 
 
 def _main(
-    recipe: str, config: str, rank: int, size: int, store: str, output: str, events: Any, hold: Any, woken: Any
+    recipe: str, config: str, rank: int, size: int, store: str | None, output: str, events: Any, hold: Any, woken: Any
 ) -> None:
     import torch.distributed as dist
 
@@ -133,15 +139,14 @@ def _main(
     torch.set_num_threads(1)
     if rank != 0:
         events.close()
-    if recipe != RECIPES[1]:
+    if store is not None:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "", "MASTER_PORT": ""}
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     sys.argv = [recipe, "--config", config]
     module = __import__(recipe, fromlist=["recipe_main"])
-    if rank == 0 and recipe in RECIPES.values():
-        (name,) = (name for name in vars(module) if name.startswith("KDRecipe"))
-        setattr(module, name, _announcing(getattr(module, name), events, hold, woken))
+    if rank == 0 and recipe == RECIPE:
+        module.KDRecipe = _announcing(module.KDRecipe, events, hold, woken)
     sys.exit(module.recipe_main())
 
 
@@ -149,8 +154,8 @@ def _announcing(recipe_class: Any, events: Any, hold: tuple[str, int] | None, wo
     """The recipe, which sends a word at every event of its run and sleeps at the one to ``hold``."""
 
     class Announcing(recipe_class):
-        def setup(self, cfg: DictConfig) -> None:
-            super().setup(cfg)
+        def setup(self) -> None:
+            super().setup()
             for event in EVENTS:
                 self._run.on(event, functools.partial(tell, event, itertools.count(1)))
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from torchtune_kd.data.steps import microbatches
 from torchtune_kd.plan.tracker import tensor_bytes
-from torchtune_kd.training import microbatches, optimizer_step
 
 # Millions of student weights: layers of teacher and student, width, width of the MLP, vocabulary.
 SIZES = {
@@ -45,14 +45,15 @@ def weight_bytes(run: Any) -> int:
     return sum(tensor_bytes(t.to_local() if isinstance(t, DTensor) else t) for t in tensors)
 
 
-def measure_two_steps(run: Any) -> int:
+def measure_two_steps(recipe: Any) -> int:
     """Bytes of tensors at the highest point of the first two optimizer steps, by the allocator's own account."""
+    run = recipe._run
     held = weight_bytes(run)
     steps = list(microbatches(run.loader, run.settings.gradient_accumulation_steps, 2))
 
     def take_steps() -> None:
         for step in steps:
-            optimizer_step(run, step, 0)
+            recipe.train_step(run, step)
 
     return held + allocated(take_steps)[0]
 
@@ -77,9 +78,10 @@ def measured_step(cfg: DictConfig, recipe: type) -> tuple[int, Any]:
     """Run ``recipe`` for two steps; returns the bytes and the run, closed."""
     gc.collect()  # what is left of an earlier run must not be freed during this one
     made = recipe(cfg)
-    made.setup(cfg)
+    made.setup()
+    run = made._run
     try:
-        assert next(iter(made._run.loader))["tokens"].shape == (cfg.batch_size, cfg.tokenizer.max_seq_len - 1)
-        return measure_two_steps(made._run), made._run
+        assert next(iter(run.loader)).tokens.shape == (cfg.batch_size, cfg.tokenizer.max_seq_len - 1)
+        return measure_two_steps(made), run
     finally:
         made.cleanup()

@@ -28,7 +28,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 MAPPED = {"torchtune_kd": "torchtune_kd"} | SETUPTOOLS["package-dir"]  # package: folder
 
 # What each room may import of ours, beside itself and EVERYWHERE; from the ground up, see docs/architecture.md.
-EVERYWHERE = {"torchtune_kd", "_versions", "_warnings"}
+EVERYWHERE = {"torchtune_kd", "_versions", "_warnings", "_torchtune"}
 _PARTS = {"losses", "config", "distributed", "data", "models"}
 _LOOP = {"kernels", "storage", *_PARTS, "teachers", "checkpoints"}
 FLOORS = {
@@ -41,7 +41,7 @@ FLOORS = {
     "config": {"errors", "losses"},
     "distributed": {"errors", "config"},
     "data": {"errors", "config", "distributed"},
-    "models": {"errors", "kernels", "losses", "config", "distributed"},
+    "models": {"errors", "kernels", "losses", "config", "distributed", "data"},
     "teachers": {"errors", "storage", *_PARTS},
     "checkpoints": {"errors", "storage", "config", "distributed", "data", "models"},
     "training": {"errors", *_LOOP},
@@ -57,9 +57,10 @@ FLOORS = {
     "__main__": {"_registry"},
     "_versions": set(),
     "_warnings": set(),
+    "_torchtune": set(),
 }
 # what a laptop reads logs and draws pictures with
-WITHOUT_TORCH = {"reports", "configs", "launch", "_registry", "__main__", "_versions", "_warnings"}
+WITHOUT_TORCH = {"reports", "configs", "launch", "_registry", "__main__", "_versions", "_warnings", "_torchtune"}
 
 
 def modules():
@@ -91,7 +92,7 @@ def imports(module, file):
 
 def room(module):
     """`torchtune_kd.losses.base` -> `losses`; `torchtune_kd` -> itself."""
-    return (module.split(".") + [module])[1] if "." in module else module
+    return module.split(".")[1] if "." in module else module
 
 
 def test_package_list_equals_the_tree():
@@ -133,10 +134,11 @@ def test_floors_hold_no_circle():
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, id=file.name) for module, file in MODULES if module.startswith("torchtune_kd.kernels")],
+    [pytest.param(file, id=module) for module, file in MODULES if module.startswith("torchtune_kd.kernels")],
 )
 def test_kernels_stand_alone(file):
-    """The folder can be copied: relative imports, the standard library, torch and Triton."""
+    """The folder can be copied: relative imports that stay in it, the standard library, torch and Triton."""
+    depth = len(file.relative_to(ROOT / MAPPED["torchtune_kd.kernels"]).parts)
     tree = ast.walk(ast.parse(file.read_text()))
     names = set()
     for node in tree:
@@ -145,7 +147,7 @@ def test_kernels_stand_alone(file):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.partition(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 1, f"line {node.lineno} leaves the folder"
+            assert node.level <= depth, f"line {node.lineno} leaves the folder"
     assert names <= {"torch", "triton"} | sys.stdlib_module_names
 
 
@@ -257,7 +259,7 @@ def test_wheel_in_the_stock_command(wheel, tmp_path):
     """`tune ls` and `tune cp` find our files in an installed wheel, from a folder of the user's."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    recipe = site / "torchtune_kd" / "recipes" / "kd_distributed.py"
+    recipe = site / "torchtune_kd" / "recipes" / "kd.py"
     recipe.write_text(recipe.read_text() + "# the wheel's\n")
     tune = f"import sys; sys.path.insert(0, {str(site)!r}); from torchtune._cli.tune import main; main()"
 
@@ -268,7 +270,6 @@ def test_wheel_in_the_stock_command(wheel, tmp_path):
     listed = re.findall(r"torchtune_kd/\S+", run("ls"))
     expected = {"kd_single_device", "kd_distributed", "plan"}
     expected |= {str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")}
-    expected |= {"launch/kd_multinode.slurm", "launch/kd_pytorchjob.yaml"}
     assert sorted(listed) == sorted(f"torchtune_kd/{name}" for name in expected)
     run("cp", "torchtune_kd/kd_distributed", "mine.py")
     assert (tmp_path / "mine.py").read_text() == recipe.read_text()

@@ -54,7 +54,7 @@ def folders(tmp_path):
     """A recipes and a configs folder like ours."""
     recipes, configs = tmp_path / "some recipes", tmp_path / "configs"
     recipes.mkdir()
-    for name in ("kd_single_device", "kd_distributed", "plan"):
+    for name in ("kd", "plan"):
         (recipes / f"{name}.py").write_text(RECIPE)
     for name in ("fam/x_single_device", "fam/deep/y_single_device", "fam/x_distributed", "fam/notes"):
         file = configs / f"{name}.yaml"
@@ -89,8 +89,6 @@ def test_entries_follow_the_files(registry, folders):
     ]
     assert [config.name for config in distributed.configs] == [
         "torchtune_kd/fam/x_distributed",
-        "torchtune_kd/launch/kd_multinode.slurm",
-        "torchtune_kd/launch/kd_pytorchjob.yaml",
     ]
     assert (plan.name, plan.supports_distributed, plan.configs) == ("torchtune_kd/plan", False, [])
     for entry in (single, distributed, plan, *single.configs, *distributed.configs):
@@ -245,29 +243,6 @@ def test_tune_copies_by_name(folders, tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "name: fam/x_single_device\n"
 
 
-@pytest.mark.parametrize(
-    "destination, written", [(".", "kd_multinode.slurm"), ("mine.slurm", "mine.slurm"), ("job", "job")]
-)
-def test_a_launch_file_keeps_its_name(tmp_path, monkeypatch, destination, written):
-    """torchtune alone would write ``mine.yaml``, for which no one looks."""
-    import torch  # noqa: F401 - which registers us
-    from torchtune._cli.tune import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tune", "cp", "torchtune_kd/launch/kd_multinode.slurm", destination])
-    main()
-    assert [path.name for path in tmp_path.iterdir()] == [written]
-    assert (tmp_path / written).read_text() == (_registry._folder("launch", None) / "kd_multinode.slurm").read_text()
-
-
-@pytest.mark.slow
-def test_the_second_door_copies_launch_files_too(tmp_path):
-    arguments = ("cp", "torchtune_kd/launch/kd_multinode.slurm", "mine.slurm")
-    result = python("-m", "torchtune_kd", *arguments, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert result.returncode == 0, result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.slurm"]
-
-
 @pytest.mark.parametrize("recipe", ["kd_single_device", "plan"])
 def test_tune_runs_by_name(folders, tmp_path, recipe):
     """The recipe and the config are found by name, from a folder that has nothing to do with them."""
@@ -280,7 +255,8 @@ def test_tune_runs_by_name(folders, tmp_path, recipe):
         "kd_ratio=1",
     )
     result = tune(folders, *args, cwd=tmp_path)
-    assert result.stdout == f"ran {recipe}.py None --config {config} kd_ratio=1\n", result.stderr
+    file = "plan.py" if recipe == "plan" else "kd.py"
+    assert result.stdout == f"ran {file} None --config {config} kd_ratio=1\n", result.stderr
 
 
 @pytest.mark.slow
@@ -295,7 +271,7 @@ def test_tune_runs_by_name_under_torchrun(folders, tmp_path):
     )
     result = tune(folders, "run", *args, "x=1", cwd=tmp_path)
     ran = sorted(line for line in result.stdout.splitlines() if line.startswith("ran"))
-    assert ran == [f"ran kd_distributed.py {rank} --config {config} x=1" for rank in (0, 1)], result.stderr
+    assert ran == [f"ran kd.py {rank} --config {config} x=1" for rank in (0, 1)], result.stderr
 
 
 @pytest.mark.parametrize("autoload", ["0", pytest.param("1", marks=pytest.mark.slow)])

@@ -151,7 +151,7 @@ def test_a_program_of_the_users_is_left_as_it_is(fresh, caplog, monkeypatch):
     [
         ("python /bin/tune run torchtune_kd/kd_single_device --config my.yaml", True),
         ("python /bin/tune run --nproc_per_node 2 torchtune_kd/kd_distributed --config my.yaml", True),
-        ("python -u /site/torchtune_kd/recipes/kd_distributed.py --config my.yaml", True),
+        ("python -u /site/torchtune_kd/recipes/kd.py --config my.yaml", True),
         ("python -m torchtune_kd run torchtune_kd/plan --config my.yaml", True),
         ("python -m torchtune_kd.tools.prune --help", True),
         ("python /bin/tune run full_finetune_single_device --config my.yaml", False),

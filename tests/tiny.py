@@ -195,19 +195,20 @@ def make_config(folder: Path, kind: str = "full", rows: list[str] = ROWS, **over
 
 
 def run_in_process(cfg: DictConfig, on: Mapping[str, Callable[[Any], None]] | None = None) -> Any:
-    """Run ``kd_single_device`` from set-up to clean-up in this process; returns the recipe.
+    """Run the recipe from set-up to clean-up in this process; returns the run.
 
     ``on`` maps events to functions of the run, see :mod:`torchtune_kd.training.events`.
     """
-    from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
+    from torchtune_kd.recipes.kd import KDRecipe
 
-    recipe = KDRecipeSingleDevice(cfg)
-    recipe.setup(cfg)
+    recipe = KDRecipe(cfg)
+    recipe.setup()
     for event, listener in (on or {}).items():
         recipe._run.on(event, functools.partial(listener, recipe._run))
     recipe.train()
+    run = recipe._run
     recipe.cleanup()
-    return recipe
+    return run
 
 
 def run_tune(cfg: DictConfig, recipe: str, nproc: int | None = None, check: bool = True) -> subprocess.CompletedProcess:

@@ -5,7 +5,8 @@ The same as ``tune``, also where ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` keeps PyTor
 
 import sys
 
-from torchtune_kd._registry import append_recipes, keep_names_of_launch_files, say_at_exit
+from torchtune_kd._registry import append_recipes, say_at_exit
+from torchtune_kd._torchtune import recipe_registry, tune
 from torchtune_kd._versions import check_versions
 from torchtune_kd._warnings import silence_known_warnings
 
@@ -14,16 +15,10 @@ def main() -> None:
     silence_known_warnings()  # also where PyTorch loads no plug-ins
     try:
         check_versions()
-        from torchtune import _recipe_registry
-
-        append_recipes(_recipe_registry)
+        append_recipes(recipe_registry())
     except (ImportError, FileNotFoundError) as error:
         say_at_exit(error)
         sys.exit(1)
-    from torchtune._cli import cp
-    from torchtune._cli.tune import main as tune
-
-    keep_names_of_launch_files(cp)
     tune()
 
 

@@ -3,8 +3,7 @@
 torchtune has no plug-in hook: its command looks names up in `torchtune._recipe_registry._ALL_RECIPES`.
 PyTorch calls every entry point of the group ``torch.backends`` at the end of ``import torch``, and torchtune
 imports torch before it imports that list. `register` therefore puts a finder into `sys.meta_path` which waits
-for ``torchtune._recipe_registry`` and appends our entries as soon as torchtune itself has filled the list. It also
-waits for ``tune cp``, which would give a SLURM script the suffix ``.yaml``.
+for ``torchtune._recipe_registry`` and appends our entries as soon as torchtune itself has filled the list.
 
 It runs in every program that imports torch, so it does no more than that: no file is read and nothing is
 imported until somebody asks for torchtune's list. torchtune joins an entry's path to its own folder, and
@@ -14,22 +13,24 @@ joining a path with an absolute one keeps the absolute one, so absolute paths ar
 import sys
 from functools import cache
 
-_REGISTRY = "torchtune._recipe_registry"
-_COPY = "torchtune._cli.cp"
+from torchtune_kd._torchtune import REGISTRY as _REGISTRY
+
 _PREFIX = "torchtune_kd/"
-_LAUNCH = _PREFIX + "launch/"
-# each recipe, and how the names of its configs end; plan has none of its own and takes those of the others, which
-# `tune run` finds for it
-_RECIPES = {"kd_single_device": "_single_device", "kd_distributed": "_distributed", "plan": None}
+# each recipe's file, and how the names of its configs end; plan has none of its own and takes those of the others,
+# which `tune run` finds for it
+_RECIPES = {
+    "kd_single_device": ("kd.py", "_single_device"),
+    "kd_distributed": ("kd.py", "_distributed"),
+    "plan": ("plan.py", None),
+}
 
 
 def register() -> None:
     """Entry point ``torch.backends``. Calling it again changes nothing; it never raises."""
     if _RegistryFinder not in sys.meta_path:
         sys.meta_path.insert(0, _RegistryFinder)
-    for name, change in _CHANGES.items():
-        if name in sys.modules:
-            change(sys.modules[name])
+    if _REGISTRY in sys.modules:
+        _append_or_say_why(sys.modules[_REGISTRY])
     program = str((getattr(sys, "argv", None) or [""])[0])
     if program.endswith(("/tune", "\\tune", "\\tune.exe")):
         # With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
@@ -56,9 +57,8 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
     recipes = _folder("recipes", recipes_folder)
     configs = _folder("configs", configs_folder)
     files = sorted(configs.rglob("*.yaml"))
-    launch_files = [file for file in sorted(_folder("launch", None).iterdir()) if file.suffix in (".slurm", ".yaml")]
     known = {recipe.name for recipe in registry._ALL_RECIPES}
-    for recipe, ending in _RECIPES.items():
+    for recipe, (file_name, ending) in _RECIPES.items():
         if _PREFIX + recipe in known:
             continue
         entries = [
@@ -66,12 +66,10 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
             for file in files
             if ending is not None and file.stem.endswith(ending)
         ]
-        if recipe == "kd_distributed":  # beside the configs, so that `tune ls` shows them and `tune cp` finds them
-            entries += [registry.Config(name=_LAUNCH + file.name, file_path=str(file)) for file in launch_files]
         registry._ALL_RECIPES.append(
             registry.Recipe(
                 name=_PREFIX + recipe,
-                file_path=str(recipes / f"{recipe}.py"),
+                file_path=str(recipes / file_name),
                 configs=entries,
                 supports_distributed=ending == "_distributed",
             )
@@ -79,11 +77,11 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
 
 
 class _RegistryFinder:
-    """Finds the two modules of torchtune where Python would, and changes each once it is executed."""
+    """Finds torchtune's list where Python would, and appends to it once it is executed."""
 
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        if fullname not in _CHANGES:
+        if fullname != _REGISTRY:
             return None
         from importlib.machinery import PathFinder
 
@@ -92,11 +90,11 @@ class _RegistryFinder:
             return None  # not torchtune as we know it: leave it to the other finders
         execute = spec.loader.exec_module
 
-        def execute_and_change(module):
+        def execute_and_append(module):
             execute(module)
-            _CHANGES[fullname](module)
+            _append_or_say_why(module)
 
-        spec.loader.exec_module = execute_and_change
+        spec.loader.exec_module = execute_and_append
         return spec
 
 
@@ -105,29 +103,6 @@ def _append_or_say_why(registry) -> None:
         append_recipes(registry)
     except Exception as error:  # whatever is wrong with us, torchtune's own recipes must go on working
         say_at_exit(error)
-
-
-def keep_names_of_launch_files(module) -> None:
-    """`tune cp` changes the suffix of what it writes to that of a recipe or a config; a launch file keeps its own."""
-    from pathlib import Path
-
-    stock = getattr(getattr(module, "Copy", None), "_cp_cmd", None)
-    if stock is None or hasattr(stock, "keeps_names"):
-        return
-
-    class AsNamed(type(Path())):
-        suffix = ".yaml"  # what torchtune compares before it replaces it
-
-    def copy(self, args):
-        if str(args.file).startswith(_LAUNCH):
-            args.destination = AsNamed(args.destination)
-        return stock(self, args)
-
-    copy.keeps_names = True
-    module.Copy._cp_cmd = copy
-
-
-_CHANGES = {_REGISTRY: _append_or_say_why, _COPY: keep_names_of_launch_files}
 
 
 def _say_why_versions_fail() -> None:
@@ -162,7 +137,7 @@ def _say_once(sentence: str) -> None:
 
 
 def _folder(name: str, given):
-    """The folder itself: a wheel holds it in the package, an editable install maps it from the repository."""
+    """Return a folder of ours: a wheel holds it in the package, an editable install maps it from the repository."""
     from importlib.util import find_spec
     from pathlib import Path
 

@@ -42,7 +42,7 @@ def _installed(package: str) -> str | None:
 
 
 def _release(text: str) -> tuple[int, int]:
-    """The first two numbers of a version; `0.16.0.dev2025` counts as 0.16, whose removals it already has."""
+    """Return the first two numbers of a version; `0.16.0.dev2025` counts as 0.16, whose removals it already has."""
     match = re.match(r"(\d+)\.(\d+)", text)
     return (int(match[1]), int(match[2])) if match else (-1, -1)
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import PurePath
 
 _RECIPES = ("kd_single_device", "kd_distributed", "plan")
+_FILES = ("kd", "plan")
 _TORCHAO = "Skipping import of cpp extensions due to incompatible torch version"
 _PYTORCH = "Mismatch dtype between input and weight"
 
@@ -33,7 +34,7 @@ def silence_known_warnings() -> None:
 def is_our_program(command: Sequence[str]) -> bool:
     """Return whether a command line starts a recipe by its name or file, or one of our modules with ``-m``."""
     named = {f"torchtune_kd/{recipe}" for recipe in _RECIPES}
-    files = {("recipes", f"{recipe}.py") for recipe in _RECIPES}  # torchrun starts its workers so
+    files = {("recipes", f"{file}.py") for file in _FILES}  # torchrun starts its workers so
     return any(
         word in named or PurePath(word).parts[-2:] in files or (before == "-m" and word.startswith("torchtune_kd."))
         for before, word in zip(["", *command], command, strict=False)

@@ -165,14 +165,14 @@ def _is_first_to_say(sentence: str) -> bool:
 
 
 def _memory_is_full(error: BaseException) -> bool:
-    """The allocator's error, or that of NCCL, which takes memory of its own."""
+    """Recognise the allocator's error, or that of NCCL, which takes memory of its own."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, dist.DistError) and "out of memory" in str(error).lower()
     )
 
 
 def _a_process_is_missing(error: BaseException) -> bool:
-    """What collectives raise then: NCCL errors of their own type, gloo's a RuntimeError that names its source file."""
+    """Recognise what collectives raise then: NCCL's own type, gloo's a RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
@@ -210,19 +210,19 @@ def as_user_errors() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its full stop, to be quoted in a sentence."""
+    """Return the first line of an error that says something, without its full stop, to be quoted in a sentence."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__).rstrip(".")
 
 
 def nearest(key: str, known: Any) -> str:
-    """What to do about a key that is not among the ``known`` ones: the end of a sentence."""
+    """Say what to do about a key that is not among the ``known`` ones: the end of a sentence."""
     close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else "delete it or see `tune cp` for a config with every key."
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error that says something, with a full stop."""
+    """Return the first line of an error that says something, with a full stop."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
@@ -234,7 +234,7 @@ def say(sentence: str) -> None:
 
 @contextlib.contextmanager
 def loading(model: str, device: torch.device) -> Iterator[None]:
-    """Memory that runs out in the block, in which ``model`` is built and loaded, ends the run with a sentence.
+    """End the run with a sentence where memory runs out in the block, in which ``model`` is built and loaded.
 
     There are no sizes yet to weigh settings by, as there are in a step; ``torchtune_kd/plan`` has them.
 
@@ -250,3 +250,23 @@ def loading(model: str, device: torch.device) -> Iterator[None]:
             "less of it; `tune run torchtune_kd/plan` with this config shows what each part takes. "
             f"({' '.join(str(error).split())[:300]})"
         ) from error
+
+
+PHASES = ("teacher", "student forward", "loss", "backward", "optimizer")
+
+
+class OutOfMemory(Exception):
+    """The device's memory is full. ``phase`` is one of :data:`PHASES`."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__(phase)
+        self.phase = phase
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say of memory that runs out in the block that it ran out in ``name``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(name) from error

@@ -4,7 +4,7 @@ import pytest
 from checkout import benchmarks
 from omegaconf import OmegaConf
 
-from torchtune_kd.training import read_settings
+from torchtune_kd.training import read_config
 
 
 def test_the_sides_differ_in_checkpoints_alone(tmp_path):
@@ -19,7 +19,7 @@ def test_the_sides_differ_in_checkpoints_alone(tmp_path):
         for side in checkpointing.SIDES
     }
     for cfg in sides.values():
-        settings = read_settings(OmegaConf.create(cfg), distributed=False)
+        settings = read_config(OmegaConf.create(cfg), distributed=False).settings
         assert settings.max_steps_per_epoch == 50 and settings.batch_size == 2
     saves = {
         side: (cfg.pop("save_every_n_steps"), cfg.pop("enable_async_checkpointing")) for side, cfg in sides.items()

@@ -5,7 +5,7 @@ from checkout import benchmarks
 from omegaconf import OmegaConf
 from tiny import LORA, STUDENT, TEACHER, VOCAB, make_config
 
-from torchtune_kd.training import read_settings
+from torchtune_kd.training import read_config
 
 
 def test_the_sides_differ_in_their_losses_alone(tmp_path):
@@ -19,7 +19,7 @@ def test_the_sides_differ_in_their_losses_alone(tmp_path):
         )
         for side in ("stock", "ours")
     )
-    settings = read_settings(OmegaConf.create(ours), distributed=False)
+    settings = read_config(OmegaConf.create(ours), distributed=False).settings
     assert (settings.batch_size, settings.max_steps_per_epoch) == (recipe.BATCH, 5)
     assert stock.pop("loss")["_component_"] == "torchtune.modules.loss.CEWithChunkedOutputLoss"
     assert stock.pop("kd_loss")["_component_"] == "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"

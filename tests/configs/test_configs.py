@@ -23,11 +23,12 @@ from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import ModelType
 
 import torchtune_kd.losses
-from torchtune_kd.config.settings import COMPONENTS, Settings, read_settings
+from torchtune_kd.config.sections import section_of
+from torchtune_kd.config.settings import COMPONENTS, Settings
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.nf4 import check_nf4_shapes
-from torchtune_kd.training import UserError, World, build, build_kd_loss
-from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler
+from torchtune_kd.training import UserError, World, read_config
+from torchtune_kd.training.optim import build_lr_scheduler, build_profiler
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = CHECKOUT / "configs"
@@ -71,7 +72,7 @@ def sections(node: Any, path: str = "") -> list[tuple[str, dict]]:
 def meta_model(section: str) -> TransformerDecoder:
     """A model on the meta device from its section as JSON, so that files with equal sections build it once."""
     settings = Settings(output_dir="", device="cpu", dtype="bf16")
-    return on_meta(OmegaConf.create({"model": json.loads(section)}), "model", settings, World(torch.device("cpu")))
+    return on_meta(section_of("model", json.loads(section)), settings, World(torch.device("cpu")))
 
 
 def model_of(cfg: DictConfig, name: str) -> TransformerDecoder:
@@ -82,7 +83,7 @@ def test_all_files_are_walked_and_listed():
     assert len(FILES) == len(list(CONFIGS.rglob("*.yaml"))) >= 15
     assert not list(CONFIGS.rglob("*.yml")), "tune ls looks for *.yaml alone"
     names = {config.name for recipe in get_all_recipes() for config in recipe.configs}
-    listed = {n for n in names if n.startswith("torchtune_kd/") and not n.startswith("torchtune_kd/launch/")}
+    listed = {n for n in names if n.startswith("torchtune_kd/")}
     assert {f"torchtune_kd/{path.relative_to(CONFIGS).with_suffix('').as_posix()}" for path in FILES} == listed
 
 
@@ -100,24 +101,25 @@ def test_everything_a_config_names_can_be_built(path):
     for name in ("checkpointer", "teacher_checkpointer"):
         assert hasattr(ModelType, found[name]["model_type"])
 
-    settings = read_settings(cfg, distributed=is_distributed(path))
+    config = read_config(cfg, distributed=is_distributed(path))
+    settings = config.settings
     assert (settings.dtype, settings.resume_from_checkpoint, "loss" in cfg) == ("bf16", False, False)
     student, teacher = model_of(cfg, "model"), model_of(cfg, "teacher_model")
     assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
     assert check_vocabularies(student, teacher) == min(m.tok_embeddings.num_embeddings for m in (student, teacher))
 
     # the demo's config: the temperature its experiment log settled on
-    assert build_kd_loss(cfg).temperature == (1.5 if path.stem == "135M_to_15L_KD_full_single_device" else 2.0)
-    optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(2))])
-    assert build_lr_scheduler(cfg, optimizer, total_steps=200).last_epoch == 0
-    assert build_profiler(cfg, torch.device("cpu")) is not None
+    assert config.kd_loss.build().temperature == (1.5 if path.stem == "135M_to_15L_KD_full_single_device" else 2.0)
+    optimizer = config.optimizer.build([nn.Parameter(torch.zeros(2))])
+    assert build_lr_scheduler(config.lr_scheduler, optimizer, total_steps=200).last_epoch == 0
+    assert build_profiler(config.profiler, torch.device("cpu")) is not None
 
 
 @each_config
 def test_header_says_how_to_run_the_file_it_stands_in(path):
     name = f"torchtune_kd/{path.relative_to(CONFIGS).with_suffix('').as_posix()}"
     recipe = "kd_distributed" if is_distributed(path) else "kd_single_device"
-    assert (CHECKOUT / "recipes" / f"{recipe}.py").is_file()
+    assert f"torchtune_kd/{recipe}" in {known.name for known in get_all_recipes()}
     stock = {c.name for r in get_all_recipes() for c in r.configs}
     ours = []
     for line in re.findall(r"^#   (tune run .*)$", header(path), re.MULTILINE):
@@ -128,7 +130,7 @@ def test_header_says_how_to_run_the_file_it_stands_in(path):
             ours.append(words[at - 1 : at + 2])
             assert ("--nproc_per_node" in words) == is_distributed(path)
             overridden = OmegaConf.merge(load(path), OmegaConf.from_dotlist(words[at + 2 :]))
-            read_settings(overridden, distributed=is_distributed(path))
+            read_config(overridden, distributed=is_distributed(path))
     assert len(ours) == 2 and all(words == [f"torchtune_kd/{recipe}", "--config", name] for words in ours)
     assert load(path).output_dir.startswith("/tmp/torchtune_kd/")
 
@@ -144,7 +146,7 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
             assert (path.parent.name, name) == ("smollm2", "checkpointer")
             from torchtune_kd.tools.prune import _parse as prune_arguments
 
-            (prune,) = re.findall(r"^#   python -m torchtune_kd\.models\.prune (.*)$", header(path), re.MULTILINE)
+            (prune,) = re.findall(r"^#   python -m torchtune_kd\.tools\.prune (.*)$", header(path), re.MULTILINE)
             (options,) = re.findall(r"^#   (--strategy influence .*)$", header(path), re.MULTILINE)
             args = prune_arguments(shlex.split(prune))
             assert args.strategy == "even"
@@ -191,7 +193,7 @@ def test_misspelt_keys_are_found_wherever_they_stand(path):
 
 def refused(path: Path, content: dict, wrong: str, meant: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_settings(OmegaConf.create(content), distributed=is_distributed(path))
+        read_config(OmegaConf.create(content), distributed=is_distributed(path))
     assert f"`{wrong}`" in str(caught.value) and f"did you mean `{meant}`?" in str(caught.value)
 
 
@@ -200,7 +202,7 @@ def test_keys_that_only_the_reader_of_files_knows_are_found_when_it_is_called(tm
     cfg = load(CONFIGS / "smollm2" / "135M_to_15L_KD_full_single_device.yaml")
     cfg.data_dir, cfg.dataset.data_filess = str(tmp_path), "x"
     with pytest.raises(UserError, match=r"`dataset` cannot be built.*data_filess"):
-        build(cfg, "dataset", object())
+        section_of("dataset", cfg.dataset).build(object())
 
 
 @each_config
@@ -211,7 +213,8 @@ def test_options_that_are_commented_out_work(path):
         assert "\ndataset_val:\n" in text
         return
     cfg = OmegaConf.create(text + re.sub(r"^# ", "", block.group(), flags=re.MULTILINE))
-    settings = read_settings(cfg, distributed=is_distributed(path))
+    config = read_config(cfg, distributed=is_distributed(path))
+    settings = config.settings
     assert settings.run_val_every_n_steps and settings.max_val_batches and settings.batch_size_val
 
 
@@ -223,7 +226,7 @@ def test_comment_names_every_other_divergence(path):
     for name in named:
         cfg = load(path)
         cfg.kd_loss._component_ = f"torchtune_kd.losses.{name}"
-        assert type(build_kd_loss(cfg)).__name__ == name
+        assert type(section_of("kd_loss", cfg.kd_loss).build()).__name__ == name
 
 
 def test_nf4_fits_the_numbers_of_processes_that_the_header_names():

@@ -15,7 +15,7 @@ from torchtune import config
 
 from torchtune_kd.config.checks import check_tokenizer
 from torchtune_kd.data.batches import check_ids
-from torchtune_kd.plan import as_dict, plan_run
+from torchtune_kd.plan import as_dict, plan_run, read_request
 from torchtune_kd.training import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -142,10 +142,10 @@ def test_plan_checks_the_tokenizer_where_its_file_is_there(tmp_path):
     path = CONFIGS / "llama3_2" / "8B_to_1B_KD_lora_single_device.yaml"
     missing = "the tokenizer fits the models: /tmp/Llama-3.2-1B-Instruct/original/tokenizer.model is not there"
     cfg = small(path, tmp_path)
-    assert not any(missing in said for said in as_dict(plan_run(cfg))["assumptions"])
+    assert not any(missing in said for said in as_dict(plan_run(*read_request(cfg)))["assumptions"])
     for name in ("model", "teacher_model"):
         cfg[name].vocab_size = 49152
     with pytest.raises(UserError, match="49152 ids, but the one under `tokenizer` has 128257"):
-        plan_run(cfg)
+        plan_run(*read_request(cfg))
     cfg.tokenizer.path = "/tmp/Llama-3.2-1B-Instruct/original/tokenizer.model"
-    assert any(missing in said for said in as_dict(plan_run(cfg))["assumptions"])
+    assert any(missing in said for said in as_dict(plan_run(*read_request(cfg)))["assumptions"])

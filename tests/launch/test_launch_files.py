@@ -16,6 +16,7 @@ from tiny import ROWS, make_config
 
 import torchtune_kd
 from torchtune_kd.config.settings import Settings
+from torchtune_kd.launch.__main__ import main
 
 FOLDER = Path(torchtune_kd.__file__).parent / "launch"
 SLURM = FOLDER / "kd_multinode.slurm"
@@ -152,3 +153,14 @@ def test_the_manifest_starts_the_same_pod_on_every_node():
     assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in replicas["Worker"]["template"]["spec"]["volumes"]}
+
+
+def test_the_files_are_copied_and_replace_nothing(tmp_path, capsys):
+    main([str(tmp_path)])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        path.name: path.read_text() for path in (SLURM, MANIFEST)
+    }
+    for folder, said in ((tmp_path, "is there already"), (tmp_path / "nowhere", "expected an existing folder")):
+        with pytest.raises(SystemExit) as ended:
+            main([str(folder)])
+        assert ended.value.code == 2 and said in capsys.readouterr().err

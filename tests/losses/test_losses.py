@@ -258,22 +258,6 @@ def test_compiled_by_torchtune_it_computes_the_same(make):
         assert torch.equal(grad_of(compiled(*inputs), student), grad_of(loss(*inputs), student))
 
 
-def test_hooks_of_later_torchtune_versions(caplog):
-    class Model(torch.nn.Module):
-        def set_num_output_chunks(self, chunks):
-            self.chunks = chunks
-
-    model = Model()
-    assert losses.TVDLoss().set_model_output(model) is None
-    assert not hasattr(model, "chunks")
-    losses.TVDWithChunkedOutputLoss(4).set_model_output(model)
-    assert model.chunks == 4
-    loss = losses.TVDLoss()
-    with caplog.at_level("INFO"):
-        assert loss.apply_compile_strategy(backend="inductor") is loss
-    assert "TVDLoss is not compiled" in caplog.text
-
-
 def test_importing_the_losses_does_not_import_torchtune():
     code = "import sys, torchtune_kd.losses; print('torchtune' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")

@@ -20,15 +20,15 @@ from tiny import (
 from torchtune import config, training
 
 from torchtune_kd.models.build import check_sharded_layers
-from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
-from torchtune_kd.training import RunError, UserError, read_settings
+from torchtune_kd.recipes.kd import KDRecipe
+from torchtune_kd.training import RunError, UserError, read_config
 
 
 def refuse(cfg) -> str:
     """The one sentence with which setting up ``cfg`` ends."""
     with pytest.raises(UserError) as caught:
-        recipe = KDRecipeSingleDevice(cfg)
-        recipe.setup(cfg)
+        recipe = KDRecipe(cfg)
+        recipe.setup()
     message = str(caught.value)
     assert "\n" not in message and message.endswith((".", "?", "!")), message
     return message
@@ -126,8 +126,8 @@ def test_interpolated_names_are_read(tmp_path):
     cfg = make_config(tmp_path)
     cfg.my_lr = 1e-3
     cfg.optimizer.lr = "${my_lr}"
-    recipe = KDRecipeSingleDevice(cfg)
-    recipe.setup(cfg)
+    recipe = KDRecipe(cfg)
+    recipe.setup()
     assert recipe._run.optimizer.param_groups[0]["lr"] == 1e-3
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_cut_short_by_a_broken_download(tmp_path):
 def test_keys_of_the_distributed_recipe(tmp_path):
     cfg = make_config(tmp_path, fsdp_cpu_offload=True)
     with pytest.raises(UserError, match="device` is cpu"):
-        read_settings(cfg, distributed=True)
+        read_config(cfg, distributed=True)
     for names, said in ((["layers"], "list of layers"), (["tok_embeddings"], "output head"), (["nothing"], "has not")):
         model = config.instantiate(cfg.model)
         with pytest.raises(UserError, match=said):
@@ -216,7 +216,7 @@ def test_every_stock_config_moves_over_by_the_three_lines_of_the_readme():
         cfg = OmegaConf.load(path)
         del cfg["loss"]
         cfg.kd_loss._component_ = "torchtune_kd.losses.ForwardKLLoss"
-        read_settings(cfg, distributed="distributed" in path.name)
+        read_config(cfg, distributed="distributed" in path.name)
 
 
 def test_empty_dataset(tmp_path):
@@ -248,7 +248,7 @@ def test_a_finished_run_is_not_written_over(tmp_path):
     assert all(path.read_bytes() == content for path, content in saved.items())
     cfg.overwrite_output_dir, cfg.epochs = True, 1
     run_in_process(cfg)
-    assert [path.name for path in (tmp_path / "out").glob("epoch_*")] == ["epoch_0"]  # no stale epoch_1
+    assert [path.name for path in (tmp_path / "out").glob("epoch_*")] == ["epoch_0"]  # no previous_run epoch_1
 
 
 def test_the_checkpoint_a_run_starts_from_is_not_replaced(tmp_path):

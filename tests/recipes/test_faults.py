@@ -21,7 +21,7 @@ from torchtune.modules import TransformerDecoder
 import torchtune_kd.models.student as models_module
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.storage.manifest import Manifest
-from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.teachers.live import LiveTeacher
 from torchtune_kd.training import RunError, Stopped, UserError, checkpoint_if_due
 
 
@@ -137,11 +137,11 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(tmp_path, c
     rows = ["good and long enough"] * 4 + ["some # inside"] + ["good again"] * 7
     cfg = with_bad_rows(tmp_path, rows, optimizer__weight_decay=0.1)
     cfg.epochs = 1
-    recipe = run_in_process(cfg)
+    run = run_in_process(cfg)
     steps = read_log(cfg.output_dir)
     assert [step.get("skipped_steps", 0) for step in steps] == [0, 1, 1]
     assert [step["loss"] == step["loss"] for step in steps] == [True, False, True]
-    assert recipe._run.optimizer.state[recipe._run.trainable[0]]["step"] == 2
+    assert run.optimizer.state[run.trainable[0]]["step"] == 2
     assert re.search(
         r"warning: step 2 is skipped, since its loss \(nan\) or gradient norm \(nan\) is not finite",
         capfd.readouterr().err,
@@ -185,7 +185,7 @@ def test_all_processes_skip_the_same_step(tmp_path):
 
 
 PHASES = {
-    "teacher": (Teacher, "forward"),
+    "teacher": (LiveTeacher, "forward"),
     "student forward": (TransformerDecoder, "forward"),
     "loss": (models_module, "linear_kd_loss"),
     "backward": (torch.Tensor, "backward"),

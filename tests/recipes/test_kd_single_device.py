@@ -25,6 +25,8 @@ from tiny import (
 from torchtune import config, training
 from torchtune.models.convert_weights import hf_to_tune
 
+from torchtune_kd.teachers.base import NoTeacher
+
 
 def losses(output_dir) -> list[float]:
     return [step["loss"] for step in read_log(output_dir) if "loss" in step]
@@ -34,7 +36,7 @@ def losses(output_dir) -> list[float]:
 @pytest.mark.parametrize("kind", ["full", "lora", "dora", "qlora", "qdora"])
 def test_every_kind_of_student_learns_and_its_checkpoint_is_its_weights(tmp_path, kind, dtype):
     cfg = make_config(tmp_path, kind, dtype=dtype, epochs=4, optimizer__lr=5e-3, kd_ratio=1.0)
-    recipe = run_in_process(cfg)
+    run = run_in_process(cfg)
 
     values = losses(cfg.output_dir)
     assert values[-1] < 0.9 * values[0]
@@ -50,9 +52,9 @@ def test_every_kind_of_student_learns_and_its_checkpoint_is_its_weights(tmp_path
         merged = config.instantiate(OmegaConf.create(model_section("full", STUDENT)))
     merged.load_state_dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
     tokens = torch.arange(3, 35).unsqueeze(0)
-    recipe._run.student.decoder.eval()
+    run.student.decoder.eval()
     with torch.no_grad():
-        ours = recipe._run.student.decoder.output(recipe._run.student.decoder(tokens)).float()
+        ours = run.student.decoder.output(run.student.decoder(tokens)).float()
         saved = merged(tokens)
     # merging rounds W + BA once more, the adapter's own path does not
     tolerance = {"fp32": 1e-4, "bf16": 0.02}[dtype] * ours.abs().max()
@@ -131,8 +133,8 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(tmp_path):
 def test_kd_ratio_0_needs_no_teacher(tmp_path):
     cfg = make_config(tmp_path, kd_ratio=0.0, max_steps_per_epoch=2)
     del cfg["teacher_model"], cfg["teacher_checkpointer"]
-    recipe = run_in_process(cfg)
-    assert recipe._run.teacher is None
+    run = run_in_process(cfg)
+    assert isinstance(run.teacher, NoTeacher)
     step = read_log(cfg.output_dir)[0]
     assert step["loss"] == pytest.approx(step["class_loss"])
     assert "kl" not in step
@@ -149,14 +151,14 @@ def test_kd_ratio_1_computes_no_cross_entropy(tmp_path):
 def test_left_over_microbatches_are_a_shorter_step(tmp_path):
     """24 rows, batch 4, accumulation 4: steps of 16 and 8 rows in each epoch, nothing carried over."""
     cfg = make_config(tmp_path, gradient_accumulation_steps=4, epochs=2, optimizer__lr=0.0)
-    recipe = run_in_process(cfg)
+    run = run_in_process(cfg)
     steps = read_log(cfg.output_dir)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     # at learning rate 0 the same rows give the same step: nothing leaked from one epoch into the next
     for name in ("loss", "grad_norm", "kl"):
         assert steps[2][name] == pytest.approx(steps[0][name], rel=1e-5)
         assert steps[3][name] == pytest.approx(steps[1][name], rel=1e-5)
-    assert recipe._run.global_step == 4
+    assert run.global_step == 4
 
 
 def test_a_step_without_a_single_valid_token_changes_nothing(tmp_path):
@@ -302,8 +304,8 @@ def test_lora_on_the_output_head_trains_it(tmp_path):
     untied = model_section("full", STUDENT, tied=False)
     write_checkpoint(tmp_path / "untied", untied, seed=3)
     cfg.checkpointer = checkpointer_section(tmp_path / "untied")
-    recipe = run_in_process(cfg)
-    assert recipe._run.student.decoder.output.lora_b.weight.abs().max() > 0
+    run = run_in_process(cfg)
+    assert run.student.decoder.output.lora_b.weight.abs().max() > 0
     values = losses(cfg.output_dir)
     assert values[6] < values[0]  # the same rows, an epoch later
 

@@ -52,11 +52,11 @@ def test_the_tokens_of_a_step_do_not_depend_on_the_number_of_processes():
     """And they are as unequal as the test above says."""
     batches = benchmarks("_topologies_worker").batches
     whole = batches(3, 0, 1, -100)
-    rows = torch.cat([batch["labels"] for batch in whole])
+    rows = torch.cat([batch.labels for batch in whole])
     for size in (2, 3, 4):
         parts = [batches(3, rank, size, -100) for rank in range(size)]
-        assert torch.equal(torch.cat([batch["labels"] for part in parts for batch in part]), rows)
-        counts = [sum(int((batch["labels"] != -100).sum()) for batch in part) for part in parts]
+        assert torch.equal(torch.cat([batch.labels for part in parts for batch in part]), rows)
+        counts = [sum(int((batch.labels != -100).sum()) for batch in part) for part in parts]
         assert len(set(counts)) == size
-        assert int((parts[-1][-1]["labels"] != -100).sum()) == 0  # the last microbatch of the last rank
+        assert int((parts[-1][-1].labels != -100).sum()) == 0  # the last microbatch of the last rank
     assert counts[-1] == 0  # of four ranks the last has no valid token at all

@@ -13,7 +13,7 @@ import pytest
 from measured import sized_config
 from omegaconf import OmegaConf
 
-from torchtune_kd.plan import as_dict, as_text, plan_run
+from torchtune_kd.plan import as_dict, as_text, plan_run, read_request
 from torchtune_kd.training import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_json_is_all_that_is_printed_and_adds_up(monkeypatch, capsys, tmp_path, 
 
 def test_page_says_what_a_reader_wants_to_know(config):
     config.merge_with({"device_memory": "20GiB", "data_parallel_replicate_dim": 2, "devices": 4})
-    page = as_text(plan_run(config))
+    page = as_text(plan_run(*read_request(config)))
     for part in (
         "4 devices, weights sharded over 2 and copied 2 times; bf16; 4 x 128 tokens a microbatch, 2 a step",
         "4,096 tokens a step in all",
@@ -83,7 +83,7 @@ def test_page_says_what_a_reader_wants_to_know(config):
 
 def test_what_does_not_fit_is_said(config):
     config.device_memory = "1050MiB"
-    plan = plan_run(config)
+    plan = plan_run(*read_request(config))
     assert plan.ours.largest_batch == 0
     assert "torchtune-kd does not fit, at most batch_size=0" in as_text(plan)
 
@@ -91,22 +91,22 @@ def test_what_does_not_fit_is_said(config):
 def test_largest_batch_fits_and_the_next_does_not(config):
     config.device_memory = "1250MiB"
     config.teacher_model.vocab_size = 400  # leaves the stock recipe out
-    most = plan_run(config).ours.largest_batch
+    most = plan_run(*read_request(config)).ours.largest_batch
     assert 4 < most < 1000
     usable = 1250 * 2**20 * 0.9 - 2**30
     totals = []
     del config.device_memory
     for size in (most, most + 1):
         config.batch_size = size
-        totals.append(plan_run(config).ours.memory.total)
+        totals.append(plan_run(*read_request(config)).ours.memory.total)
     assert totals[0] <= usable < totals[1]
 
 
 def test_a_cpu_run_has_times_where_figures_are_given(config):
     config.device = "cpu"
-    assert plan_run(config).devices == ()
+    assert plan_run(*read_request(config)).devices == ()
     config.merge_with({"tflops": 0.5, "bandwidth": 20})
-    plan = plan_run(config)
+    plan = plan_run(*read_request(config))
     assert plan.ours.times["given"].total > plan.ours.flops["teacher"] / 0.5e12
     assert "given (0.5 TFLOP/s, 20 GB/s)" in as_text(plan)
 
@@ -114,9 +114,9 @@ def test_a_cpu_run_has_times_where_figures_are_given(config):
 @pytest.mark.parametrize("key", ["fsdp_cpu_offload", "enable_activation_offloading"])
 def test_no_time_is_expected_of_a_run_that_offloads(config, key):
     config.merge_with({"devices": 2, "gpu": "H100"})
-    assert "seconds per step" in as_text(plan_run(config))
+    assert "seconds per step" in as_text(plan_run(*read_request(config)))
     config.merge_with({key: True, "enable_activation_checkpointing": True})
-    plan = plan_run(config)
+    plan = plan_run(*read_request(config))
     page = as_text(plan)
     assert f"The expected time of a step is left out: with `{key}` a step also waits for copies" in page
     assert "seconds per step" not in page and "roofline" not in page and "an operation reaches" not in page
@@ -127,28 +127,28 @@ def test_no_time_is_expected_of_a_run_that_offloads(config, key):
 
 def test_padded_vocabularies_and_no_teacher_leave_the_stock_recipe_out(config):
     config.teacher_model.vocab_size = 400
-    plan = plan_run(config)
+    plan = plan_run(*read_request(config))
     assert plan.stock is None and "its losses fail where heads differ (384 and 400 ids)" in as_text(plan)
     config.kd_ratio = 0.0
-    plan = plan_run(config)
+    plan = plan_run(*read_request(config))
     assert plan.stock is None and plan.parameters.teacher == 0 and plan.ours.memory.teacher == 0
     assert "it always runs a teacher" in as_text(plan)
 
 
 def test_what_the_stock_recipe_lacks_is_said(config):
-    assert "it would take" not in as_text(plan_run(config))
+    assert "it would take" not in as_text(plan_run(*read_request(config)))
     config.kd_loss._component_ = "torchtune_kd.losses.JSDLoss"
     config.model._component_ = config.teacher_model._component_
     for key in [key for key in config.model if key not in config.teacher_model]:
         del config.model[key]
-    page = as_text(plan_run(config))
+    page = as_text(plan_run(*read_request(config)))
     assert "has no jsd: its forward KL is taken" in page and "what it would take to train this student" in page
 
 
 def test_unknown_optimizer_leaves_the_total_open(config):
     config.merge_with({"device_memory": "8GiB"})
     config.optimizer._component_ = "torch.optim.Adafactor"
-    page = as_text(plan_run(config))
+    page = as_text(plan_run(*read_request(config)))
     assert "torchtune-kd unknown, since this optimizer's state is" in page and "unknown" in page
 
 
@@ -173,7 +173,7 @@ def test_unknown_optimizer_leaves_the_total_open(config):
 )
 def test_mistakes_are_one_sentence(config, change, message):
     with pytest.raises(UserError, match=message) as caught:
-        plan_run(OmegaConf.merge(config, change))
+        plan_run(*read_request(OmegaConf.merge(config, change)))
     assert "\n" not in str(caught.value)
 
 
@@ -183,9 +183,9 @@ def test_a_mistake_ends_with_code_2_and_nothing_on_stdout(monkeypatch, capsys, t
 
 
 @pytest.mark.slow
-def test_the_command_of_the_readme_prints_what_stands_there(tmp_path):
+def test_the_command_of_the_page_prints_what_stands_there(tmp_path):
     """By the real ``tune run``, by name, in a folder of nobody's, with neither weights nor GPU."""
-    readme = (CHECKOUT / "README.md").read_text()
+    readme = (CHECKOUT / "docs" / "plan.md").read_text()
     block = re.search(
         r"^    (tune run torchtune_kd/plan .*)\n\n((?:(?:    .*)?\n)+?)    \[\.\.\.\]\n", readme, re.MULTILINE
     )

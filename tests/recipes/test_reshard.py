@@ -9,12 +9,10 @@ from tiny import read_log
 
 from torchtune_kd.checkpoints.folders import step_folders
 
-DISTRIBUTED = "torchtune_kd.recipes.kd_distributed"
-
 
 def start(cfg, size):
     """One process is the single-device recipe where ``size`` is 0, else FSDP2 over ``size`` processes."""
-    return ForkedRun(cfg, max(size, 1), None if size == 0 else DISTRIBUTED)
+    return ForkedRun(cfg, max(size, 1), distributed=size > 0)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def save_on_two(monkeypatch, outputs, steps):
         writer = SnapshotWriter(
             outputs[rank],
             world,
-            stale=[],
+            previous_run=[],
             keep_last_n=1,
             is_better=None,
             in_background=False,

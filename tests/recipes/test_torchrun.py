@@ -40,7 +40,7 @@ def launch(cfg, *options):
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     return subprocess.Popen(
         [*command, "torchtune_kd/kd_distributed", "--config", str(path)],
-        # with a store of its own for each start: PyTorch 2.13 lets restarted workers read stale addresses
+        # with a store of its own for each start: PyTorch 2.13 lets restarted workers read previous_run addresses
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.DEVNULL,
         stderr=Path(f"{cfg.output_dir}.txt").open("w"),

@@ -17,11 +17,19 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtune_kd.training as kd
+from torchtune_kd.distributed.world import join_process_group
 from torchtune_kd.kernels import METRICS
+from torchtune_kd.models.build import build_student
+from torchtune_kd.models.loading import load_weights
+from torchtune_kd.teachers.live import build_teacher
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from steps import accumulate
 
 cfg = OmegaConf.load(sys.argv[1])
-settings = kd.read_settings(cfg, distributed=True)
-world = kd.join_process_group("cpu", replicate_dim=settings.data_parallel_replicate_dim)
+config = kd.read_config(cfg, distributed=True)
+settings = config.settings
+world = join_process_group("cpu", replicate_dim=settings.data_parallel_replicate_dim)
 names = {world.mesh.get_group(i).group_name: name for i, name in enumerate(world.mesh.mesh_dim_names)}
 
 
@@ -64,19 +72,19 @@ class Peak(threading.Thread):
 
 peak = Peak()
 peak.start()
-loss = kd.build_kd_loss(cfg)
-teacher = kd.build_teacher(cfg, settings, world)
+loss = config.kd_loss.build()
+teacher = build_teacher(config, world)
 peak.done = True
-_, weights = kd.load_weights(cfg.checkpointer, "checkpointer", world)
+_, weights = load_weights(config.checkpointer, world)
 maps_files = "model.safetensors" in Path("/proc/self/maps").read_text()
-student = kd.build_student(cfg, settings, world, loss, weights, seed=0)
+student = build_student(config.model, settings, world, loss, weights, seed=0)
 
 tokens = torch.arange(3, 35).view(2, 16) + world.rank
-step = [{"tokens": tokens, "labels": tokens.roll(-1, dims=1)}] * 3
+step = [kd.Batch(tokens, tokens.roll(-1, dims=1))] * 3
 with Collectives() as collectives:
     for index, layer in enumerate(teacher.decoder.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: collectives.order.append(f"compute {index}"))
-    kd.accumulate_gradients(student, teacher, step, METRICS, loss.ignore_index, world)
+    accumulate(student, teacher, step, METRICS, loss.ignore_index, world)
 result = {
     "collectives": collectives.counts,
     "order": collectives.order,

@@ -1,5 +1,6 @@
 """Labels, packing and the grouping of microbatches."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,8 @@ class Documents(torch.utils.data.Dataset):
 
 def pairs(batch) -> list[tuple[int, int]]:
     """(token, the token it is to predict) of every valid position."""
-    valid = batch["labels"] != IGNORE
-    return list(zip(batch["tokens"][valid].tolist(), batch["labels"][valid].tolist(), strict=True))
+    valid = batch.labels != IGNORE
+    return list(zip(batch.tokens[valid].tolist(), batch.labels[valid].tolist(), strict=True))
 
 
 DOCUMENTS = [[1, 2, 3], [10, 11], [20], [30, 31, 32, 33]]
@@ -58,7 +59,7 @@ def test_packs_predict_within_documents_alone(max_seq_len, ignore_index):
         packed=True,
         max_seq_len=max_seq_len,
     )
-    batch["labels"] = batch["labels"].masked_fill(batch["labels"] == ignore_index, IGNORE)
+    batch = replace(batch, labels=batch.labels.masked_fill(batch.labels == ignore_index, IGNORE))
     assert pairs(batch) == PAIRS
 
 
@@ -74,7 +75,7 @@ def test_split_documents_go_on_in_the_next_pack():
 def test_labels_that_the_dataset_masks_are_ignored(ignore_index):
     samples = [{"tokens": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}, {"tokens": [5], "labels": [5]}]
     batch = collate_shifted(samples, pad_id=0, ignore_index=ignore_index, packed=False, max_seq_len=8)
-    assert batch["labels"].tolist() == [[ignore_index, 3, 4, ignore_index], [ignore_index] * 4]
+    assert batch.labels.tolist() == [[ignore_index, 3, 4, ignore_index], [ignore_index] * 4]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -12,7 +12,7 @@ from tiny import make_config, run_in_process
 
 import torchtune_kd.training as kd
 from torchtune_kd.models import build
-from torchtune_kd.recipes import kd_single_device
+from torchtune_kd.recipes import kd as recipe
 from torchtune_kd.teachers import live
 from torchtune_kd.training import RunError, Stopped, UserError, exit_with_message, report_errors
 
@@ -79,10 +79,10 @@ def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_
 def test_memory_that_is_too_small_for_a_model_names_it(tmp_path, monkeypatch, model, section, room):
     original = build.build_decoder
 
-    def too_large(cfg, name, settings, world):
-        if name == section:
+    def too_large(given, settings, world):
+        if given.path == section:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return original(cfg, name, settings, world)
+        return original(given, settings, world)
 
     monkeypatch.setattr(room, "build_decoder", too_large)
     with pytest.raises(RunError, match=f"^The memory of cpu ran out while loading the {model}, before the first step"):
@@ -116,7 +116,7 @@ def test_sigint_while_a_run_is_set_up_is_one_sentence(tmp_path, monkeypatch, cap
     monkeypatch.setattr(kd, "set_up", interrupted)
     monkeypatch.setattr(sys, "argv", ["kd_single_device", "--config", str(tmp_path / "config.yaml")])
     with pytest.raises(SystemExit) as ended:
-        kd_single_device.recipe_main()
+        recipe.recipe_main()
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith(
         "stopped: SIGINT came while nothing was being trained; start again with the same command.\n"

@@ -1,9 +1,9 @@
 """What counts as the same run: contents, not paths; and every difference by name."""
 
 import pytest
-from omegaconf import OmegaConf
 
 from torchtune_kd.checkpoints.identity import dataset_fingerprint, differences
+from torchtune_kd.config.sections import Section
 from torchtune_kd.storage import fingerprints
 from torchtune_kd.storage.fingerprints import files_fingerprint
 
@@ -47,7 +47,7 @@ def test_order_of_files_counts(tmp_path):
 
 def test_a_dataset_counts_by_its_rows_and_by_its_local_files(tmp_path):
     rows = [{"tokens": [i, i + 1], "labels": [i, i + 1]} for i in range(1000)]
-    section = OmegaConf.create({"data_files": str(write(tmp_path / "rows", b"rows"))})
+    section = [Section("dataset", "some.dataset", {"data_files": str(write(tmp_path / "rows", b"rows"))})]
     print_of = dataset_fingerprint(section, rows)
     assert dataset_fingerprint(section, [*rows[:-1], rows[0]]) != print_of
     write(tmp_path / "rows", b"Rows")

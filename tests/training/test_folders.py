@@ -62,13 +62,13 @@ def test_replacing_leaves_the_old_or_the_new(tmp_path, monkeypatch, number):
 
 @pytest.mark.parametrize("number", range(5))
 def test_an_earlier_run_is_never_taken_for_this_one(tmp_path, monkeypatch, number):
-    stale = [write(tmp_path / name, "earlier") for name in ("step_40", "epoch_0")]
+    previous_run = [write(tmp_path / name, "earlier") for name in ("step_40", "epoch_0")]
     folder = tmp_path / "step_2"
     written = write(atomic.partial(folder), "new")
     with monkeypatch.context() as patch:
         die_at(patch, number)
         with pytest.raises(Killed):
-            atomic.publish(written, folder, stale)
+            atomic.publish(written, folder, previous_run)
     folders.clean_up(tmp_path)
     newest = folders.step_folders(tmp_path)
     if number == 0:  # nothing has happened yet
@@ -107,13 +107,13 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 @pytest.mark.parametrize("number", range(8))
 def test_an_earlier_run_that_is_replaced_is_never_in_the_way(tmp_path, monkeypatch, number):
     """Whenever the first run that overwrites it dies, the second one does, too, and leaves nothing of it."""
-    stale = [write(tmp_path / f"step_{step}", "old") for step in (2, 4)]
+    previous_run = [write(tmp_path / f"step_{step}", "old") for step in (2, 4)]
     written = write(atomic.partial(tmp_path / "step_1"), "new")
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         die_at(patch, number)
-        atomic.publish(written, tmp_path / "step_1", list(stale))
+        atomic.publish(written, tmp_path / "step_1", list(previous_run))
     folders.clean_up(tmp_path)
-    left = [path for path in stale if path.exists()]
+    left = [path for path in previous_run if path.exists()]
     if not (tmp_path / "step_1").exists():
         atomic.publish(write(atomic.partial(tmp_path / "step_1"), "new"), tmp_path / "step_1", left)
     folders.clean_up(tmp_path)
@@ -131,7 +131,7 @@ def test_what_was_set_aside_goes_when_something_has_replaced_it(tmp_path):
 
 
 def test_a_folder_that_cannot_be_deleted_does_not_undo_the_new_one(tmp_path, monkeypatch):
-    stale = [write(tmp_path / "step_2", "old")]
+    previous_run = [write(tmp_path / "step_2", "old")]
     written = write(atomic.partial(tmp_path / "step_4"), "new")
 
     def refuse(path, **_):
@@ -139,5 +139,5 @@ def test_a_folder_that_cannot_be_deleted_does_not_undo_the_new_one(tmp_path, mon
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"replaced_step_2 could not be deleted"):
         patch.setattr(shutil, "rmtree", refuse)
-        atomic.publish(written, tmp_path / "step_4", stale)
-    assert content_of(tmp_path / "step_4") == "new" and not stale
+        atomic.publish(written, tmp_path / "step_4", previous_run)
+    assert content_of(tmp_path / "step_4") == "new" and not previous_run

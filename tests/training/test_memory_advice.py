@@ -1,5 +1,7 @@
 """What a setting is said to save against two measured runs, without it and with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from measured import measured_step, sized_config
@@ -8,13 +10,13 @@ from torchtune.models.llama3_2 import llama3_2
 
 from torchtune_kd.plan import Layout
 from torchtune_kd.plan.advice import Case, Shape, advice, changes
-from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
-from torchtune_kd.training import read_settings
+from torchtune_kd.recipes.kd import KDRecipe
+from torchtune_kd.training import read_config
 
 
 def case_of(cfg, *, validation=False, layout=None):
-    settings = read_settings(cfg, distributed=layout is not None)
-    return Case(cfg, settings, layout or Layout(), Shape(settings.batch_size, 128, validation=validation))
+    config = read_config(cfg, distributed=layout is not None)
+    return Case(config, layout or Layout(), Shape(config.settings.batch_size, 128, validation=validation))
 
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
@@ -33,9 +35,9 @@ def test_what_a_setting_saves_is_what_a_run_takes_less(tmp_path, kind, key, over
     changed = change.of(case)
     predicted = max(case.phases().values()) - max(changed.phases().values())
     if key == "tokenizer.max_seq_len":
-        changed.cfg.tokenizer.max_seq_len = changed.shape.sequence + 1  # torchtune cuts text to one less
-    before, _ = measured_step(case.cfg, KDRecipeSingleDevice)
-    after, _ = measured_step(changed.cfg, KDRecipeSingleDevice)
+        changed.config.written.tokenizer.max_seq_len = changed.shape.sequence + 1  # torchtune cuts text to one less
+    before, _ = measured_step(case.config.written, KDRecipe)
+    after, _ = measured_step(changed.config.written, KDRecipe)
     assert predicted > 0
     assert predicted == pytest.approx(before - after, rel=0.1)
 
@@ -51,7 +53,7 @@ def test_every_change_can_be_planned_and_names_what_it_changes(tmp_path):
         texts = []
         for change in changes(case):
             texts.append(change.text)
-            read_settings(change.of(case).cfg, distributed=layout is not None)
+            read_config(change.of(case).config.written, distributed=layout is not None)
         more = "torchtune_kd/kd_distributed on two devices"
         more = more if layout is None else "4 processes that share the weights instead of 2"
         assert texts == [
@@ -76,7 +78,7 @@ def test_a_validation_is_planned_without_gradients(tmp_path):
 
 def test_what_cannot_be_planned_is_said(tmp_path):
     case = case_of(make_config(tmp_path))
-    case.cfg.model._component_ = "torch.nn.Linear"
+    case = replace(case, config=case.config.with_keys({"model._component_": "torch.nn.Linear"}))
     assert advice(case, "loss").startswith("what would help cannot be worked out (")
 
 
@@ -96,5 +98,5 @@ def custom_student(**sizes):
 
 def test_models_that_the_plan_does_not_know_do_not_hide_the_error(tmp_path):
     case = case_of(make_config(tmp_path))
-    case.cfg.model._component_ = f"{__name__}.custom_student"
+    case = replace(case, config=case.config.with_keys({"model._component_": f"{__name__}.custom_student"}))
     assert "cannot be worked out (AttributeError: " in advice(case, "loss")

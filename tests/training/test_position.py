@@ -45,7 +45,7 @@ def loaders(count, size, batch_size, shuffle, position):
 
 def seen(batches):
     """Rows with a valid label; the filler has none."""
-    return [int(row[0]) // 10 for batch in batches for row, labels in zip(batch["tokens"], batch["labels"], strict=True)
+    return [int(row[0]) // 10 for batch in batches for row, labels in zip(batch.tokens, batch.labels, strict=True)
             if (labels != IGNORE).any()]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_every_sample_once_over_any_changes_of_processes_and_batches(case):
             parts.append(steps[:stop_after])
         assert len(all_left) == 1  # all processes take as many steps
         rows += [row for steps in parts for step in steps for row in seen(step)]
-        taken = sum(len(batch["tokens"]) for step in parts[0] for batch in step)
+        taken = sum(len(batch.tokens) for step in parts[0] for batch in step)
         position = min(position + size * taken, count)
     assert sorted(rows) == list(range(count))
 

@@ -14,7 +14,7 @@ from torchtune.modules.peft import LoRALinear
 
 from torchtune_kd.models.random_weights import NoInitialValues, RandomWeights
 from torchtune_kd.plan import Layout, build_models, plan_memory
-from torchtune_kd.training import UserError, read_settings
+from torchtune_kd.training import UserError, read_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WITHOUT_FILES = {"checkpointer": None, "teacher_checkpointer": None, "random_weights": True}
@@ -31,7 +31,7 @@ WITHOUT_FILES = {"checkpointer": None, "teacher_checkpointer": None, "random_wei
 )
 def test_a_model_is_random_by_two_words_or_not_at_all(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        read_settings(make_config(tmp_path, **overrides), distributed=False)
+        read_config(make_config(tmp_path, **overrides), distributed=False)
 
 
 def build(kind: str = "full", device: str = "cpu"):
@@ -86,12 +86,12 @@ def test_a_run_without_files_trains_and_exports_nothing(tmp_path, kind, capsys):
     cfg = make_config(tmp_path, kind, dtype="bf16", optimizer__lr=5e-3, **WITHOUT_FILES)
     for file in tmp_path.rglob("model.safetensors"):
         file.unlink()
-    recipe = run_in_process(cfg)
+    run = run_in_process(cfg)
     assert "epoch 0: nothing is exported, since `checkpointer` is null" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("epoch_*"))
     losses = [step["loss"] for step in read_log(tmp_path / "out")]
     assert len(losses) == 6 and all(0 < loss < 20 for loss in losses)
-    teacher, student = recipe._run.teacher.decoder, recipe._run.student.decoder
+    teacher, student = run.teacher.decoder, run.student.decoder
     expected = RandomWeights(teacher, "teacher_model", torch.bfloat16, cfg.seed)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in teacher.named_parameters())
     adapted = [module for module in student.modules() if isinstance(module, LoRALinear)]
@@ -144,7 +144,7 @@ def test_the_true_8b_to_1b_step_fits_into_22_gb(tmp_path):
     OmegaConf.save(cfg, tmp_path / "true.yaml")
     program = (
         "import json, resource, sys\n"
-        "from torchtune_kd.recipes.kd_single_device import recipe_main\n"
+        "from torchtune_kd.recipes.kd import recipe_main\n"
         "sys.argv = ['kd_single_device', '--config', sys.argv[1]]\n"
         "try:\n"
         "    recipe_main()  # ends in sys.exit\n"
@@ -160,6 +160,6 @@ def test_the_true_8b_to_1b_step_fits_into_22_gb(tmp_path):
     (step,) = read_log(tmp_path / "out")
     assert 0 < step["loss"] < 20 and step["grad_norm"] > 0 and step["acceptance_rate"] < 1
     assert peak < 22 * GB
-    settings = read_settings(cfg, distributed=False)
-    planned, _ = plan_memory(cfg, settings, build_models(cfg, settings), Layout(), sequence=31)
+    config = read_config(cfg, distributed=False)
+    planned, _ = plan_memory(config, build_models(config), Layout(), sequence=31)
     assert planned.total == pytest.approx(peak, rel=0.1)  # the process' own memory is in the peak alone

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from steps import accumulate
 from tiny import STUDENT, TEACHER, VOCAB, model_section
 from torch.nn.functional import cross_entropy, log_softmax
 from torchtune import config
 
+from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.world import World
 from torchtune_kd.losses import ForwardKLLoss, JSDLoss, ReverseKLLoss
 from torchtune_kd.models.student import Student
-from torchtune_kd.teachers.live import Teacher
-from torchtune_kd.training.step import accumulate_gradients, count_valid_tokens, gradient_norm
+from torchtune_kd.teachers.base import NoTeacher
+from torchtune_kd.teachers.live import LiveTeacher
+from torchtune_kd.training.step import gradient_norm
 
 WORLD = World(torch.device("cpu"))
 IGNORE = -100
@@ -25,14 +28,14 @@ def build(section: dict, seed: int):
     return model
 
 
-def make_batches(shapes: list[tuple[int, int]], valid: float) -> list[dict]:
+def make_batches(shapes: list[tuple[int, int]], valid: float) -> list[Batch]:
     generator = torch.Generator().manual_seed(3)
     batches = []
     for batch, length in shapes:
         tokens = torch.randint(0, VOCAB, (batch, length), generator=generator)
         labels = torch.randint(0, VOCAB, (batch, length), generator=generator)
         labels[torch.rand(batch, length, generator=generator) >= valid] = IGNORE
-        batches.append({"tokens": tokens, "labels": labels})
+        batches.append(Batch(tokens, labels))
     return batches
 
 
@@ -50,9 +53,9 @@ def objective(student, teacher, batches, kind, kd_ratio, temperature):
     """L of the design page, over all tokens of all batches at once."""
     total, count = 0.0, 0
     for batch in batches:
-        z_s, z_t = student(batch["tokens"]).double(), teacher(batch["tokens"]).double().detach()
-        keep = batch["labels"] != IGNORE
-        ce = cross_entropy(z_s[keep], batch["labels"][keep], reduction="none")
+        z_s, z_t = student(batch.tokens).double(), teacher(batch.tokens).double().detach()
+        keep = batch.labels != IGNORE
+        ce = cross_entropy(z_s[keep], batch.labels[keep], reduction="none")
         d = divergence(kind, log_softmax(z_t[keep] / temperature, -1), log_softmax(z_s[keep] / temperature, -1))
         total = total + ((1 - kd_ratio) * ce + kd_ratio * temperature**2 * d).sum()
         count += int(keep.sum())
@@ -73,10 +76,10 @@ def test_gradients_are_those_of_the_objective(kind, kd_ratio, temperature, stude
     expected.backward()
 
     student = Student(ours, kind(temperature=temperature), kd_ratio)
-    teacher = Teacher(our_teacher) if kd_ratio > 0 else None
-    sums = accumulate_gradients(student, teacher, batches, (), IGNORE, WORLD)
+    teacher = LiveTeacher(our_teacher) if kd_ratio > 0 else NoTeacher()
+    sums = accumulate(student, teacher, batches, (), IGNORE, WORLD)
 
-    assert sums["num_tokens"] == count_valid_tokens(batches, IGNORE)
+    assert sums["num_tokens"] == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     assert (sums["loss"] / sums["num_tokens"]).item() == pytest.approx(expected.item(), rel=1e-5)
     # fp32 sums over hundreds of terms: compare with the size of the whole gradient of each weight
     for (name, weight), other in zip(oracle.named_parameters(), ours.parameters(), strict=True):
@@ -86,24 +89,24 @@ def test_gradients_are_those_of_the_objective(kind, kd_ratio, temperature, stude
 
 def test_an_empty_microbatch_among_full_ones_changes_nothing():
     batches = make_batches([(2, 9), (1, 5)], valid=0.6)
-    empty = {"tokens": torch.ones(2, 6, dtype=torch.long), "labels": torch.full((2, 6), IGNORE)}
+    empty = Batch(torch.ones(2, 6, dtype=torch.long), torch.full((2, 6), IGNORE))
     norms = []
     for step in (batches, [batches[0], empty, batches[1]]):
         student = Student(build(model_section("full", STUDENT), seed=1), ForwardKLLoss(temperature=2.0), 0.5)
-        teacher = Teacher(build(model_section("full", TEACHER, tied=False), seed=2))
-        accumulate_gradients(student, teacher, step, (), IGNORE, WORLD)
+        teacher = LiveTeacher(build(model_section("full", TEACHER, tied=False), seed=2))
+        accumulate(student, teacher, step, (), IGNORE, WORLD)
         norms.append(gradient_norm(list(student.parameters()), None).item())
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
 
 
 def test_the_teacher_runs_before_the_student_and_without_a_graph():
     student = Student(build(model_section("full", STUDENT), seed=1), ForwardKLLoss(), 0.5)
-    teacher = Teacher(build(model_section("full", TEACHER, tied=False), seed=2))
+    teacher = LiveTeacher(build(model_section("full", TEACHER, tied=False), seed=2))
     order = []
     teacher.register_forward_hook(lambda *_: order.append("teacher"))
     student.decoder.register_forward_pre_hook(lambda *_: order.append("student"))
     teacher.register_forward_hook(lambda module, args, output: order.append(output.requires_grad))
-    accumulate_gradients(student, teacher, make_batches([(1, 4), (1, 4)], valid=1.0), (), IGNORE, WORLD)
+    accumulate(student, teacher, make_batches([(1, 4), (1, 4)], valid=1.0), (), IGNORE, WORLD)
     assert order == ["teacher", False, "student"] * 2
     assert all(parameter.grad is None for parameter in teacher.parameters())
 

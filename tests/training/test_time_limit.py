@@ -100,7 +100,7 @@ def slow_steps(clock):
 def test_the_run_ends_with_validation_export_and_the_schedules_end(tmp_path, slow_steps, capsys):
     cfg = make_config(tmp_path, epochs=5, lr_scheduler=COSINE, max_minutes=1.75)  # 6 steps an epoch, 10 in the time
     cfg.dataset_val = dataset_section(tmp_path / "rows.jsonl")
-    recipe = run_in_process(cfg, on=slow_steps)
+    run = run_in_process(cfg, on=slow_steps)
     steps = steps_of(cfg)
     assert [line["step"] for line in steps] == list(range(1, 10))  # 3 + 90 + 3 s; another would end at 106
     assert [line["step"] for line in read_log(cfg.output_dir) if "val_kl" in line] == [0, 9]
@@ -110,7 +110,7 @@ def test_the_run_ends_with_validation_export_and_the_schedules_end(tmp_path, slo
     # the schedule of 30 steps over 9: warm-up within the first, then the cosine at equal distances, 0 at the end
     expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * (30 * k / 9 - 1) / 29)) for k in range(1, 9)]
     assert [line["lr"] for line in steps] == pytest.approx([0.0, *expected], rel=0.02)
-    assert recipe._run.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_a_run_shorter_than_its_minutes_is_as_without_them(tmp_path, slow_steps):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tiny import STUDENT, make_config, model_section
 from torch.torch_version import TorchVersion
 
-from torchtune_kd.distributed.world import describe_layout, mesh_shape
+from torchtune_kd.config.sections import section_of
+from torchtune_kd.distributed.world import describe_layout, join_process_group, mesh_shape
 from torchtune_kd.models.build import on_meta
-from torchtune_kd.training import UserError, World, join_process_group, read_settings
+from torchtune_kd.training import UserError, World, read_config
 
 CPU = torch.device("cpu")
 
@@ -43,9 +43,9 @@ def test_fsdp2_on_a_cpu_needs_a_pytorch_that_can(monkeypatch):
 )
 def test_settings_out_of_range_are_refused(tmp_path, key, value):
     with pytest.raises(UserError, match=f"Expected `{key}` to be at least 1.*, got 0: change it"):
-        read_settings(make_config(tmp_path, **{key: value}), distributed=True)
+        read_config(make_config(tmp_path, **{key: value}), distributed=True)
     with pytest.raises(UserError, match=f"`{key}` belongs to kd_distributed"):
-        read_settings(make_config(tmp_path, **{key: value}), distributed=False)
+        read_config(make_config(tmp_path, **{key: value}), distributed=False)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_one_process_has_everything_itself():
     assert world.gather("x") == ["x"]
     assert world.share_in_node(torch.arange(3)).tolist() == [0, 1, 2]
     world.barrier()
-    world.limit_waiting(1)
+    world.set_timeout(1)
 
 
 def test_nf4_weights_that_nobody_shares_are_refused(tmp_path):
     """FSDP2 skips the gather of a single shard, and with it what NF4 needs."""
-    section = OmegaConf.create({"model": model_section("qlora", STUDENT)})
-    settings = read_settings(make_config(tmp_path, "qlora"), distributed=True)
-    on_meta(section, "model", settings, World(CPU, size=2, sharded=True))
+    section = section_of("model", model_section("qlora", STUDENT))
+    settings = read_config(make_config(tmp_path, "qlora"), distributed=True).settings
+    on_meta(section, settings, World(CPU, size=2, sharded=True))
     with pytest.raises(UserError, match="`model` is quantised, and FSDP2 shards NF4 weights over two processes"):
-        on_meta(section, "model", settings, World(CPU, size=1, sharded=True))
+        on_meta(section, settings, World(CPU, size=1, sharded=True))

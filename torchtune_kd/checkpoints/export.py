@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor
@@ -14,10 +13,11 @@ from torchtune import training
 from torchtune.modules.peft import get_adapter_state_dict, get_merged_lora_ckpt
 from tqdm import tqdm
 
+from torchtune_kd._torchtune import writing_to
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.folders import output_folder
 from torchtune_kd.checkpoints.peft_export import adapter_config, finish_export
-from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import RunError, one_line
 from torchtune_kd.models.adapters import without_checkpoint_wrapper
@@ -29,22 +29,22 @@ from torchtune_kd.storage import atomic
 def save_epoch(
     student: Student,
     checkpointer: Any,
-    cfg: DictConfig,
-    settings: Settings,
+    config: Config,
     world: World,
     epoch: int,
-    stale: list[Path],
+    previous_run: list[Path],
     announce: Callable[[str], None],
 ) -> None:
     """Write ``epoch_<epoch>`` with torchtune's checkpointer: all processes gather, rank 0 writes.
 
     The merged weights stand in the folder, the adapters in its subfolder ``adapter``. It appears whole or not at all:
-    it is written beside, flushed to disk and renamed. ``stale`` is what an earlier run left, see
+    it is written beside, flushed to disk and renamed. ``previous_run`` is what an earlier run left, see
     :func:`atomic.publish`.
 
     Raises:
         RunError: on all processes, if it cannot be written.
     """
+    settings = config.settings
     announce("export")
     if checkpointer is None:
         if world.is_rank_zero:
@@ -53,23 +53,23 @@ def save_epoch(
     weights, problem = full_state_dict(student.decoder, world), None
     if world.is_rank_zero:
         content: dict[str, Any] = {}
-        adapter, described = None, adapter_config(student.decoder, cfg.checkpointer)
+        adapter, described = None, adapter_config(student.decoder, config.checkpointer)
         if described is not None:
             adapter = get_adapter_state_dict(weights)
             content[training.ADAPTER_KEY] = adapter
             content[training.ADAPTER_CONFIG] = described
             weights = get_merged_lora_ckpt(weights, rank=described["r"], alpha=described["lora_alpha"])
         content[training.MODEL_KEY] = weights
-        folder = output_folder(cfg, settings) / f"epoch_{epoch}"
+        folder = output_folder(config) / f"epoch_{epoch}"
         try:
-            with _written_whole(checkpointer, folder, stale) as written:
+            with _written_whole(checkpointer, folder, previous_run) as written:
                 checkpointer.save_checkpoint(
                     content,
                     epoch=epoch,
                     intermediate_checkpoint=False,
                     adapter_only=settings.save_adapter_weights_only,
                 )
-                finish_export(written, student.decoder, adapter, checkpointer, cfg.checkpointer, settings)
+                finish_export(written, student.decoder, adapter, checkpointer, config.checkpointer, settings)
                 announce("rename")
         except _FAILURES as error:
             problem = f"({one_line(error).rstrip('.')}): make room there, "
@@ -79,7 +79,7 @@ def save_epoch(
                 problem += "then start again; with `save_every_n_steps` set there would be a checkpoint to go on with."
     problem = world.gather(problem)[0]
     if problem is not None:
-        output = output_folder(cfg, settings)
+        output = output_folder(config)
         raise RunError(f"The weights of epoch {epoch} could not be written to {output} {problem}")
 
 
@@ -88,7 +88,7 @@ _FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
 @contextlib.contextmanager
-def _written_whole(checkpointer: Any, folder: Path, stale: list[Path]) -> Iterator[Path]:
+def _written_whole(checkpointer: Any, folder: Path, previous_run: list[Path]) -> Iterator[Path]:
     """Let the checkpointer write ``folder`` beside it, and publish it when the block ends without an error.
 
     Yields:
@@ -96,26 +96,14 @@ def _written_whole(checkpointer: Any, folder: Path, stale: list[Path]) -> Iterat
     """
     beside = atomic.partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
-    with atomic.discarded_on_failure(folder), _writing_to(checkpointer, beside):
+    with atomic.discarded_on_failure(folder), writing_to(checkpointer, beside):
         yield beside / folder.name
-        atomic.publish(beside / folder.name, folder, stale)
+        atomic.publish(beside / folder.name, folder, previous_run)
     beside.rmdir()
 
 
-@contextlib.contextmanager
-def _writing_to(checkpointer: Any, folder: Path) -> Iterator[None]:
-    """torchtune's checkpointers write below the folder of their making; there is no public way to name another."""
-    usual = checkpointer._output_dir
-    folder.mkdir()
-    checkpointer._output_dir = folder
-    try:
-        yield
-    finally:
-        checkpointer._output_dir = usual
-
-
 def full_state_dict(decoder: nn.Module, world: World) -> dict[str, Tensor]:
-    """All weights, gathered and dequantised, in host memory; empty on every process but rank 0."""
+    """Gather all weights, dequantised, in host memory; return none on every process but rank 0."""
     if world.sharded:
         return gather_weights(decoder, world)
     # a copy where the weights are on the CPU already: merging adapters writes in place

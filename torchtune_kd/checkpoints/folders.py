@@ -6,9 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from torchtune_kd.config.checks import CHECKPOINTERS
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, one_line
@@ -24,7 +22,7 @@ def step_folder(output: Path, step: int) -> Path:
 
 
 def step_folders(output: Path) -> list[Path]:
-    """The checkpoints in ``output``, newest first."""
+    """Return the checkpoints in ``output``, newest first."""
     if not output.is_dir():
         return []
     found = {int(match[1]): path for path in output.iterdir() if (match := STEP.fullmatch(path.name))}
@@ -32,7 +30,7 @@ def step_folders(output: Path) -> list[Path]:
 
 
 def clean_up(output: Path) -> None:
-    """What a killed run left half done in ``output``: forget what was begun, keep what was about to be replaced."""
+    """Clean up what a killed run left half done: forget what was begun, keep what was about to be replaced."""
     if not output.is_dir():
         return
     paths = sorted(output.iterdir())
@@ -53,9 +51,9 @@ def clean_up(output: Path) -> None:
 RUN_FOLDER = re.compile(r"(epoch|step)_\d+")
 
 
-def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
-    """A folder with epochs or checkpoints of an earlier run is left alone unless ``overwrite_output_dir`` is set."""
-    folder = output_folder(cfg, settings)
+def check_output_folder(config: Config) -> None:
+    """Refuse a folder with epochs or checkpoints of an earlier run, unless ``overwrite_output_dir`` is set."""
+    folder, settings = output_folder(config), config.settings
     saved = run_folders(folder)
     if saved and not settings.overwrite_output_dir:
         steps = any(path.name.startswith("step") for path in saved)
@@ -65,17 +63,17 @@ def check_output_folder(cfg: DictConfig, settings: Settings) -> None:
             "choose another `output_dir`, or set `overwrite_output_dir: True` to replace it when the first checkpoint "
             "is written."
         )
-    for name in CHECKPOINTERS:
-        source = (cfg.get(name) or {}).get("checkpoint_dir")
+    for section in filter(None, (config.checkpointer, config.teacher_checkpointer)):
+        source = section.get("checkpoint_dir")
         if source is not None and any(Path(str(source)).resolve().is_relative_to(path.resolve()) for path in saved):
             raise UserError(
-                f"`{name}.checkpoint_dir` is {source}, which `overwrite_output_dir: True` would replace: "
+                f"`{section.path}.checkpoint_dir` is {source}, which `overwrite_output_dir: True` would replace: "
                 "choose another `output_dir`."
             )
 
 
 def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
-    """Where checkpoints are written or read, all processes see the same output folder.
+    """Refuse an output folder that not all processes see, where checkpoints are written or read.
 
     Raises:
         UserError: on every process, if one of them does not find what rank 0 puts there, or rank 0 cannot.
@@ -105,13 +103,14 @@ def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
         )
 
 
-def output_folder(cfg: DictConfig, settings: Settings) -> Path:
-    """Where checkpoints go."""
-    return Path(str((cfg.get("checkpointer") or {}).get("output_dir", settings.output_dir)))
+def output_folder(config: Config) -> Path:
+    """Return where checkpoints go."""
+    usual = config.settings.output_dir
+    return Path(str(usual if config.checkpointer is None else config.checkpointer.get("output_dir", usual)))
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The epochs and checkpoints that a run has written into ``folder``."""
+    """Return the epochs and checkpoints that a run has written into ``folder``."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if RUN_FOLDER.fullmatch(path.name))

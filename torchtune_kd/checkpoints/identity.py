@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchtune_kd.config.checks import checkpoint_files
-from torchtune_kd.config.settings import Settings
-from torchtune_kd.data.datasets import row
+from torchtune_kd.config.reading import Config
+from torchtune_kd.config.sections import Section
+from torchtune_kd.data.datasets import read_row
 from torchtune_kd.storage.fingerprints import files_fingerprint
 
 ROWS = 256  # rows of a dataset that are read, evenly spread
@@ -21,46 +21,42 @@ ROWS = 256  # rows of a dataset that are read, evenly spread
 GROUPS = ("teacher", "student", "tokenizer", "data", "loss", "training")
 
 
-def identity(
-    cfg: DictConfig, settings: Settings, dataset: Dataset, *, seed: int, sequences_per_step: int
-) -> dict[str, dict[str, Any]]:
-    """Everything that changes a run's numbers, in :data:`GROUPS`, each from a dotted key to a plain value.
+def run_identity(config: Config, dataset: Dataset, *, seed: int, sequences_per_step: int) -> dict[str, dict[str, Any]]:
+    """Return everything that changes a run's numbers, in :data:`GROUPS`, each from a dotted key to a plain value.
 
     Paths are left out: files count by a fingerprint of what is in them. What changes no number (logging, devices,
     sharding, activation checkpointing) is left out too.
 
     Args:
-        cfg (DictConfig): the run's config.
-        settings (Settings): its plain values.
-        dataset (Dataset): what ``cfg.dataset`` has built.
+        config (Config): the run's.
+        dataset (Dataset): what its sections have built.
         seed (int): the seed in use, drawn where the config has none.
         sequences_per_step (int): rows of one optimizer step over all processes.
     """
-    teacher = {}
+    settings, teacher = config.settings, {}
     if settings.uses_teacher:
-        teacher = _flat("teacher_model", cfg.teacher_model)
-        teacher["weights of the teacher"] = weights_fingerprint(cfg, "teacher_checkpointer")
-    student = _flat("model", cfg.model) | {"dtype": settings.dtype}
-    student["weights that the student starts from"] = weights_fingerprint(cfg, "checkpointer")
-    data = _flat("dataset", cfg.dataset) | {"rows of the dataset": len(dataset)}
-    data |= {"content of the dataset": dataset_fingerprint(cfg.dataset, dataset)}
+        teacher = _leaves(config.teacher_model)
+        teacher["weights of the teacher"] = weights_fingerprint(config.teacher_checkpointer)
+    student = _leaves(config.model) | {"dtype": settings.dtype}
+    student["weights that the student starts from"] = weights_fingerprint(config.checkpointer)
+    data = _leaves(*config.dataset) | {"rows of the dataset": len(dataset)}
+    data |= {"content of the dataset": dataset_fingerprint(config.dataset, dataset)}
     data |= {"shuffle": settings.shuffle, "seed": seed}
     return {
         "teacher": teacher,
         "student": student,
-        "tokenizer": _flat("tokenizer", cfg.tokenizer)
-        | {"files of the tokenizer": files_fingerprint(_paths(cfg.tokenizer))},
+        "tokenizer": _leaves(config.tokenizer)
+        | {"files of the tokenizer": files_fingerprint(_paths(config.tokenizer.plain))},
         "data": data,
-        "loss": _flat("kd_loss", cfg.kd_loss) | {"kd_ratio": settings.kd_ratio},
-        "training": _flat("optimizer", cfg.optimizer)
-        | _flat("lr_scheduler", cfg.get("lr_scheduler"))
+        "loss": _leaves(config.kd_loss) | {"kd_ratio": settings.kd_ratio},
+        "training": _leaves(config.optimizer, config.lr_scheduler)
         | {name: getattr(settings, name) for name in ("epochs", "max_steps_per_epoch", "max_minutes", "clip_grad_norm")}
         | {"sequences per step (batch_size x gradient_accumulation_steps x processes)": sequences_per_step},
     }
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], groups: tuple[str, ...] = GROUPS) -> list[str]:
-    """``key (old value then, new value now)`` for whatever differs between two identities."""
+    """Name whatever differs between two identities: ``key (old value then, new value now)``."""
     found = []
     for group in groups:
         old, new = then.get(group, {}), json.loads(json.dumps(now.get(group, {})))
@@ -71,17 +67,17 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], groups: tuple[s
     return found
 
 
-def weights_fingerprint(cfg: DictConfig, name: str) -> str:
-    """Of the files that the checkpointer section ``name`` reads, in their order."""
-    return "random" if cfg.get(name) is None else files_fingerprint(checkpoint_files(cfg, name))
+def weights_fingerprint(section: Section | None) -> str:
+    """Return a fingerprint of the files that a checkpointer section reads, in their order."""
+    return "random" if section is None else files_fingerprint(checkpoint_files(section))
 
 
-def dataset_fingerprint(section: Any, dataset: Dataset) -> str:
-    """Of local files that the section names, and of :data:`ROWS` rows as the models will see them."""
-    digest = hashlib.sha256(files_fingerprint(_paths(section)).encode())
+def dataset_fingerprint(sections: Sequence[Section], dataset: Dataset) -> str:
+    """Return one of the local files that the sections name, and of :data:`ROWS` rows as the models will see them."""
+    digest = hashlib.sha256(files_fingerprint(_paths([section.plain for section in sections])).encode())
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(ROWS, len(dataset)), dtype=np.int64))
     for index in rows.tolist():
-        sample = row(dataset, index, "dataset")
+        sample = read_row(dataset, index, "dataset")
         for key in ("tokens", "labels", "seq_lens"):
             values = sample.get(key, ())
             values = values.tolist() if isinstance(values, Tensor) else list(values)
@@ -89,10 +85,15 @@ def dataset_fingerprint(section: Any, dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def _leaves(*sections: Section | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section in filter(None, sections):
+        found |= _flat(section.path, section.plain)
+    return found
+
+
 def _flat(path: str, node: Any) -> dict[str, Any]:
-    """Leaves of a section by dotted key; names of files, and absolute ones of folders, are left out."""
-    if isinstance(node, (DictConfig, ListConfig)):
-        node = OmegaConf.to_container(node, resolve=True)
+    """Return the leaves of a section by dotted key, without names of files and absolute ones of folders."""
     if isinstance(node, dict):
         return {key: value for k, v in node.items() for key, value in _flat(f"{path}.{k}", v).items()}
     if isinstance(node, list):
@@ -103,13 +104,11 @@ def _flat(path: str, node: Any) -> dict[str, Any]:
 
 
 def _paths(node: Any) -> list[Path]:
-    """The local files that strings of a section name."""
+    """Return the local files that strings of a section name."""
     return [path for path in map(Path, _strings(node)) if _is_file(path)]
 
 
 def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, (DictConfig, ListConfig)):
-        node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, str):
         yield node
     elif isinstance(node, (dict, list)):

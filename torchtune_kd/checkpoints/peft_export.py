@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchtune import training
@@ -21,6 +20,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import ModelType
 
+from torchtune_kd.config.sections import Section
 from torchtune_kd.config.settings import Settings
 
 ADAPTER_FOLDER = "adapter"
@@ -41,12 +41,12 @@ _LAYERS = {
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
-def adapter_config(decoder: nn.Module, section: DictConfig) -> dict[str, Any] | None:
+def adapter_config(decoder: nn.Module, section: Section) -> dict[str, Any] | None:
     """Describe the adapters as PEFT's ``adapter_config.json`` does, read off the modules.
 
     Args:
         decoder (nn.Module): the student.
-        section (DictConfig): the config's ``checkpointer``; its folder is the base model, unless torchtune finds there
+        section (Section): the config's ``checkpointer``; its folder is the base model, unless torchtune finds there
             which repository it was downloaded from.
 
     Returns:
@@ -70,8 +70,8 @@ def adapter_config(decoder: nn.Module, section: DictConfig) -> dict[str, Any] | 
         "use_dora": isinstance(first, DoRALinear),
         "inference_mode": True,
     }
-    if "checkpoint_dir" in section:
-        described["base_model_name_or_path"] = str(Path(str(section.checkpoint_dir)).absolute())
+    if (folder := section.get("checkpoint_dir")) is not None:
+        described["base_model_name_or_path"] = str(Path(str(folder)).absolute())
     return described
 
 
@@ -80,7 +80,7 @@ def finish_export(
     decoder: nn.Module,
     adapter: Mapping[str, Tensor] | None,
     checkpointer: Any,
-    section: DictConfig,
+    section: Section,
     settings: Settings,
 ) -> None:
     """Change what torchtune's checkpointer has written into ``folder``.
@@ -90,7 +90,7 @@ def finish_export(
         decoder (nn.Module): the student.
         adapter (Mapping[str, Tensor] | None): its adapters by torchtune's names; None for a full-weight student.
         checkpointer (Any): the one that wrote.
-        section (DictConfig): its section in the config.
+        section (Section): its section in the config.
         settings (Settings): the dtype of the weights, and whether there are any beside the adapters.
     """
     _separate_adapter(folder, has_adapter=adapter is not None)

@@ -27,7 +27,7 @@ class Progress:
 
     @classmethod
     def differences(cls, saved: dict[str, Any]) -> list[str]:
-        """How another version's :meth:`to_dict` differs from this one's: "without <field>", "with <field>"."""
+        """Say how another version's :meth:`to_dict` differs from this one's: "without <field>", "with <field>"."""
         ours = {field.name for field in fields(cls)}
         return [
             *(f"without {name}" for name in sorted(ours - saved.keys())),

@@ -24,15 +24,15 @@ from torchtune_kd.storage.manifest import Damaged, Manifest
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A whole checkpoint."""
 
     folder: Path
     manifest: Manifest
 
 
-def find_checkpoint(output: Path, settings: Settings, world: World) -> Found | None:
-    """The newest whole checkpoint in ``output`` if the run is to go on with one; None if it begins at the beginning.
+def find_checkpoint(output: Path, settings: Settings, world: World) -> FoundCheckpoint | None:
+    """Find the newest whole checkpoint to go on with; return None if the run begins at the beginning.
 
     What a killed run left half done is cleaned up; a damaged checkpoint is renamed, with a sentence.
 
@@ -56,7 +56,7 @@ def find_checkpoint(output: Path, settings: Settings, world: World) -> Found | N
             for other in damaged:
                 say(f"The damaged checkpoint is kept as {atomic.set_aside(other)}.")
         world.barrier()
-        return Found(folder, manifest)
+        return FoundCheckpoint(folder, manifest)
     if damaged:
         raise UserError(
             f"Every checkpoint in {output} is damaged ({', '.join(folder.name for folder in damaged)}): to start from "
@@ -67,7 +67,7 @@ def find_checkpoint(output: Path, settings: Settings, world: World) -> Found | N
     return None
 
 
-def check_same_run(found: Found, identity: Mapping[str, Any], settings: Settings, world: World) -> bool:
+def check_same_run(found: FoundCheckpoint, identity: Mapping[str, Any], settings: Settings, world: World) -> bool:
     """Refuse a checkpoint that was made with other settings than ``identity`` (rank 0's), or tell what changes.
 
     Returns:
@@ -99,7 +99,7 @@ def check_same_run(found: Found, identity: Mapping[str, Any], settings: Settings
 def gather_state(
     student: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None, world: World
 ) -> dict[str, Any]:
-    """All that a run needs to go on besides its :class:`Progress`: trained weights, optimizer, schedule, generators.
+    """Gather what a run goes on with besides its :class:`Progress`: trained weights, optimizer, schedule, generators.
 
     The tensors are the run's own, not copies.
     """
@@ -115,7 +115,7 @@ def gather_state(
 
 
 def restore_state(
-    found: Found,
+    found: FoundCheckpoint,
     student: nn.Module,
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
@@ -155,7 +155,7 @@ def restore_state(
 
 
 def trained_weights(decoder: nn.Module) -> dict[str, Any]:
-    """The trainable parameters by the names that they have without wrappers; the tensors themselves."""
+    """Return the trainable parameters, not copies, by the names that they have without wrappers."""
     return {
         without_checkpoint_wrapper(name): parameter.detach()
         for name, parameter in decoder.named_parameters()

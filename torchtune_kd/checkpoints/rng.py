@@ -10,7 +10,7 @@ import torch
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of all generators, as numbers and tensors that ``torch.load(weights_only=True)`` reads."""
+    """Return the state of all generators, as numbers and tensors that ``torch.load(weights_only=True)`` reads."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -35,7 +35,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def preserved_rng(device: torch.device) -> Iterator[None]:
-    """What the block draws is not missing afterwards: validating or reading data ahead changes no training step."""
+    """Put back what the block draws, so that validating or reading data ahead changes no training step."""
     state = rng_state(device)
     try:
         yield

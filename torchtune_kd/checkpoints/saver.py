@@ -9,14 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 import torchtune_kd
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.progress import Progress
 from torchtune_kd.checkpoints.writer import SnapshotWriter
 from torchtune_kd.config.metrics import lower_is_better
-from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
 from torchtune_kd.storage.manifest import Manifest
 
@@ -25,14 +23,13 @@ class Saver:
     """Writes the checkpoints of one run into its output folder.
 
     Args:
-        cfg (DictConfig): the run's config.
-        settings (Settings): its plain values.
+        config (Config): the run's.
         world (World): all its processes call every method together.
         say (Callable[[str], None]): tells the user what went wrong.
         announce (Callable[[str], None]): told of ``save``, ``manifest`` and ``rename``.
         log_file (str | None): where the run logs.
         output (Path): where the ``step_<n>`` go.
-        stale (list[Path]): what an earlier run left there.
+        previous_run (list[Path]): what an earlier run left there.
         seed (int): the seed in use.
         identity (dict[str, dict[str, Any]]): see :mod:`torchtune_kd.checkpoints.identity`; rank 0's counts.
         written (Progress | None): what the checkpoint with which the run goes on has saved.
@@ -40,29 +37,29 @@ class Saver:
 
     def __init__(
         self,
-        cfg: DictConfig,
-        settings: Settings,
+        config: Config,
         world: World,
         *,
         say: Callable[[str], None],
         announce: Callable[[str], None],
         log_file: str | None,
         output: Path,
-        stale: list[Path],
+        previous_run: list[Path],
         seed: int,
         identity: dict[str, dict[str, Any]],
         written: Progress | None,
     ) -> None:
+        settings = config.settings
         self._settings, self._world, self._log_file = settings, world, log_file
         self._output, self._seed, self._identity = output, seed, identity
-        self._config, self._versions = OmegaConf.to_container(cfg, resolve=True), _versions()
+        self._config, self._versions = config.resolved, _versions()
         self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
         self._on_disk = None if written is None else _state(written)
         self._undo: tuple[Progress, float | None] | None = None  # if what is being written fails
         self._writer = SnapshotWriter(
             output,
             world,
-            stale=stale,
+            previous_run=previous_run,
             keep_last_n=settings.keep_last_n,
             is_better=self._is_better if settings.keep_best is not None else None,
             in_background=settings.enable_async_checkpointing,
@@ -79,11 +76,11 @@ class Saver:
 
     @property
     def has_written(self) -> bool:
-        """Whether there is a checkpoint to go on with, if this run should be killed."""
+        """Return whether there is a checkpoint to go on with, if this run should be killed."""
         return self._on_disk is not None
 
     def is_written(self, progress: Progress) -> bool:
-        """Whether the last checkpoint is of this very moment."""
+        """Return whether the last checkpoint is of this very moment."""
         return self._on_disk == _state(progress)
 
     def save(
@@ -146,7 +143,7 @@ class Saver:
 
 
 def _state(progress: Progress) -> tuple[int, bool]:
-    """A validation is all that can happen to a run between two steps."""
+    """Tell moments of a run apart: between two steps only a validation can happen."""
     return progress.global_step, progress.validation_pending
 
 

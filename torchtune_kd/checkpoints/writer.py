@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 import torchtune_kd
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.progress import Progress
-from torchtune_kd.distributed.world import PATIENCE, World
+from torchtune_kd.distributed.world import SETUP_TIMEOUT, World
 from torchtune_kd.errors import UserError, one_line
 from torchtune_kd.storage import atomic
 from torchtune_kd.storage.manifest import Damaged, Manifest, file_facts
@@ -41,7 +41,7 @@ class SnapshotWriter:
     Args:
         output (Path): the folder that the ``step_<n>`` lie in.
         world (World): all its processes call every method together.
-        stale (list[Path]): what an earlier run left there, see :func:`atomic.publish`.
+        previous_run (list[Path]): what an earlier run left there, see :func:`atomic.publish`.
         keep_last_n (int): how many of the newest are kept.
         is_better (Callable[[Manifest, Manifest], bool] | None): whether the first is better than the second; the
             best is kept besides.
@@ -55,14 +55,14 @@ class SnapshotWriter:
         output: Path,
         world: World,
         *,
-        stale: list[Path],
+        previous_run: list[Path],
         keep_last_n: int,
         is_better: Callable[[Manifest, Manifest], bool] | None,
         in_background: bool,
         say: Callable[[str], None],
         announce: Callable[[str], None],
     ) -> None:
-        self._output, self._world, self._stale = output, world, stale
+        self._output, self._world, self._stale = output, world, previous_run
         self._say, self._announce = say, announce
         self._keep_last_n, self._is_better = keep_last_n, is_better
         self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
@@ -70,7 +70,7 @@ class SnapshotWriter:
         self._good = True  # the last checkpoint could be written
         self._group = world.host_group
         if in_background and world.sharded:  # its own, since the training thread uses the other one meanwhile
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
 
     def write(self, state: dict[str, Any], manifest: Manifest) -> None:
         """Write ``step_<n>``; one that cannot be written is given up with a sentence, and :meth:`finish` tells.
@@ -114,7 +114,7 @@ class SnapshotWriter:
         if self._world.is_rank_zero and problem is None:
             manifest.files = {name: fact for _, facts in written for name, fact in facts.items()}
             try:
-                problem = _elsewhere(partial, [facts for _, facts in written])
+                problem = _missing_on_rank_zero(partial, [facts for _, facts in written])
                 if problem is None:
                     self._announce("manifest")
                     manifest.write(partial)
@@ -138,7 +138,7 @@ class SnapshotWriter:
         return False
 
     def _write_shards(self, state: dict[str, Any], partial: Path) -> tuple[str | None, dict[str, Any]]:
-        """What went wrong, if anything did, and the facts of the files that this process has written."""
+        """Write this process's shards; return what went wrong, if anything did, and the facts of its files."""
         try:
             with _single_process_is_no_surprise():
                 dcp.save(
@@ -151,7 +151,7 @@ class SnapshotWriter:
             return _cause(error), {}
 
     def _is_mine(self, path: Path) -> bool:
-        """Each process names its files ``__<rank>_<n>.distcp``; what else there is belongs to rank 0."""
+        """Return whether a file is this process's: ``__<rank>_<n>.distcp``, and on rank 0 whatever else there is."""
         if path.suffix == ".distcp":
             return path.name.startswith(f"__{self._world.rank}_")
         return self._world.is_rank_zero
@@ -176,7 +176,7 @@ class SnapshotWriter:
                     self._say(f"warning: the old checkpoint {folder} could not be deleted ({_cause(error)}).")
 
     def _first(self, problem: str | None) -> str | None:
-        """The first process's problem that has one, on all of them."""
+        """Return, on all processes, the problem of the first one that has any."""
         return next((problem for problem in self._gather(problem) if problem is not None), None)
 
     def _gather(self, value: Any) -> list[Any]:
@@ -188,7 +188,7 @@ class SnapshotWriter:
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a tensor of any type, layout and sharding; nothing of it shares memory with ``tensor``.
+    """Copy a tensor of any type, layout and sharding to the CPU; nothing shares memory with ``tensor``.
 
     Types made of other tensors (DTensor, torchao's optimizer states) are copied part by part: few of them know how to
     copy themselves, and torch's own stagers ask them to.
@@ -249,7 +249,7 @@ def unpack(packed: Tensor) -> Any:
 
 
 def layout(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds: torch's metadata of each tensor, by dotted name."""
+    """Return torch's metadata of each tensor that a checkpoint holds, by dotted name."""
     return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
 
 
@@ -258,8 +258,8 @@ def room_for(found: Any) -> Tensor:
     return torch.empty(found.size, dtype=torch.uint8)
 
 
-def _elsewhere(partial: Path, facts: list[dict[str, Any]]) -> str | None:
-    """What rank 0 does not find of the files whose ``facts`` each rank gives; a sentence without a full stop."""
+def _missing_on_rank_zero(partial: Path, facts: list[dict[str, Any]]) -> str | None:
+    """Return the files of other ranks that are missing on rank 0, as a message; None if there are none."""
     for rank, names in enumerate(facts):
         for name, fact in names.items():
             try:
@@ -277,7 +277,7 @@ def _elsewhere(partial: Path, facts: list[dict[str, Any]]) -> str | None:
 
 
 def _members(group: dist.ProcessGroup | None, world: World) -> dict[str, Any]:
-    """Who writes or reads together, for torch; without a process group it knows by itself (2.6 cannot be told)."""
+    """Tell torch who writes or reads together; without a process group it knows by itself (2.6 cannot be told)."""
     alone = dist.is_initialized() and not world.sharded
     return {"process_group": group} | ({"no_dist": True} if alone else {})
 
@@ -290,7 +290,7 @@ def _single_process_is_no_surprise() -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """What the disk said, where it said something; torch wraps it in its own words."""
+    """Return what the disk said, where it said something; torch wraps it in its own words."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     cause = error

@@ -1,16 +1,22 @@
 """What can be known to fail before a weight is read: files, folders, vocabularies, shapes, lengths."""
 
+import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import training
 from torchtune.training import ModelType
 
+from torchtune_kd.config.sections import Section
+from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, Settings
 from torchtune_kd.errors import UserError, nearest
+from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
+
+CHECKPOINTERS = ("checkpointer", "teacher_checkpointer")
 
 
 def check_tokenizer(tokenizer: Any, vocab: int) -> None:
@@ -34,15 +40,19 @@ def check_tokenizer(tokenizer: Any, vocab: int) -> None:
         )
 
 
-def missing_tokenizer_files(cfg: DictConfig) -> list[Path]:
-    """Return the files that the section ``tokenizer`` names and that are not there."""
-    named = [str(value) for key, value in cfg.tokenizer.items() if re.search(r"(^|_)(path|file)$", str(key)) and value]
+def missing_tokenizer_files(tokenizer: Section) -> list[Path]:
+    """Return the files that the section names and that are not there."""
+    arguments = tokenizer.arguments.items()
+    named = [str(value) for key, value in arguments if re.search(r"(^|_)(path|file)$", str(key)) and value]
     return [path for path in map(Path, named) if not path.exists()]
 
 
-def check_tokenizer_files(cfg: DictConfig) -> None:
-    """Where both checkpoint folders hold a ``tokenizer.json``, the same words have the same ids."""
-    paths = [Path(str((cfg.get(name) or {}).get("checkpoint_dir", ""))) / "tokenizer.json" for name in CHECKPOINTERS]
+def check_tokenizer_files(checkpointers: Iterable[Section | None]) -> None:
+    """Refuse models whose folders hold, both, a ``tokenizer.json``, and not the same ids for the same words."""
+    folders = [checkpointer.get("checkpoint_dir", "") for checkpointer in checkpointers if checkpointer is not None]
+    paths = [Path(str(folder)) / "tokenizer.json" for folder in folders]
+    if len(paths) < 2:
+        return
     if not all(path.is_file() for path in paths):
         return
     student, teacher = map(_token_ids, paths)
@@ -60,11 +70,11 @@ def check_tokenizer_files(cfg: DictConfig) -> None:
         )
 
 
-def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
-    """The folder and the files that a checkpointer section names exist."""
-    section = cfg.get(name)
+def check_checkpoint_files(section: Section | None) -> None:
+    """Refuse a checkpointer whose folder or files are not there, or that asks for what a run does not start from."""
     if section is None:  # random_weights: True
         return
+    name = section.path
     for key in ("adapter_checkpoint", "recipe_checkpoint"):
         if section.get(key) is not None:
             raise UserError(
@@ -88,7 +98,7 @@ def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
         raise UserError(
             f"Unknown model type {kind!r} under `{name}.model_type`: {nearest(kind, ModelType.__members__)}"
         )
-    files = checkpoint_files(cfg, name)
+    files = checkpoint_files(section)
     if not files:
         raise UserError(f"Expected `{name}.checkpoint_files` to name the model's files in {folder}, but it is empty.")
     for path in files:
@@ -96,18 +106,16 @@ def check_checkpoint_files(cfg: DictConfig, name: str) -> None:
             raise UserError(f"The file {path.name} of `{name}.checkpoint_files` is not in {folder}: {hint}")
 
 
-def checkpoint_files(cfg: DictConfig, name: str) -> list[Path]:
-    """The weight files that a checkpointer section names."""
-    section = cfg[name]
-    return [Path(str(section.checkpoint_dir)) / file for file in _file_names(section.get("checkpoint_files"))]
+def checkpoint_files(section: Section) -> list[Path]:
+    """Return the weight files that a checkpointer section names."""
+    return [Path(str(section.get("checkpoint_dir"))) / file for file in _file_names(section.get("checkpoint_files"))]
 
 
 def _file_names(files: Any) -> Iterator[str]:
-    if isinstance(files, ListConfig):
+    if isinstance(files, list):
         yield from (str(file) for file in files)
-    elif isinstance(files, DictConfig):  # torchtune's short form: filename_format and max_filename
-        section = OmegaConf.to_container(files)
-        yield from training.FormattedCheckpointFiles.from_dict(section).build_checkpoint_filenames()
+    elif isinstance(files, dict):  # torchtune's short form: filename_format and max_filename
+        yield from training.FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames()
 
 
 def _token_ids(path: Path) -> dict[str, int]:
@@ -117,14 +125,11 @@ def _token_ids(path: Path) -> dict[str, int]:
     return ids | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-CHECKPOINTERS = ("checkpointer", "teacher_checkpointer")
-
-
-def check_random_weights(cfg: DictConfig, *, asked: bool, uses_teacher: bool) -> None:
-    """A model without a checkpoint has to be meant so, and the key ``random_weights`` has to have a use.
+def check_random_weights(written: DictConfig, *, asked: bool, uses_teacher: bool) -> None:
+    """Refuse a model without a checkpoint that is not meant so, and a ``random_weights`` without a use.
 
     Args:
-        cfg (DictConfig): a run's config.
+        written (DictConfig): a run's config.
         asked (bool): its ``random_weights``.
         uses_teacher (bool): whether its teacher counts.
 
@@ -132,15 +137,38 @@ def check_random_weights(cfg: DictConfig, *, asked: bool, uses_teacher: bool) ->
         UserError: for one without the other.
     """
     used = CHECKPOINTERS if uses_teacher else CHECKPOINTERS[:1]
-    null = [name for name in used if name in cfg and cfg[name] is None]
+    null = [name for name in used if name in written and written[name] is None]
     if null and not asked:
         raise UserError(
             f"`{null[0]}: null` leaves a model without weights: name a checkpoint, or set `random_weights: True` to "
             "run with random ones of the true shapes."
         )
-    if asked and all(cfg.get(name) is not None for name in used):
+    if asked and all(written.get(name) is not None for name in used):
         raise UserError(
             "`random_weights: True` is for models without a checkpoint, but "
             f"{' and '.join(f'`{name}`' for name in used)} name{'s' * (len(used) == 1)} files: set "
             f"`{used[0]}: null` or delete `random_weights`."
+        )
+
+
+def check_needed_sections(written: DictConfig, settings: Settings) -> None:
+    """Refuse a config without a section that its run needs."""
+    for name in REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if settings.uses_teacher else ()):
+        if written.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
+            raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
+
+
+def check_kd_loss(section: Section) -> None:
+    """Refuse what is no loss that works from hidden states under ``kd_loss``."""
+    component = section.resolve()
+    if inspect.isclass(component) and issubclass(component, KDWithChunkedOutputLoss):
+        raise UserError(
+            f"`kd_loss._component_` is {section.component}, which is for torchtune's own recipes; this one never "
+            f"holds full logits, so write {section.component.replace('WithChunkedOutputLoss', 'Loss')} and "
+            "delete `kd_loss.num_output_chunks`."
+        )
+    if not (inspect.isclass(component) and issubclass(component, KDLoss)) or component is KDLoss:
+        raise UserError(
+            f"Expected a loss of torchtune_kd.losses under `kd_loss`, got {section.component}: "
+            "write for example `kd_loss._component_: torchtune_kd.losses.ForwardKLLoss`."
         )

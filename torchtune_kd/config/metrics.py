@@ -7,7 +7,7 @@ DISTANCES = ("kl", "top1_agreement", "student_entropy", "teacher_entropy", "acce
 
 
 def training_metrics(settings: Settings) -> tuple[str, ...]:
-    """What is logged of a training step; no cross-entropy at kd_ratio 1, no distances without a teacher."""
+    """Return what is logged of a training step: no cross-entropy at kd_ratio 1, no distances without a teacher."""
     if not settings.uses_teacher:
         return ("class_loss", "student_entropy")
     return ("class_loss", "kd_loss", *DISTANCES) if settings.kd_ratio < 1 else ("kd_loss", *DISTANCES)
@@ -20,7 +20,7 @@ def validation_metrics(settings: Settings) -> tuple[str, ...]:
 
 
 def lower_is_better(settings: Settings, metric: str) -> bool:
-    """Whether a lower value of the validation metric ``metric`` (``keep_best``) is the better one.
+    """Return whether a lower value of the validation metric ``metric`` (``keep_best``) is the better one.
 
     Raises:
         UserError: if no validation of this run logs ``metric``, or neither end of it is better.

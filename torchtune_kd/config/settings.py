@@ -14,8 +14,6 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import training
 
-from torchtune_kd.config.checks import CHECKPOINTERS, check_random_weights
-from torchtune_kd.config.components import check_component, check_kd_loss, check_section, sections
 from torchtune_kd.errors import UserError, nearest
 
 REQUIRED_COMPONENTS = (
@@ -113,20 +111,20 @@ class Settings:
 KEYS = (*(field.name for field in dataclasses.fields(Settings)), *COMPONENTS)  # what the recipes read
 
 
-def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
-    """Check ``cfg`` whole and return its plain values. Nothing is built or loaded yet.
+def read_settings(written: DictConfig, *, distributed: bool) -> Settings:
+    """Check the keys of a config, and return its plain values.
 
     Args:
-        cfg (DictConfig): the parsed config of a run.
-        distributed (bool): whether ``kd_distributed`` asks; its own keys are errors elsewhere.
+        written (DictConfig): the parsed config of a run.
+        distributed (bool): whether several processes may take part; their keys are errors elsewhere.
 
     Raises:
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     known = [name for name in KEYS if distributed or name not in DISTRIBUTED_ONLY]
-    for key in cfg:
-        if key in known or key in interpolated_names(cfg):
+    for key in written:
+        if key in known or key in interpolated_names(written):
             continue
         if key == "loss":
             raise UserError(
@@ -134,30 +132,23 @@ def read_settings(cfg: DictConfig, *, distributed: bool) -> Settings:
                 "part of the same pass here, weighted by 1 - kd_ratio, so delete the `loss` section."
             )
         if key in DISTRIBUTED_ONLY:
-            raise UserError(f"The key `{key}` belongs to kd_distributed and nothing here reads it: delete it.")
+            raise UserError(
+                f"The key `{key}` belongs to kd_distributed: start several processes by `tune run --nproc_per_node N "
+                "torchtune_kd/kd_distributed --config ...`, or delete it."
+            )
         raise UserError(f"Unknown key `{key}` in the config: {nearest(key, known)}")
     values = {}
     for name, field in fields.items():
-        if name in cfg and (distributed or name not in DISTRIBUTED_ONLY):
-            values[name] = _typed(name, cfg[name], field.type)
+        if name in written and (distributed or name not in DISTRIBUTED_ONLY):
+            values[name] = _typed(name, written[name], field.type)
         elif field.default is dataclasses.MISSING:
             raise UserError(f"Expected the key `{name}` in the config, but it is missing: add it.")
     settings = Settings(**values)
-    _check_values(settings, cfg)
-    needed = REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if settings.uses_teacher else ())
-    check_random_weights(cfg, asked=settings.random_weights, uses_teacher=settings.uses_teacher)
-    for name in needed:
-        if cfg.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
-            raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
-    for name in COMPONENTS:
-        check_section(name, cfg.get(name))
-    check_kd_loss(cfg.kd_loss)
-    for path, section in sections(cfg):
-        check_component(path, section)
+    _check_values(settings, written)
     return settings
 
 
-def _check_values(settings: Settings, cfg: DictConfig) -> None:
+def _check_values(settings: Settings, written: DictConfig) -> None:
     def expect(name: str, good: bool, expected: str) -> None:
         if not good:
             raise UserError(f"Expected `{name}` to be {expected}, got {getattr(settings, name)}: change it.")
@@ -201,7 +192,7 @@ def _check_values(settings: Settings, cfg: DictConfig) -> None:
             f"fp32 on {torch.cuda.get_device_name()}, which has no bf16",
         )
     for name in ("run_val_every_n_steps", "max_val_batches", "batch_size_val", "keep_best"):
-        if getattr(settings, name) is not None and cfg.get("dataset_val") is None:
+        if getattr(settings, name) is not None and written.get("dataset_val") is None:
             raise UserError(f"`{name}` is set, but there is no `dataset_val`: add it or remove the key.")
     if settings.resume_despite_changes and not settings.resume_from_checkpoint:
         raise UserError(
@@ -231,7 +222,7 @@ def _positive(value: float | str) -> bool:
 
 
 def _typed(name: str, value: Any, type_: Any) -> Any:
-    """``value`` if it is of the field's type (int counts as float), else an error that names the key."""
+    """Return ``value`` if it is of the field's type (int counts as float); else raise an error that names the key."""
     if isinstance(value, ListConfig):
         value = OmegaConf.to_container(value)
     options = getattr(type_, "__args__", (type_,))
@@ -247,7 +238,7 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
     return value
 
 
-def interpolated_names(cfg: DictConfig) -> set[str]:
+def interpolated_names(written: DictConfig) -> set[str]:
     """Return the top-level names that another key reads as ``${name}`` or ``${name.inner}``."""
-    raw = OmegaConf.to_yaml(cfg, resolve=False)
+    raw = OmegaConf.to_yaml(written, resolve=False)
     return {match.split(".")[0] for match in re.findall(r"\$\{\s*([A-Za-z_][\w.]*)", raw)}

@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,47 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed, padd
 
 from torchtune_kd.errors import UserError
 
-Batch = dict[str, Any]
+Sample = dict[str, Any]  # a row of a dataset: tokens and labels, and seq_lens where it is packed
 
 
-def collate_shifted(samples: list[Batch], *, pad_id: int, ignore_index: int, packed: bool, max_seq_len: int) -> Batch:
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one microbatch.
+
+    Attributes:
+        tokens (Tensor): [B, S] ids.
+        labels (Tensor): [B, S], the id that follows each token, or ``ignore_index``. They stay on the host: finding
+            the valid ones there waits for no device.
+        mask (Any): which tokens of packed data see each other, as torchtune's decoders take it; None elsewhere.
+        input_pos (Tensor | None): [B, S] positions of packed data.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Any = None
+    input_pos: Tensor | None = None
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Return the keyword arguments of a decoder that go with the tokens."""
+        both = {"mask": self.mask, "input_pos": self.input_pos}
+        return {name: value for name, value in both.items() if value is not None}
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with all but its labels on ``device``; nobody waits for the copies."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+            for name, value in {"tokens": self.tokens, **self.attention}.items()
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, as PyTorch's loader asks for it."""
+        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **pinned)
+
+
+def collate_shifted(samples: list[Sample], *, pad_id: int, ignore_index: int, packed: bool, max_seq_len: int) -> Batch:
     """Collate with torchtune's collators, then shift the labels by one: see :func:`build_loader`."""
     longest = max(len(sample["tokens"]) for sample in samples)
     if longest > max_seq_len:
@@ -29,8 +66,8 @@ def collate_shifted(samples: list[Batch], *, pad_id: int, ignore_index: int, pac
     if ignore_index != CROSS_ENTROPY_IGNORE_IDX:  # torchtune's datasets mask and pad with its own
         batch["labels"] = batch["labels"].masked_fill(batch["labels"] == CROSS_ENTROPY_IGNORE_IDX, ignore_index)
     documents = [sample["seq_lens"].tolist() for sample in samples] if packed else None
-    batch["labels"] = shift_labels(batch["labels"], documents, ignore_index)
-    return batch
+    labels = shift_labels(batch["labels"], documents, ignore_index)
+    return Batch(batch["tokens"], labels, batch.get("mask"), batch.get("input_pos"))
 
 
 def shift_labels(labels: Tensor, documents: list[list[int]] | None, ignore_index: int) -> Tensor:
@@ -49,12 +86,7 @@ def shift_labels(labels: Tensor, documents: list[list[int]] | None, ignore_index
     return shifted
 
 
-def attention_inputs(batch: Batch, move: Callable[[Any], Any]) -> dict[str, Any]:
-    """``mask`` and ``input_pos`` where the batch has them, on the device."""
-    return {name: move(batch[name]) for name in ("mask", "input_pos") if batch.get(name) is not None}
-
-
-def check_ids(sample: Batch, index: int, name: str, vocab: int) -> None:
+def check_ids(sample: Sample, index: int, name: str, vocab: int) -> None:
     """Refuse row ``index`` of ``name`` if one of its ``tokens`` is none of the ``vocab`` ids of the models."""
     tokens = torch.as_tensor(sample["tokens"])
     if tokens.numel() and not 0 <= (wrong := int(tokens.max() if tokens.min() >= 0 else tokens.min())) < vocab:

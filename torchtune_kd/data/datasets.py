@@ -1,23 +1,25 @@
 """Datasets and their rows, checked before the first step."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
 from torch.utils.data import Dataset
 from torchtune.datasets import ConcatDataset, PackedDataset
 from tqdm import tqdm
 
-from torchtune_kd.config.components import build
-from torchtune_kd.data.batches import Batch, check_ids, too_long_sentence
+from torchtune_kd.config.sections import Section
+from torchtune_kd.data.batches import Sample, check_ids, too_long_sentence
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, one_line
 
 
-def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, vocab: int, world: World) -> Dataset:
-    """The dataset under ``cfg.<name>``; a list of sections is concatenated, as in torchtune's recipes.
+def build_dataset(
+    sections: Sequence[Section], name: str, tokenizer: Any, max_seq_len: int, vocab: int, world: World
+) -> Dataset:
+    """Build the dataset of one section, or concatenate those of several, as in torchtune's recipes.
 
     Args:
-        cfg (DictConfig): the run's config.
+        sections (Sequence[Section]): of one dataset each.
         name (str): ``dataset`` or ``dataset_val``.
         tokenizer (Any): torchtune tokenizer that the dataset's rows go through.
         max_seq_len (int): longest sequence that teacher and student take.
@@ -28,11 +30,8 @@ def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, 
         UserError: for an empty dataset, a sequence longer than ``max_seq_len``, or an id that the models have not.
     """
     with world.rank_zero_first():
-        if isinstance(cfg[name], ListConfig):
-            parts = [_build_part(part, name, tokenizer) for part in cfg[name]]
-            dataset = ConcatDataset(datasets=parts)
-        else:
-            dataset = _build_part(cfg[name], name, tokenizer)
+        parts = [_build_part(section, tokenizer) for section in sections]
+        dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
     if len(dataset) == 0:
         raise UserError(f"Expected at least one sample in `{name}`, but it is empty: check its source and filters.")
     limit = getattr(tokenizer, "max_seq_len", None)
@@ -41,20 +40,20 @@ def build_dataset(cfg: DictConfig, name: str, tokenizer: Any, max_seq_len: int, 
     return dataset
 
 
-def _build_part(section: DictConfig, name: str, tokenizer: Any) -> Dataset:
-    """The dataset of one section. Packing tokenises every row at once; where it fails, the row is looked for."""
+def _build_part(section: Section, tokenizer: Any) -> Dataset:
+    """Build the dataset of one section. Packing tokenises every row at once; where it fails, the row is looked for."""
     try:
-        return build({name: section}, name, tokenizer)
+        return section.build(tokenizer)
     except Exception:
         if section.get("packed", False):
-            rows = build({name: section}, name, tokenizer, packed=False)
+            rows = section.build(tokenizer, packed=False)
             for index in range(len(rows)):
-                row(rows, index, name)
+                read_row(rows, index, section.path)
         raise
 
 
-def row(dataset: Dataset, index: int, name: str) -> Batch:
-    """Row ``index`` of the dataset under ``name``.
+def read_row(dataset: Dataset, index: int, name: str) -> Sample:
+    """Read row ``index`` of the dataset under ``name``.
 
     Raises:
         UserError: naming the row, if it cannot be tokenised.
@@ -80,7 +79,7 @@ def _check_rows(dataset: Dataset, name: str, max_seq_len: int, vocab: int, world
     """Check length and ids of every row, each process its part; of packs the first, since they are all as long."""
     rows = range(1) if isinstance(dataset, PackedDataset) else range(world.rank, len(dataset), world.size)
     for index in tqdm(rows, desc=f"Lengths of {name}", leave=False, disable=not world.is_rank_zero or len(rows) < 5000):
-        sample = row(dataset, index, name)
+        sample = read_row(dataset, index, name)
         check_ids(sample, index, name, vocab)
         if len(sample["tokens"]) > max_seq_len:
             raise UserError(too_long_sentence(f"sample {index} of `{name}`", len(sample["tokens"]), max_seq_len))

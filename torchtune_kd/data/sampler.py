@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
-from torchtune_kd.data.batches import Batch, check_ids
-from torchtune_kd.data.datasets import row
+from torchtune_kd.data.batches import Sample, check_ids
+from torchtune_kd.data.datasets import read_row
 
 
 class EachSampleOnce(StatefulDistributedSampler):
@@ -23,7 +23,7 @@ class EachSampleOnce(StatefulDistributedSampler):
     position = 0  # where the next iteration begins
 
     def order(self) -> list[int]:
-        """The indices of this epoch (``set_epoch``) in the order in which all processes together consume them."""
+        """Return the indices of this epoch (``set_epoch``) in the order in which all processes consume them."""
         if not self.shuffle:
             return list(range(len(self.dataset)))
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -36,7 +36,7 @@ class EachSampleOnce(StatefulDistributedSampler):
             yield order[mine] if mine < len(order) else FILLER
 
     def remaining(self) -> int:
-        """How many samples this process has yet to yield in this epoch, the filler included."""
+        """Return how many samples this process has yet to yield in this epoch, the filler included."""
         return max(0, -(-(len(self.dataset) - self.position) // self.num_replicas))
 
     def state_dict(self) -> dict[str, int]:
@@ -56,12 +56,12 @@ class CheckedRows(Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Sample:
         if index != FILLER:
-            sample = row(self._dataset, index, self._name)
+            sample = read_row(self._dataset, index, self._name)
             check_ids(sample, index, self._name, self._vocab)
             return sample
-        sample = dict(row(self._dataset, 0, self._name))
+        sample = dict(read_row(self._dataset, 0, self._name))
         labels = sample["labels"]
         masked = torch.full((len(labels),), CROSS_ENTROPY_IGNORE_IDX)
         sample["labels"] = masked if isinstance(labels, Tensor) else masked.tolist()

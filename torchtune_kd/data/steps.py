@@ -8,11 +8,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.reading import Config
 from torchtune_kd.data.batches import Batch, collate_shifted
 from torchtune_kd.data.datasets import build_dataset, is_packed
 from torchtune_kd.data.sampler import CheckedRows, EachSampleOnce
@@ -20,8 +19,7 @@ from torchtune_kd.distributed.world import World
 
 
 def build_loaders(
-    cfg: DictConfig,
-    settings: Settings,
+    config: Config,
     tokenizer: Any,
     ignore_index: int,
     max_seq_len: int,
@@ -29,13 +27,14 @@ def build_loaders(
     seed: int,
     world: World,
 ) -> tuple[StatefulDataLoader, StatefulDataLoader | None]:
-    """Training data under ``dataset`` and, where it is given, validation data under ``dataset_val``."""
+    """Build training data and, where there is any, validation data."""
+    settings = config.settings
     common = {"ignore_index": ignore_index, "max_seq_len": max_seq_len, "vocab": vocab, "seed": seed, "world": world}
-    dataset = build_dataset(cfg, "dataset", tokenizer, max_seq_len, vocab, world)
+    dataset = build_dataset(config.dataset, "dataset", tokenizer, max_seq_len, vocab, world)
     loader = build_loader(dataset, tokenizer, batch_size=settings.batch_size, shuffle=settings.shuffle, **common)
-    if cfg.get("dataset_val") is None:
+    if not config.dataset_val:
         return loader, None
-    dataset = build_dataset(cfg, "dataset_val", tokenizer, max_seq_len, vocab, world)
+    dataset = build_dataset(config.dataset_val, "dataset_val", tokenizer, max_seq_len, vocab, world)
     batch_size = settings.batch_size_val or settings.batch_size
     return loader, build_loader(dataset, tokenizer, batch_size=batch_size, shuffle=False, name="dataset_val", **common)
 
@@ -53,12 +52,13 @@ def build_loader(
     world: World,
     name: str = "dataset",
 ) -> StatefulDataLoader:
-    """Batches of this process: ``tokens`` and ``labels`` [B, S], and ``mask`` and ``input_pos`` of packed data.
+    """Build the loader of this process's batches.
 
-    ``labels[b, i]`` is the token that follows ``tokens[b, i]``, or ``ignore_index``: where the dataset masks it, at
-    the end of a row, and, in packed data, where the next token belongs to another document. The last batch may be
-    smaller; every sample of the dataset is seen once per epoch, and where it does not divide by the processes, the
-    batch of a process without a further sample is filled with one that has no valid label.
+    ``labels[b, i]`` of a :class:`~torchtune_kd.data.batches.Batch` is the token that follows ``tokens[b, i]``, or
+    ``ignore_index``: where the dataset masks it, at the end of a row, and, in packed data, where the next token belongs
+    to another document. The last batch may be smaller; every sample of the dataset is seen once per epoch, and where it
+    does not divide by the processes, the batch of a process without a further sample is filled with one that has no
+    valid label.
     """
     collate = functools.partial(
         collate_shifted,
@@ -88,13 +88,13 @@ def microbatches(batches: Iterable[Batch], per_step: int, max_steps: int | None)
 
 
 def steps_per_epoch(loader: StatefulDataLoader, per_step: int, max_steps: int | None) -> int:
-    """Optimizer steps of a whole epoch, at most ``max_steps``."""
+    """Count the optimizer steps of a whole epoch, at most ``max_steps``."""
     steps = -(-len(loader) // per_step)
     return steps if max_steps is None else min(steps, max_steps)
 
 
 def steps_left(loader: StatefulDataLoader, per_step: int, max_steps: int | None) -> int:
-    """Optimizer steps from the sampler's position to the end of its epoch, at most ``max_steps``."""
+    """Count the optimizer steps from the sampler's position to the end of its epoch, at most ``max_steps``."""
     batches = -(-loader.sampler.remaining() // loader.batch_size)
     steps = -(-batches // per_step)
     return steps if max_steps is None else min(steps, max(max_steps, 0))

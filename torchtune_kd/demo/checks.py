@@ -19,7 +19,7 @@ _SET_BY_THE_DEMO = {
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """The arguments by themselves, and the packages they need; quick.
+    """Check the arguments by themselves, and the packages they need; quick.
 
     Raises:
         DemoError: naming the first argument that cannot be.
@@ -52,7 +52,7 @@ def check_inputs(args: argparse.Namespace) -> None:
     """
     # these import torch
     from torchtune_kd.demo import teacher, text
-    from torchtune_kd.kernels._objective import TEMPERATURES
+    from torchtune_kd.kernels import TEMPERATURES
 
     low, high = TEMPERATURES
     if args.temperature is not None and not low <= args.temperature <= high:
@@ -68,7 +68,7 @@ def check_inputs(args: argparse.Namespace) -> None:
 
 
 def _check_overrides(overrides: list[str], *, by_the_clock: bool) -> None:
-    """The config of the run with these overrides; no file is read, and of the components only the small ones built."""
+    """Check the run's config with these overrides; no file is read, of the components only the small ones are built."""
     import torch
     from omegaconf.errors import OmegaConfBaseException
 

@@ -256,7 +256,7 @@ class Demo:
         )
 
     def _overrides(self) -> list[str]:
-        """What the config does not say: the folders, the dtype that suits this CPU, and what the user wants."""
+        """Return what the config does not say: the folders, the dtype that suits this CPU, and what the user wants."""
         overrides = {
             "output_dir": self.output.run,
             "teacher_dir": self.teacher_dir,
@@ -343,7 +343,7 @@ def faster_dtype() -> str:
 
 
 def peak_memory() -> int:
-    """Largest resident set, in bytes, that this process or one of its children ever had."""
+    """Return the largest resident set, in bytes, that this process or one of its children ever had."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
     return peak if sys.platform == "darwin" else peak * 1024

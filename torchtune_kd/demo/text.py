@@ -32,7 +32,7 @@ class Split:
 
 
 def reference_documents() -> Documents:
-    """The reference prose on the Python language that comes with CPython, by topic."""
+    """Read the reference prose on the Python language that comes with CPython, by topic."""
     from pydoc_data.topics import topics
 
     return dict(topics)
@@ -124,7 +124,7 @@ def passages(tokenizer: ModelTokenizer, text: str, num_tokens: int, first: int |
 def training_passages(
     tokenizer: ModelTokenizer, documents: Mapping[str, str], num_tokens: int, num_rows: int, seed: int = 0
 ) -> list[str]:
-    """``num_rows`` passages in random order, in as many passes over the documents as that takes.
+    """Draw ``num_rows`` passages in random order, in as many passes over the documents as that takes.
 
     Every pass cuts at other places, so that a token is seen with another context each time.
     """
@@ -141,7 +141,7 @@ def training_passages(
 
 
 def joined(documents: Mapping[str, str]) -> str:
-    """The documents one after the other, by name."""
+    """Join the documents one after the other, by name."""
     return "\n\n".join(documents[name] for name in sorted(documents))
 
 

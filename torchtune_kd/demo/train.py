@@ -23,14 +23,14 @@ _SECONDS_TO_STOP = 10
 
 
 def read_config(overrides: Sequence[str]) -> DictConfig:
-    """The demo's config with ``key=value`` overrides, as the recipe will see it."""
+    """Read the demo's config with ``key=value`` overrides, as the recipe will see it."""
     package, _, name = CONFIG.partition("/")
     text = files(f"{package}.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
 
 
 def tune_command(overrides: Sequence[str]) -> list[str]:
-    """``tune run`` of the environment that this interpreter belongs to."""
+    """Return the command line of ``tune run`` in the environment that this interpreter belongs to."""
     tune = shutil.which("tune", path=str(Path(sys.executable).parent))
     door = [tune] if tune else [sys.executable, "-m", "torchtune_kd"]  # the same command line
     return [*door, "run", RECIPE, "--config", CONFIG, *overrides]

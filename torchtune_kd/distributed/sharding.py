@@ -47,7 +47,7 @@ def reshard(root: nn.Module) -> None:
 
 
 def shard_tensor(whole: Tensor, target: Tensor) -> Tensor:
-    """This process's part of ``whole``, laid out (and quantised) like ``target``; no process is asked for anything.
+    """Cut this process's part out of ``whole``, laid out (and quantised) like ``target``, without communication.
 
     Args:
         whole (Tensor): on the device, alike on every process.
@@ -71,7 +71,7 @@ def shard_tensor(whole: Tensor, target: Tensor) -> Tensor:
 
 
 def gather_tensor(sharded: Tensor, device: torch.device) -> Tensor:
-    """The whole of a parameter, dequantised, on ``device``; every process takes part."""
+    """Gather a parameter, dequantised, on ``device``; every process takes part."""
     if sharded.device != device:  # offloaded
         sharded = sharded.to(device)
     if not isinstance(sharded, DTensor):

@@ -17,10 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout  # has no public name; torchtitan takes it too
 from torchtune import training, utils
 
+from torchtune_kd.config.reading import started_by_launcher
+from torchtune_kd.config.settings import Settings
 from torchtune_kd.errors import UserError
 
 # What a process waits for another while that one downloads, packs a dataset, reads or writes a checkpoint, compiles.
-PATIENCE = timedelta(minutes=30)
+SETUP_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class World:
 
     ``mesh`` has the dimension ``dp_shard``, over which weights are sharded, and, for hybrid sharding, before it
     ``dp_replicate``, over which they are copies. ``node_group`` are the processes of this node, its reader first.
-    ``host_group`` are all processes, over gloo and with :data:`PATIENCE`: for whatever is no part of a step.
+    ``host_group`` are all processes, over gloo and with :data:`SETUP_TIMEOUT`: for whatever is no part of a step.
     ``step_group`` are all of them over gloo without patience: for what the hosts agree on within a step.
     """
 
@@ -48,25 +50,25 @@ class World:
 
     @property
     def num_shards(self) -> int:
-        """How many processes share one copy of the weights."""
+        """Return how many processes share one copy of the weights."""
         if not self.sharded:
             return 1
         return self.size if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
     @property
     def reads_files(self) -> bool:
-        """Whether this is the one process of its node that reads checkpoints."""
+        """Return whether this is the one process of its node that reads checkpoints."""
         return self.node_group is None or dist.get_rank(self.node_group) == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum of ``tensor``, which is on ``self.device``, over all processes."""
+        """Sum ``tensor``, which is on ``self.device``, elementwise over all processes."""
         tensor = tensor.clone()
         if self.sharded:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, value: bool) -> bool:
-        """Whether ``value`` is true on any process; nobody waits for a device."""
+        """Return whether ``value`` is true on any process; nobody waits for a device."""
         if not self.sharded:
             return value
         flag = torch.tensor(int(value))
@@ -79,7 +81,7 @@ class World:
             dist.barrier(group=self.host_group)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's ``value`` (anything that pickles), in the order of ranks, with patience."""
+        """Gather every process's ``value`` (anything that pickles) in rank order, within :data:`SETUP_TIMEOUT`."""
         if not self.sharded:
             return [value]
         values = [None] * self.size
@@ -87,7 +89,7 @@ class World:
         return values
 
     def share_in_node(self, tensor: Tensor) -> Tensor:
-        """The reader's ``tensor``, on the device of every process of its node.
+        """Send the reader's ``tensor`` to the device of every process of its node.
 
         Only the reader's values count; elsewhere a meta tensor of the same shape and dtype will do.
         """
@@ -99,8 +101,8 @@ class World:
             dist.broadcast(whole, dist.get_global_rank(self.node_group, 0), group=self.node_group)
         return whole
 
-    def limit_waiting(self, seconds: float) -> None:
-        """From now on a process that waits longer than ``seconds`` for another within a step ends with an error.
+    def set_timeout(self, seconds: float) -> None:
+        """Let a process that waits longer than ``seconds`` for another within a step end with an error from now on.
 
         To be called when all are set up, or, where models are compiled, after the first step: until then processes
         wait for downloads, files and compilers.
@@ -121,9 +123,20 @@ class World:
             self.barrier()
 
 
-def single_process(device: str) -> World:
-    """The world of a single-device recipe."""
-    return World(device=_device(device))
+def join_world(settings: Settings) -> World:
+    """Return the world of a process: of its own, or that which a launcher prepared.
+
+    Raises:
+        UserError: as :func:`join_process_group`.
+    """
+    if not started_by_launcher():
+        return World(device=_device(settings.device))
+    return join_process_group(
+        settings.device,
+        cpu_offload=settings.fsdp_cpu_offload,
+        replicate_dim=settings.data_parallel_replicate_dim,
+        shard_dim=settings.data_parallel_shard_dim,
+    )
 
 
 def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim: int = 1, shard_dim: int = -1) -> World:
@@ -163,9 +176,9 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
     here = _device(device)
     if not dist.is_initialized():
         backend = training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload)
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
     names = ("dp_replicate", "dp_shard")[-len(shape) :]
-    host_group, step_group = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    host_group, step_group = (dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) for _ in range(2))
     rank, size = dist.get_rank(), dist.get_world_size()
     # the torchrun agent that started a process; its host where there is no agent
     nodes: list[str] = [""] * size
@@ -179,14 +192,14 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
         size=size,
         sharded=True,
         mesh=init_device_mesh(here.type, shape, mesh_dim_names=names),
-        node_group=dist.new_group(on_this_node, timeout=PATIENCE, use_local_synchronization=True),
+        node_group=dist.new_group(on_this_node, timeout=SETUP_TIMEOUT, use_local_synchronization=True),
         host_group=host_group,
         step_group=step_group,
     )
 
 
 def describe_layout(nodes: Sequence[str], shards: int) -> str:
-    """One line on where weights and gradients travel; ``nodes`` names each rank's node, ``shards`` share a copy."""
+    """Say in one line where weights and gradients travel; ``nodes`` names each rank's node, ``shards`` share a copy."""
     size, num_nodes = len(nodes), len(set(nodes))
     copies = [nodes[first : first + shards] for first in range(0, size, shards)]
     line = f"{size} processes on {num_nodes} nodes, copies of the weights: {len(copies)}, each over {shards} processes"
@@ -199,7 +212,7 @@ def describe_layout(nodes: Sequence[str], shards: int) -> str:
 
 
 def mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...]:
-    """``(shards,)``, or ``(replicas, shards)`` for hybrid sharding; the arguments of :func:`join_process_group`.
+    """Return ``(shards,)``, or ``(replicas, shards)`` for hybrid sharding; arguments as :func:`join_process_group`.
 
     Raises:
         UserError: if ``size`` processes do not divide as asked.

@@ -26,7 +26,7 @@ class Distance:
 
     @classmethod
     def from_validation(cls, record: Mapping[str, float]) -> "Distance":
-        """From a validation that the recipe logged."""
+        """Take the figures from a validation that the recipe logged."""
         return cls(
             loss=record["val_class_loss"],
             teacher_loss=record["val_teacher_class_loss"],

@@ -16,7 +16,7 @@ def greedy(
     stop_tokens: Sequence[int] = (),
     seconds: float = math.inf,
 ) -> list[int]:
-    """The most likely token after the prompt, and so on, with key-value caches.
+    """Continue a prompt with the most likely token, again and again, with key-value caches.
 
     Args:
         model (TransformerDecoder): Model with caches set up for ``len(prompt) + num_tokens`` tokens, see

@@ -4,7 +4,6 @@ Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
 import inspect
-import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -12,8 +11,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from torchtune_kd.kernels import Objective, softmax_kd_loss
-
-_log = logging.getLogger(__name__)
 
 
 class KDLoss(nn.Module):
@@ -83,7 +80,7 @@ class KDLoss(nn.Module):
         }
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
-        """The loss of whole logits.
+        """Compute the loss of whole logits.
 
         Args:
             student_logits (Tensor): ``[N, V]`` or ``[B, S, V]``, any floating dtype.
@@ -102,21 +99,6 @@ class KDLoss(nn.Module):
             raise ValueError("labels [N] or [B, S] are needed to know the valid tokens, but got None")
         reduction = "mean" if normalize else "sum"
         return softmax_kd_loss(student_logits, teacher_logits, labels, reduction=reduction, **self.settings())
-
-    def apply_compile_strategy(self, *args: Any, **kwargs: Any) -> "KDLoss":
-        """Do nothing and say so: the loss is one autograd function that already works in one pass of blocks.
-
-        torchtune's later recipes call this on every loss. ``torch.compile`` around the module also works; it
-        runs this part eagerly.
-        """
-        _log.info("%s is not compiled: it has its own fused implementation.", type(self).__name__)
-        return self
-
-    def set_model_output(self, model: nn.Module) -> None:
-        """Prepare `model` for this loss, as torchtune's later recipes ask every loss to do.
-
-        Nothing is to be done for a loss of whole logits.
-        """
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items() if value is not None)
@@ -164,7 +146,7 @@ class KDWithChunkedOutputLoss(KDLoss):
         labels: Tensor,
         normalize: bool = True,
     ) -> Tensor:
-        """The loss of chunked logits, normalised once over all valid tokens.
+        """Compute the loss of chunked logits, normalised once over all valid tokens.
 
         Args:
             student_logits (Sequence[Tensor]): chunks ``[B, S_i, V]`` with the S_i adding up to S. Their
@@ -186,10 +168,6 @@ class KDWithChunkedOutputLoss(KDLoss):
         if not normalize:
             return total
         return total / (labels != self.ignore_index).sum().clamp(min=1)
-
-    def set_model_output(self, model: nn.Module) -> None:
-        """Make `model` return its logits in `num_output_chunks` chunks; student and teacher both need it."""
-        model.set_num_output_chunks(self.num_output_chunks)
 
     def extra_repr(self) -> str:
         return f"num_output_chunks={self.num_output_chunks}, {super().extra_repr()}"

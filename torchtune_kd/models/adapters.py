@@ -12,7 +12,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 
 
 def without_checkpoint_wrapper(name: str) -> str:
-    """A parameter's name as it is without activation checkpointing, which is its name in state dicts."""
+    """Return a parameter's name without activation checkpointing, which is its name in state dicts."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 

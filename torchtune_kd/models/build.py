@@ -7,20 +7,19 @@ import typing
 from collections.abc import Mapping
 
 import torch
-import torchtune.modules.common_utils as common_utils
-from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LORA_ATTN_MODULES, get_adapter_params, set_trainable_params
 
-from torchtune_kd.config.components import build
+from torchtune_kd._torchtune import keep_dequantised_weights_on_host
+from torchtune_kd.config.sections import Section
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.sharding import shard
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, loading, nearest, one_line
-from torchtune_kd.kernels._vocab import shared_vocab
+from torchtune_kd.kernels import shared_vocab
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.adapters import initial_adapters, leave_biases_unscaled
 from torchtune_kd.models.loading import check_weights, load_sharded, load_whole
@@ -32,16 +31,17 @@ from torchtune_kd.models.student import Student
 ATTENTION_MODULES = typing.get_args(LORA_ATTN_MODULES)
 
 
-def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
-    """The model under ``cfg.<name>`` without memory for its weights; checks NF4's shape rule on the way."""
-    _check_adapters(cfg[name], name)
+def on_meta(section: Section, settings: Settings, world: World) -> TransformerDecoder:
+    """Build the model of a section without memory for its weights, and check NF4's rule of shapes on the way."""
+    name = section.path
+    _check_adapters(section)
     with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
         try:
-            model = build(cfg, name)
+            model = section.build()
             unquantised = model
         except AssertionError as error:  # torchao's own check of NF4 shapes, which names no layer
             try:
-                model, unquantised = None, build(cfg, name, quantize_base=False)
+                model, unquantised = None, section.build(quantize_base=False)
             except UserError:  # no such keyword, so it was another assertion
                 raise UserError(f"The section `{name}` cannot be built, correct it: {one_line(error)}") from error
     if model is None or any(isinstance(parameter, NF4Tensor) for parameter in model.parameters()):
@@ -62,7 +62,7 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
         )
     if name == "teacher_model" and get_adapter_params(model):
         raise UserError(
-            f"The builder {cfg[name]['_component_']} under `teacher_model` makes adapters, which no checkpoint would "
+            f"The builder {section.component} under `teacher_model` makes adapters, which no checkpoint would "
             "fill: name the builder without them and, under `teacher_checkpointer`, merged weights, such as the "
             "`epoch_<n>` that a LoRA recipe writes."
         )
@@ -73,16 +73,18 @@ def on_meta(cfg: DictConfig, name: str, settings: Settings, world: World) -> Tra
     return model
 
 
-def _check_adapters(section: DictConfig, name: str) -> None:
-    """torchtune's builders ignore a module that they do not know, and divide by the rank in the first step."""
+def _check_adapters(section: Section) -> None:
+    """Refuse what torchtune's builders let through: unknown modules are ignored, a rank of 0 divides in a step."""
     modules = section.get("lora_attn_modules", [])
-    for module in modules if isinstance(modules, (list, ListConfig)) else [modules]:
+    for module in modules if isinstance(modules, list) else [modules]:
         if module not in ATTENTION_MODULES:
             known = nearest(module, ATTENTION_MODULES)
-            raise UserError(f"Unknown module {module!r} in `{name}.lora_attn_modules`: {known}")
+            raise UserError(f"Unknown module {module!r} in `{section.path}.lora_attn_modules`: {known}")
     rank = section.get("lora_rank", 1)
     if not isinstance(rank, int) or rank < 1:
-        raise UserError(f"Expected `{name}.lora_rank` to be a whole number of at least 1, got {rank!r}: change it.")
+        raise UserError(
+            f"Expected `{section.path}.lora_rank` to be a whole number of at least 1, got {rank!r}: change it."
+        )
 
 
 def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder | None) -> int:
@@ -97,7 +99,7 @@ def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder 
 
 
 def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:
-    """The loss reads the head outside the head's own forward, so FSDP must not gather it by itself."""
+    """Refuse to shard the head by itself: the loss reads it outside the head's own forward."""
     modules = dict(student.named_modules())
     weight = output_head(student)[0]
     for name in names:
@@ -115,22 +117,22 @@ def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:
 
 
 def build_student(
-    cfg: DictConfig,
+    section: Section,
     settings: Settings,
     world: World,
     kd_loss: KDLoss,
     weights: Mapping[str, Tensor] | None,
     seed: int,
 ) -> Student:
-    """The student with ``weights`` (None: random ones), in the run's dtype.
+    """Build the student with ``weights`` (None: random ones), in the run's dtype.
 
     Its adapters are trainable if it has any, else all of it.
     """
-    common_utils._use_low_cpu_ram = settings.low_cpu_ram
+    keep_dequantised_weights_on_host(settings.low_cpu_ram)
     with loading("student", world.device):
-        decoder = build_decoder(cfg, "model", settings, world)
+        decoder = build_decoder(section, settings, world)
         if weights is None:
-            weights = RandomWeights(decoder, "model", settings.torch_dtype, settings.seed or 0)
+            weights = RandomWeights(decoder, section.path, settings.torch_dtype, settings.seed or 0)
         check_weights(decoder, weights, "checkpointer")
         leave_biases_unscaled(decoder)
         adapters = get_adapter_params(decoder)
@@ -154,7 +156,8 @@ def build_student(
     return student
 
 
-def build_decoder(cfg: DictConfig, name: str, settings: Settings, world: World) -> TransformerDecoder:
+def build_decoder(section: Section, settings: Settings, world: World) -> TransformerDecoder:
+    """Build a decoder for its weights to be loaded: on the meta device where it will be sharded."""
     device = torch.device("meta") if world.sharded else world.device
     with training.set_default_dtype(settings.torch_dtype), device, NoInitialValues():
-        return build(cfg, name)
+        return section.build()

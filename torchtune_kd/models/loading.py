@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params
 
-from torchtune_kd.config.components import build
+from torchtune_kd.config.sections import Section
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.sharding import gather_tensor, shard_tensor
 from torchtune_kd.distributed.world import World
@@ -22,32 +21,29 @@ from torchtune_kd.errors import UserError, one_line
 from torchtune_kd.models.random_weights import RandomWeights
 
 
-def load_weights(
-    cfg_checkpointer: DictConfig | None, name: str, world: World | None = None
-) -> tuple[Any, dict[str, Tensor] | None]:
-    """A checkpointer and the model weights that it reads, by torchtune's parameter names.
+def load_weights(section: Section | None, world: World | None = None) -> tuple[Any, dict[str, Tensor] | None]:
+    """Build a checkpointer, and read its model weights by torchtune's parameter names.
 
-    Without a section, which ``read_settings`` lets through with ``random_weights: True`` alone, there are neither:
+    Without a section, which ``read_config`` lets through with ``random_weights: True`` alone, there are neither:
     None and None.
 
     Args:
-        cfg_checkpointer (DictConfig | None): the section.
-        name (str): its key, ``checkpointer`` or ``teacher_checkpointer``.
+        section (Section | None): ``checkpointer`` or ``teacher_checkpointer``.
         world (World | None): with it one process of each node reads, and the others get meta tensors, which have
             shape and dtype alone; without it this process reads.
 
     Raises:
         UserError: on every process, if the files cannot be read on one.
     """
-    if cfg_checkpointer is None:
+    if section is None:
         return None, None
-    checkpointer = build({name: cfg_checkpointer}, name)
+    checkpointer = section.build()
     if world is None or not world.sharded:
-        return checkpointer, _read(checkpointer, cfg_checkpointer, name)
+        return checkpointer, _read(checkpointer, section)
     weights, error = {}, None
     if world.reads_files:
         try:
-            weights = _read(checkpointer, cfg_checkpointer, name)
+            weights = _read(checkpointer, section)
         except UserError as unreadable:
             error = str(unreadable)
     layout = {key: (weight.shape, weight.dtype) for key, weight in weights.items()} if world.is_rank_zero else {}
@@ -129,7 +125,7 @@ def load_sharded(
 
 
 def gather_weights(decoder: nn.Module, world: World) -> dict[str, Tensor]:
-    """All weights of a sharded decoder, whole and dequantised, in host memory of rank 0; empty elsewhere."""
+    """Gather the weights of a sharded decoder, dequantised, in host memory of rank 0; return none elsewhere."""
     state = {}
     for name, parameter in decoder.state_dict().items():
         whole = gather_tensor(parameter, world.device)
@@ -138,12 +134,12 @@ def gather_weights(decoder: nn.Module, world: World) -> dict[str, Tensor]:
     return state
 
 
-def _read(checkpointer: Any, cfg_checkpointer: DictConfig, name: str) -> dict[str, Tensor]:
+def _read(checkpointer: Any, section: Section) -> dict[str, Tensor]:
     try:
         return checkpointer.load_checkpoint()[training.MODEL_KEY]
     except Exception as error:  # torchtune's checkpointers raise whatever their formats' readers do
-        folder = cfg_checkpointer.get("checkpoint_dir")
+        folder = section.get("checkpoint_dir")
         raise UserError(
-            f"The files of `{name}` in {folder} cannot be read, fetch them again or name the checkpointer that fits: "
-            f"{one_line(error)}"
+            f"The files of `{section.path}` in {folder} cannot be read, fetch them again or name the checkpointer that "
+            f"fits: {one_line(error)}"
         ) from error

@@ -49,7 +49,7 @@ class RandomWeights(Mapping[str, Tensor]):
         return iter(self._shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A new tensor in host memory."""
+        """Make the tensor in host memory."""
         return self.write(name, torch.empty(self._shapes[name], dtype=self._dtype))
 
     @torch.no_grad()
@@ -90,5 +90,5 @@ class NoInitialValues(TorchFunctionMode):
 
 
 def _number(text: str) -> int:
-    """A number of 63 bits that any two texts share only by chance, the same in every process."""
+    """Hash a text to 63 bits, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

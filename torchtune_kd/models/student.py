@@ -7,18 +7,15 @@ import contextlib
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
+from torchtune_kd.data.batches import Batch
+from torchtune_kd.errors import phase
 from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.losses import KDLoss
+from torchtune_kd.losses.signals import Signal
 from torchtune_kd.models.output_head import output_head, skip_output_head
-
-
-class HostTensor:
-    """A tensor that FSDP2 leaves on the host; it moves every tensor among a root's arguments to the device."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 class Student(nn.Module):
@@ -36,42 +33,44 @@ class Student(nn.Module):
         self.offload_activations = contextlib.nullcontext()
         self.keeps_layers_gathered = False  # between the microbatches of a step, under FSDP2
 
+    def prepare_microbatch(self, *, is_last: bool) -> None:
+        """Let FSDP2 reduce gradients, and give gathered parameters back, in a step's last microbatch alone."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(is_last)
+            self.set_reshard_after_backward(is_last, recurse=self.keeps_layers_gathered)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with phase("student forward"):  # FSDP2 gathers before ``forward`` begins
+            return super().__call__(*args, **kwargs)
+
     def forward(
-        self,
-        tokens: Tensor,
-        labels: HostTensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: tuple[Tensor, Tensor | None] | None,
-        metrics: tuple[str, ...],
-        **attention: Any,
+        self, batch: Batch, signal: Signal | None, metrics: tuple[str, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one microbatch, summed over its valid tokens.
+        """Compute loss and metrics of one microbatch, summed over its valid tokens.
 
         Args:
-            tokens (Tensor): [B, S] ids.
-            labels (HostTensor): [B, S] next-token ids, already shifted; ``ignore_index`` where there is none.
-            teacher_hidden (Tensor | None): [B, S, D_t] last hidden states; None at kd_ratio 0.
-            teacher_head (tuple[Tensor, Tensor | None] | None): weight [V_t, D_t] and bias [V_t]; None at kd_ratio 0.
+            batch (Batch): on the student's device.
+            signal (Signal | None): what the teacher gave for it; None at kd_ratio 0.
             metrics (tuple[str, ...]): names out of ``torchtune_kd.kernels.METRICS``.
-            **attention: ``mask`` and ``input_pos`` of packed data.
 
         Returns:
             tuple[Tensor, dict[str, Tensor]]: 0-d loss sum with its graph, and the metrics' sums (0-d, fp32).
         """
         with self.offload_activations:
-            hidden = self.decoder(tokens, **attention)
-        weight, bias = output_head(self.decoder)
-        teacher_weight, teacher_bias = teacher_head or (None, None)
-        return linear_kd_loss(
-            hidden,
-            weight,
-            teacher_hidden,
-            teacher_weight,
-            labels.tensor,
-            student_bias=bias,
-            teacher_bias=teacher_bias,
-            kd_ratio=self.kd_ratio,
-            reduction="sum",
-            return_metrics=metrics,
-            **self._objective,
-        )
+            hidden = self.decoder(batch.tokens, **batch.attention)
+        states, (teacher_weight, teacher_bias) = signal or (None, (None, None))
+        with phase("loss"):
+            weight, bias = output_head(self.decoder)
+            return linear_kd_loss(
+                hidden,
+                weight,
+                states,
+                teacher_weight,
+                batch.labels,
+                student_bias=bias,
+                teacher_bias=teacher_bias,
+                kd_ratio=self.kd_ratio,
+                reduction="sum",
+                return_metrics=metrics,
+                **self._objective,
+            )

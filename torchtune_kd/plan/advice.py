@@ -10,18 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 
-from torchtune_kd.config.settings import Settings
+from torchtune_kd._torchtune import component_from_path, instantiation_error
+from torchtune_kd.config.reading import Config
+from torchtune_kd.config.sections import Section
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import RunError
+from torchtune_kd.errors import OutOfMemory, RunError
 from torchtune_kd.plan.communication import Layout
 from torchtune_kd.plan.dry_run import dry_step, dry_validation
 from torchtune_kd.plan.memory import plan_memory
 from torchtune_kd.plan.meta_models import build_models
-from torchtune_kd.training.phases import OutOfMemory
 from torchtune_kd.training.run import Run
 
 GIB = 2**30
@@ -43,36 +41,21 @@ class Shape:
 class Case:
     """A run as ``torchtune_kd/plan`` needs it."""
 
-    cfg: DictConfig
-    settings: Settings
+    config: Config
     layout: Layout
     shape: Shape
 
     def phases(self) -> dict[str, int]:
-        """The highest number of bytes in each phase of a step.
+        """Compute the highest number of bytes in each phase of a step.
 
         Raises:
             UserError: if a model cannot be built.
         """
-        models = build_models(self.cfg, self.settings, self.layout.shards)
+        models = build_models(self.config, self.layout.shards)
         run = dry_validation if self.shape.validation else dry_step
         shape = self.shape
-        memory, _ = plan_memory(
-            self.cfg, self.settings, models, self.layout, shape.sequence, batch_size=shape.batch_size, run=run
-        )
+        memory, _ = plan_memory(self.config, models, self.layout, shape.sequence, batch_size=shape.batch_size, run=run)
         return {"student forward" if phase == "student" else phase: size for phase, size in memory.phases.items()}
-
-    def with_keys(self, keys: dict[str, Any]) -> "Case":
-        """The same with other values in the config; ``None`` takes a key out."""
-        cfg = OmegaConf.create(OmegaConf.to_container(self.cfg))
-        for key, value in keys.items():
-            if value is None:
-                section, _, name = key.rpartition(".")
-                OmegaConf.select(cfg, section).pop(name, None)
-            else:
-                OmegaConf.update(cfg, key, value, force_add=True)
-        plain = {key: value for key, value in keys.items() if hasattr(self.settings, key)}
-        return replace(self, cfg=cfg, settings=replace(self.settings, **plain))
 
 
 @dataclass(frozen=True)
@@ -85,8 +68,8 @@ class Change:
     shape: Shape | None = None
 
     def of(self, case: Case) -> Case:
-        changed = case.with_keys(self.keys)
-        return replace(changed, layout=self.layout or case.layout, shape=self.shape or case.shape)
+        config = case.config.with_keys(self.keys)
+        return replace(case, config=config, layout=self.layout or case.layout, shape=self.shape or case.shape)
 
 
 @contextlib.contextmanager
@@ -102,10 +85,10 @@ def out_of_memory_explained(run: Run) -> Iterator[None]:
         step = run.microbatches
         where = f"in step {run.global_step + 1}" if step else f"in the validation after step {run.global_step}"
         batches = step or list(itertools.islice(run.val_loader, 1))
-        batch_size, sequence = max((batch["tokens"].shape for batch in batches), key=lambda shape: shape.numel())
+        batch_size, sequence = max((batch.tokens.shape for batch in batches), key=lambda shape: shape.numel())
         world, shards = run.world, run.world.num_shards
         layout = Layout(shards=shards, replicas=world.size // shards, sharded=world.sharded)
-        case = Case(run.cfg, run.settings, layout, Shape(batch_size, sequence, validation=step is None))
+        case = Case(run.config, layout, Shape(batch_size, sequence, validation=step is None))
         raise RunError(
             f"The memory of {world.device} ran out {where}, phase: {error.phase} ({_in_use(world)}"
             f"microbatches of up to {batch_size} x {sequence} tokens); {advice(case, error.phase)}"
@@ -113,7 +96,7 @@ def out_of_memory_explained(run: Run) -> Iterator[None]:
 
 
 def advice(case: Case, phase: str) -> str:
-    """The end of the sentence: the changes that lower this phase's memory most, and by how much."""
+    """Name the changes that lower this phase's memory most, and by how much: the end of the sentence."""
     try:
         before = case.phases()[phase]
     except Exception as why:  # whatever it is, it must not hide what it was to explain
@@ -131,8 +114,9 @@ def advice(case: Case, phase: str) -> str:
 
 
 def changes(case: Case) -> Iterator[Change]:
-    """Everything that could save something in this run."""
-    settings, layout, shape, cfg = case.settings, case.layout, case.shape, case.cfg
+    """Yield everything that could save something in this run."""
+    config, layout, shape = case.config, case.layout, case.shape
+    settings = config.settings
     on_gpu = settings.torch_device.type == "cuda"
     if not settings.enable_activation_checkpointing:
         key = "enable_activation_checkpointing"
@@ -154,10 +138,10 @@ def changes(case: Case) -> Iterator[Change]:
         yield Change(f"`tokenizer.max_seq_len: {half}`", shape=replace(shape, sequence=half))
     if settings.dtype == "fp32":
         yield Change("`dtype: bf16`", {"dtype": "bf16"})
-    if "8bit" not in cfg.optimizer["_component_"]:
+    if "8bit" not in config.optimizer.component:
         keys = {"optimizer._component_": ADAM_8BIT, "optimizer.fused": None, "optimizer.foreach": None}
         yield Change(f"`optimizer._component_: {ADAM_8BIT}`", keys)
-    yield from _adapters(cfg)
+    yield from _adapters(config.model)
     if not layout.sharded:
         yield Change("torchtune_kd/kd_distributed on two devices", layout=Layout(shards=2, sharded=True))
         return
@@ -169,9 +153,9 @@ def changes(case: Case) -> Iterator[Change]:
     yield Change(f"{more.shards} processes that share the weights instead of {layout.shards}", layout=more)
 
 
-def _adapters(cfg: DictConfig) -> Iterator[Change]:
+def _adapters(section: Section) -> Iterator[Change]:
     """Few trained weights in place of all, few bits of those that are not trained."""
-    module, _, name = cfg.model["_component_"].rpartition(".")
+    module, _, name = section.component.rpartition(".")
     lora, quantised = f"{module}.lora_{name}", f"{module}.q{name}"
     if _exists(lora):
         keys = {"model._component_": lora, **{f"model.{key}": value for key, value in LORA.items()}}
@@ -182,8 +166,8 @@ def _adapters(cfg: DictConfig) -> Iterator[Change]:
 
 def _exists(component: str) -> bool:
     try:
-        _get_component_from_path(component)
-    except InstantiationError:
+        component_from_path(component)
+    except instantiation_error():
         return False
     return True
 

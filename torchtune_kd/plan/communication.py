@@ -40,7 +40,7 @@ class Groups:
 
 
 def parameter_groups(model: nn.Module, settings: Settings, only: Callable[[Tensor], bool] = lambda _: True) -> Groups:
-    """The groups of a decoder as ``training/sharding.py`` makes them.
+    """Return the groups of a decoder as ``distributed/sharding.py`` makes them.
 
     Args:
         model (nn.Module): the decoder.
@@ -78,7 +78,7 @@ def sharded_weights(model: nn.Module, settings: Settings, layout: Layout) -> Sha
 
 
 def scatter_buffer(models: Models, settings: Settings) -> int:
-    """Bytes of the largest layer's gradients, which are copied to be summed over processes."""
+    """Return the bytes of the largest layer's gradients, which are copied to be summed over processes."""
     return max(parameter_groups(models.student, settings, lambda p: p.requires_grad).layers, default=0)
 
 
@@ -106,7 +106,7 @@ class Communication:
 
 
 def communication(models: Models, settings: Settings, layout: Layout, *, stock: bool = False) -> Communication:
-    """What travels in one step.
+    """Count what travels in one step.
 
     Args:
         models (Models): of the run.

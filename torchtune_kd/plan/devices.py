@@ -47,7 +47,7 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, whatever its case, spaces and dashes.
+    """Find the device of that name, whatever its case, spaces and dashes.
 
     Raises:
         UserError: if the table has none.
@@ -66,7 +66,7 @@ def find_device(name: str) -> Device:
 def custom_device(
     base: Device | None, dtype: str, tflops: float | None, bandwidth: float | None, link: float | None
 ) -> Device | None:
-    """``base`` with figures of the user's; without ``base`` it takes both of the first two.
+    """Put figures of the user's into ``base``; without ``base`` it takes both of the first two.
 
     Raises:
         UserError: for a figure that is not above 0, or one without the other.
@@ -94,7 +94,7 @@ def custom_device(
 
 
 def parse_memory(text: str | int) -> int:
-    """Bytes of a size like ``80GiB``, ``24 GB`` or a plain number of bytes.
+    """Parse a size like ``80GiB``, ``24 GB`` or a plain number of bytes.
 
     Raises:
         UserError: if it cannot be read.

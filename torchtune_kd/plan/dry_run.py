@@ -13,23 +13,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from torchtune_kd.config.components import build_kd_loss
 from torchtune_kd.config.metrics import training_metrics, validation_metrics
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.world import World
-from torchtune_kd.kernels import Objective, _block, _linear
-from torchtune_kd.kernels._block import BlockLoss, Plan, rows_per_block
+from torchtune_kd.kernels import Objective, _linear, _plan
+from torchtune_kd.kernels._plan import Plan, rows_per_block
+from torchtune_kd.kernels._torch.block import BlockLoss
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models import student as training_models
 from torchtune_kd.models.student import Student
 from torchtune_kd.plan.meta_models import Models
 from torchtune_kd.plan.tracker import Operation, Tracker
-from torchtune_kd.teachers.live import Teacher
-from torchtune_kd.training.step import accumulate_gradients, forward
+from torchtune_kd.teachers.base import NoTeacher, Teacher
+from torchtune_kd.teachers.live import LiveTeacher
+from torchtune_kd.training.step import gradient_scale
 
 PHASES = ("teacher", "student", "loss", "backward")
 WEIGHTS = ("teacher weights", "student weights")
@@ -61,44 +62,34 @@ class DryStep:
         return max(self.peaks, key=lambda phase: self.peaks[phase])
 
 
-def dry_step(
-    cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int, shards: int = 1
-) -> DryStep:
+def dry_step(config: Config, models: Models, batch_size: int, sequence: int, shards: int = 1) -> DryStep:
     """Run one microbatch, every token valid.
 
     With ``gradient_accumulation_steps`` above 1 it is the second one: the first one's gradients are there.
 
     Args:
-        cfg (DictConfig): the config, for ``kd_loss``.
-        settings (Settings): its plain values.
+        config (Config): the run's.
         models (Models): of the same config.
         batch_size (int): B.
         sequence (int): S.
         shards (int): processes that share the weights: FSDP2 leaves each its part of the gradients.
     """
+    settings = config.settings
     at_once = settings.gradient_accumulation_steps == 1  # else in the last microbatch
-    with _dry_run(cfg, settings, models, batch_size, sequence) as dry:
+    with _dry_run(config, models, batch_size, sequence) as dry:
         with gradients_counted(dry.tracker, models, settings, shards, reduced_at_once=at_once), dry.tracker:
-            accumulate_gradients(
-                dry.student.train(),
-                dry.teacher,
-                [dry.batch],
-                training_metrics(settings),
-                dry.kd_loss.ignore_index,
-                World(torch.device("meta")),
-            )
+            scale = gradient_scale([dry.batch], dry.kd_loss.ignore_index, World(torch.device("meta")))
+            loss, _ = dry.loss(dry.student.train(), training_metrics(settings))
+            (loss * scale).backward()
             gradients = dry.tracker.live["gradients"]
         return dry.result(gradients)
 
 
-def dry_validation(
-    cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int, shards: int = 1
-) -> DryStep:
+def dry_validation(config: Config, models: Models, batch_size: int, sequence: int, shards: int = 1) -> DryStep:
     """Run one batch of a validation: as :func:`dry_step`, without gradients."""
-    with _dry_run(cfg, settings, models, batch_size, sequence) as dry:
+    with _dry_run(config, models, batch_size, sequence) as dry:
         with torch.no_grad(), dry.tracker:
-            world = World(torch.device("meta"))
-            forward(dry.student.eval(), dry.teacher, dry.batch, validation_metrics(settings), world)
+            dry.loss(dry.student.eval(), validation_metrics(config.settings))
         return dry.result(gradients=0)
 
 
@@ -106,10 +97,15 @@ def dry_validation(
 class _DryRun:
     tracker: Tracker
     student: Student
-    teacher: Teacher | None
+    teacher: Teacher
     kd_loss: KDLoss
     batch: Batch
     sizes: dict[str, int]
+
+    def loss(self, student: Student, metrics: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do what a step does with a microbatch before its backward."""
+        batch = self.batch.to(torch.device("meta"))
+        return student(batch, self.teacher.signal(batch), metrics)
 
     def result(self, gradients: int) -> DryStep:
         return DryStep(
@@ -123,10 +119,10 @@ class _DryRun:
 
 
 @contextlib.contextmanager
-def _dry_run(cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
-    kd_loss = build_kd_loss(cfg)
+def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
+    settings, kd_loss = config.settings, config.kd_loss.build()
     student = Student(models.student, kd_loss, settings.kd_ratio)
-    teacher = Teacher(models.teacher) if models.teacher is not None else None
+    teacher = LiveTeacher(models.teacher) if models.teacher is not None else NoTeacher()
     if settings.enable_activation_offloading:
         student.offload_activations = _offloaded()
     tracker = Tracker()
@@ -136,7 +132,7 @@ def _dry_run(cfg: DictConfig, settings: Settings, models: Models, batch_size: in
         stack.callback(setattr, student, "offload_activations", contextlib.nullcontext())
         sizes = stack.enter_context(_phases(tracker, student, teacher))
         stack.enter_context(_loss_on_meta(tracker, settings.torch_device))
-        yield _DryRun(tracker, student, teacher, kd_loss, {"tokens": labels, "labels": labels}, sizes)
+        yield _DryRun(tracker, student, teacher, kd_loss, Batch(labels, labels), sizes)
 
 
 def hold_weights(tracker: Tracker, models: Models) -> None:
@@ -147,7 +143,7 @@ def hold_weights(tracker: Tracker, models: Models) -> None:
 
 
 @contextlib.contextmanager
-def _phases(tracker: Tracker, student: Student, teacher: Teacher | None) -> Iterator[dict[str, int]]:
+def _phases(tracker: Tracker, student: Student, teacher: Teacher) -> Iterator[dict[str, int]]:
     """Set the tracker's phase as the step goes through the modules, and take sizes on the way."""
     sizes: dict[str, int] = {}
 
@@ -168,7 +164,7 @@ def _phases(tracker: Tracker, student: Student, teacher: Teacher | None) -> Iter
         student.decoder.register_forward_hook(before_loss),
         student.register_forward_hook(enter("backward")),
     ]
-    if teacher is not None:
+    if isinstance(teacher, LiveTeacher):
         handles.append(teacher.register_forward_pre_hook(enter("teacher")))
     try:
         yield sizes
@@ -268,9 +264,9 @@ def _loss_on_meta(tracker: Tracker, device: torch.device) -> Iterator[None]:
         return _BlockLossOnMeta(tracker, plan, max_rows, device)
 
     # the size of the blocks in which gradients are scaled and summed
-    blocks = {"meta": _block._BLOCK_ELEMENTS.get(device.type, _block._BLOCK_ELEMENTS_ELSEWHERE)}
+    blocks = {"meta": _plan._BLOCK_ELEMENTS.get(device.type, _plan._BLOCK_ELEMENTS_ELSEWHERE)}
     with (
-        mock.patch.dict(_block._BLOCK_ELEMENTS, blocks),
+        mock.patch.dict(_plan._BLOCK_ELEMENTS, blocks),
         mock.patch.object(training_models, "linear_kd_loss", linear_kd_loss),
         mock.patch.object(_linear, "_block_loss", block_loss),
     ):

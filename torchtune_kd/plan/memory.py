@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
 from torchtune.modules.peft import get_adapter_params
 
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.plan.communication import Layout, scatter_buffer, sharded_weights
 from torchtune_kd.plan.dry_run import WEIGHTS, DryStep, dry_step
@@ -49,7 +49,7 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """The highest point of a step; None where the optimizer's state is not known."""
+        """Return the highest point of a step; None where the optimizer's state is not known."""
         return None if self.optimizer is None else max(self.phases.values())
 
     @property
@@ -57,31 +57,30 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-StepFunction = Callable[[DictConfig, Settings, Models, int, int, int], DryStep]
+StepFunction = Callable[[Config, Models, int, int, int], DryStep]
 
 
 def plan_memory(
-    cfg: DictConfig,
-    settings: Settings,
+    config: Config,
     models: Models,
     layout: Layout,
     sequence: int,
     batch_size: int | None = None,
     run: StepFunction = dry_step,
 ) -> tuple[Memory, DryStep]:
-    """The memory of one device, and the dry step that it comes from.
+    """Compute the memory of one device, and return it with the dry step that it comes from.
 
     Args:
-        cfg (DictConfig): the run's config.
-        settings (Settings): its plain values.
+        config (Config): the run's.
         models (Models): on the meta device.
         layout (Layout): the run's processes.
         sequence (int): tokens of a sequence.
         batch_size (int | None): sequences of a microbatch; None takes ``settings.batch_size``.
         run (StepFunction): the recipe's step.
     """
-    step = run(cfg, settings, models, batch_size or settings.batch_size, sequence, layout.shards)
-    cost = optimizer_cost(cfg, models.trainable[0].dtype, settings.torch_device)
+    settings = config.settings
+    step = run(config, models, batch_size or settings.batch_size, sequence, layout.shards)
+    cost = optimizer_cost(config.optimizer, models.trainable[0].dtype, settings.torch_device)
     return _assemble(settings, models, layout, step, cost), step
 
 
@@ -135,12 +134,12 @@ def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep,
 
 
 def fits(total: int, device_memory: int) -> bool:
-    """Whether a run of ``total`` bytes goes into a device of ``device_memory`` bytes."""
+    """Return whether a run of ``total`` bytes goes into a device of ``device_memory`` bytes."""
     return total + CONTEXT_BYTES <= USABLE * device_memory
 
 
 def largest_batch(total: Callable[[int], int], device_memory: int, known: dict[int, int], most: int = 1 << 14) -> int:
-    """The most sequences per microbatch that fit; 0 if not even one does.
+    """Find the most sequences per microbatch that fit; 0 if not even one does.
 
     Memory grows nearly in proportion to the batch, so each trial is where the two nearest ones point.
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.output_head import output_head
@@ -41,23 +40,23 @@ class Parameters:
     trained: int
 
 
-def build_models(cfg: DictConfig, settings: Settings, shards: int = 1) -> Models:
-    """Both models as the recipe would build them, on the meta device.
+def build_models(config: Config, shards: int = 1) -> Models:
+    """Build both models as the recipe would build them, on the meta device.
 
     Args:
-        cfg (DictConfig): the run's config.
-        settings (Settings): its plain values.
+        config (Config): the run's.
         shards (int): processes that share one copy of the weights, for NF4's rule of shapes; 1 shards nothing.
 
     Raises:
         UserError: if one cannot be built, or they have different vocabularies.
     """
+    settings = config.settings
     on_host = replace(settings, device="cpu")  # shapes need no GPU
     world = World(torch.device("cpu"), size=shards, sharded=shards > 1)
-    student = on_meta(cfg, "model", on_host, world)
+    student = on_meta(config.model, on_host, world)
     if adapters := get_adapter_params(student):
         set_trainable_params(student, adapters)
-    teacher = on_meta(cfg, "teacher_model", on_host, world) if settings.uses_teacher else None
+    teacher = on_meta(config.teacher_model, on_host, world) if settings.uses_teacher else None
     for model in (student, teacher):
         if model is not None:
             _make_runnable(model)
@@ -79,7 +78,7 @@ def count_parameters(models: Models) -> Parameters:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Memory of all parameters, NF4 with its scales, and of the tables."""
+    """Return the memory of all parameters, NF4 with its scales, and of the tables."""
     return sum(map(tensor_bytes, model.parameters())) + table_bytes(model)
 
 
@@ -93,7 +92,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def heads(models: Models) -> list[Tensor]:
-    """The heads' weights [V, D] of student and, where there is one, teacher."""
+    """Return the heads' weights [V, D] of student and, where there is one, teacher."""
     return [output_head(model)[0] for model in (models.student, models.teacher) if model is not None]
 
 

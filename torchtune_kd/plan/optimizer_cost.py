@@ -1,15 +1,12 @@
 """What an optimizer keeps and what its step needs for a moment, read off the real one at small parameters."""
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
-from torchtune.config._utils import _get_component_from_path
 
-from torchtune_kd.config.components import build
+from torchtune_kd.config.sections import Section
 from torchtune_kd.errors import UserError
 from torchtune_kd.plan.tracker import Tracker, tensor_bytes
 
@@ -34,21 +31,21 @@ class OptimizerCost:
         return round(self.state * elements)
 
     def temporary_bytes(self, elements: int, largest: int) -> int:
-        """Of a step over ``elements``, of which the largest parameter has ``largest``."""
+        """Return the bytes of a step over ``elements``, of which the largest parameter has ``largest``."""
         return round(self.temporary_of_all * elements + self.temporary_of_one * largest)
 
 
-def optimizer_cost(cfg: DictConfig, dtype: torch.dtype, device: torch.device) -> OptimizerCost | None:
-    """The costs of the optimizer under ``optimizer``; None if it is not installed or does not grow with the elements.
+def optimizer_cost(section: Section, dtype: torch.dtype, device: torch.device) -> OptimizerCost | None:
+    """Return the costs of an optimizer; None if it is not installed or does not grow with the elements.
 
     Args:
-        cfg (DictConfig): a run's config.
+        section (Section): the config's ``optimizer``.
         dtype (torch.dtype): of the weights.
         device (torch.device): that the run is for; PyTorch's optimizers work on all parameters at once on CUDA unless
             told otherwise, and on one after the other on the CPU.
     """
     try:
-        few, many = _measure(cfg, dtype, device, 2), _measure(cfg, dtype, device, 4)
+        few, many = _measure(section, dtype, device, 2), _measure(section, dtype, device, 4)
     except UserError:  # not for this host, or not installed
         return None
     if few is None or many is None:
@@ -62,18 +59,18 @@ def optimizer_cost(cfg: DictConfig, dtype: torch.dtype, device: torch.device) ->
     )
 
 
-def _measure(cfg: DictConfig, dtype: torch.dtype, device: torch.device, count: int) -> tuple[int, int] | None:
-    """Bytes of the state, and of what a second step allocates for a moment; None for a factored state."""
+def _measure(section: Section, dtype: torch.dtype, device: torch.device, count: int) -> tuple[int, int] | None:
+    """Measure bytes of the state, and what a second step allocates for a moment; return None for a factored state."""
     parameters = [nn.Parameter(torch.zeros(_SHAPE, dtype=dtype)) for _ in range(count)]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = build(cfg, "optimizer", parameters, **_defaults_on(device, cfg.optimizer))
+    optimizer = section.build(parameters, **_defaults_on(device, section))
     with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
         optimizer.step()
     state = [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.numel() > 1]
     if any(v.shape != torch.Size(_SHAPE) for v in state):
         return None
-    if cfg.optimizer["_component_"].startswith("torchao."):
+    if section.component.startswith("torchao."):
         return sum(map(tensor_bytes, state)), 0  # compiled, it holds nothing between operations
     tracker = Tracker("cpu")
     known = [*parameters, *(parameter.grad for parameter in parameters), *state]
@@ -85,7 +82,7 @@ def _measure(cfg: DictConfig, dtype: torch.dtype, device: torch.device, count: i
     return sum(map(tensor_bytes, state)), max(tracker.peaks.values()) - before
 
 
-def _defaults_on(device: torch.device, section: DictConfig) -> dict[str, Any]:
-    parameters = inspect.signature(_get_component_from_path(section["_component_"])).parameters
+def _defaults_on(device: torch.device, section: Section) -> dict[str, Any]:
+    parameters = section.parameters()
     unset = section.get("fused") is None and section.get("foreach") is None
     return {"foreach": True} if device.type == "cuda" and "foreach" in parameters and unset else {}

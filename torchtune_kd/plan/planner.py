@@ -1,12 +1,10 @@
 """A run's plan: parameters, memory, FLOPs, communication, largest batch and step time, from its config alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-
-from omegaconf import DictConfig
+from dataclasses import dataclass
 
 from torchtune_kd.config.checks import check_tokenizer, missing_tokenizer_files
-from torchtune_kd.config.components import build, build_kd_loss
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.errors import UserError
 from torchtune_kd.models.build import check_vocabularies
@@ -16,7 +14,7 @@ from torchtune_kd.plan.dry_run import DryStep, dry_step
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
 from torchtune_kd.plan.meta_models import Models, Parameters, build_models, count_parameters
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
-from torchtune_kd.plan.request import SEQUENCE, Request, read_request
+from torchtune_kd.plan.request import SEQUENCE, Request
 from torchtune_kd.plan.stock import dry_stock_step, why_stock_cannot
 from torchtune_kd.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
 
@@ -74,33 +72,34 @@ class RunPlan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all processes and microbatches."""
+        """Return the tokens of all processes and microbatches."""
         settings = self.settings
         return self.layout.processes * settings.gradient_accumulation_steps * settings.batch_size * self.sequence
 
 
-def plan_run(cfg: DictConfig) -> RunPlan:
-    """Everything that can be said of a run before it starts; loads no weights and needs no GPU.
+def plan_run(request: Request, config: Config, layout: Layout) -> RunPlan:
+    """Work out what can be said of a run before it starts, without weights and without a GPU.
 
     Args:
-        cfg (DictConfig): a run's config together with the keys of :class:`Request`.
+        request (Request): what is asked for, as :func:`read_request` returns it, with the next two.
+        config (Config): the run's.
+        layout (Layout): its processes.
 
     Raises:
         UserError: if the config, a device or a size cannot be read, a model cannot be built, or the tokenizer, where
             its files are there, does not fit the models.
     """
-    request, run, settings, layout = read_request(cfg)
-    memory = request.memory_bytes
+    settings, memory = config.settings, request.memory_bytes
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
-    models = build_models(run, settings, layout.shards)
-    missing = missing_tokenizer_files(run)
+    models = build_models(config, layout.shards)
+    missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
-        check_tokenizer(build(run, "tokenizer"), check_vocabularies(models.student, models.teacher))
-    sequence = _sequence(request, run, models)
+        check_tokenizer(config.tokenizer.build(), check_vocabularies(models.student, models.teacher))
+    sequence = _sequence(request, config, models)
 
     def of_recipe(step: StepFunction) -> RecipePlan:
-        return _of_recipe(run, settings, models, layout, sequence, memory, devices, request.network_bandwidth, step)
+        return _of_recipe(config, models, layout, sequence, memory, devices, request.network_bandwidth, step)
 
     why = why_stock_cannot(settings, models)
     return RunPlan(
@@ -108,7 +107,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         settings=settings,
         layout=layout,
         sequence=sequence,
-        divergence=build_kd_loss(run).divergence,
+        divergence=config.kd_loss.build().divergence,
         missing_tokenizer=tuple(map(str, missing)),
         parameters=count_parameters(models),
         devices=devices,
@@ -120,8 +119,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 
 
 def _of_recipe(
-    cfg: DictConfig,
-    settings: Settings,
+    config: Config,
     models: Models,
     layout: Layout,
     sequence: int,
@@ -131,12 +129,12 @@ def _of_recipe(
     step: StepFunction,
 ) -> RecipePlan:
     def at(batch_size: int) -> tuple[Memory, DryStep]:
-        changed = replace(settings, batch_size=batch_size)
-        return plan_memory(cfg, changed, models, layout, sequence, run=step)
+        return plan_memory(config, models, layout, sequence, batch_size, run=step)
 
+    settings = config.settings
     memory, dry = at(settings.batch_size)
     travels = communication(models, settings, layout, stock=step is dry_stock_step)
-    cost = optimizer_cost(cfg, models.trainable[0].dtype, settings.torch_device)
+    cost = optimizer_cost(config.optimizer, models.trainable[0].dtype, settings.torch_device)
     steps = settings.gradient_accumulation_steps
     most = None
     if device_memory is not None and memory.total is not None:
@@ -151,10 +149,10 @@ def _of_recipe(
     return RecipePlan(memory, flops_by_phase(dry.operations, steps), travels, most, times)
 
 
-def _sequence(request: Request, cfg: DictConfig, models: Models) -> int:
+def _sequence(request: Request, config: Config, models: Models) -> int:
     longest = min(model.max_seq_len for model in (models.student, models.teacher) if model is not None)
     if request.sequence_length is None:
-        return min(cfg.tokenizer.get("max_seq_len") or SEQUENCE, longest)
+        return min(config.tokenizer.get("max_seq_len") or SEQUENCE, longest)
     if request.sequence_length > longest:
         raise UserError(
             f"Expected sequences of at most {longest} tokens, the most that teacher and student take, got "

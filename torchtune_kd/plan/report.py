@@ -35,7 +35,7 @@ _PHASES = {
 
 
 def assumptions(plan: RunPlan) -> list[str]:
-    """What the figures rest on, a sentence each."""
+    """Say what the figures rest on, a sentence each."""
     settings = plan.settings
     said = [
         f"every sequence has {plan.sequence} tokens, and every token is valid",
@@ -70,7 +70,7 @@ def assumptions(plan: RunPlan) -> list[str]:
 
 
 def as_dict(plan: RunPlan) -> dict[str, Any]:
-    """The plan in plain values: bytes, FLOPs and seconds, per device; per optimizer step where it says so."""
+    """Return the plan in plain values: bytes, FLOPs and seconds, per device; per optimizer step where it says so."""
     layout, settings = plan.layout, plan.settings
     return {
         "processes": layout.processes,
@@ -93,7 +93,7 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
 
 
 def as_text(plan: RunPlan) -> str:
-    """The plan as a page."""
+    """Write the plan as a page."""
     layout, settings, counts = plan.layout, plan.settings, plan.parameters
     recipes = [recipe for recipe in (plan.ours, plan.stock) if recipe is not None]
     shared = f", weights sharded over {layout.shards}" if layout.shards > 1 else ""
@@ -223,7 +223,7 @@ def _recipe_dict(plan: RunPlan, recipe: RecipePlan) -> dict[str, Any]:
 
 
 def _most(memory: Memory) -> dict[str, int | None]:
-    """The most that each part takes at any time; weights count adapters, which are also given alone."""
+    """Return the most that each part takes at any time; weights count adapters, which are also given alone."""
     return {
         "teacher weights": memory.teacher,
         "student weights": memory.student,

@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_kd.config.settings import COMPONENTS, DISTRIBUTED_ONLY, Settings, read_settings
+from torchtune_kd.config.reading import Config, read_config
+from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings
 from torchtune_kd.distributed.world import mesh_shape
 from torchtune_kd.errors import UserError
 from torchtune_kd.plan.communication import Layout
@@ -49,24 +50,23 @@ class Request:
         return None if self.gpu is None else find_device(self.gpu).memory
 
     def chosen_device(self, dtype: str) -> Device | None:
-        """The device that the figures describe; None where none is named."""
+        """Return the device that the figures describe; None where none is named."""
         base = None if self.gpu is None else find_device(self.gpu)
         return custom_device(base, dtype, self.tflops, self.bandwidth, self.link_bandwidth)
 
 
-def read_request(cfg: DictConfig) -> tuple[Request, DictConfig, Settings, Layout]:
-    """Take the plan's own keys out of ``cfg`` and read the rest as the recipe of that config would.
+def read_request(written: DictConfig) -> tuple[Request, Config, Layout]:
+    """Take the plan's own keys out of a config and read the rest as the recipe of that config would.
 
     Returns:
-        tuple[Request, DictConfig, Settings, Layout]: what is asked for, the run's config, its plain values, and its
-        processes.
+        tuple[Request, Config, Layout]: what is asked for, the run's config, and its processes.
 
     Raises:
         UserError: for a value that cannot be, and for a config of another recipe.
     """
     fields = {field.name: field for field in dataclasses.fields(Request)}
-    run = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in fields])
-    request = Request(**{name: _typed(name, cfg[name]) for name in fields if cfg.get(name) is not None})
+    run = OmegaConf.masked_copy(written, [key for key in written if key not in fields])
+    request = Request(**{name: _typed(name, written[name]) for name in fields if written.get(name) is not None})
     for name in ("devices", "sequence_length", "network_bandwidth"):
         value = getattr(request, name)
         if value is not None and not value > 0:
@@ -76,15 +76,14 @@ def read_request(cfg: DictConfig) -> tuple[Request, DictConfig, Settings, Layout
             "Expected a config of torchtune_kd/kd_single_device or torchtune_kd/kd_distributed, but this one has no "
             "`kd_loss`: it is another recipe's, see `tune ls` for ours."
         )
-    known = {field.name for field in dataclasses.fields(Settings)} | set(COMPONENTS)
     for key in run:
         meant = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.8)
-        if meant and key not in known:
+        if meant and key not in KEYS:
             raise UserError(f"Unknown key `{key}`: did you mean `{meant[0]}`?")
     distributed = any(key in run for key in DISTRIBUTED_ONLY)
     devices = request.devices or (2 if distributed else 1)
-    settings = read_settings(run, distributed=distributed or devices > 1)
-    return request, run, settings, _layout(settings, devices, distributed or devices > 1)
+    config = read_config(run, distributed=distributed or devices > 1)
+    return request, config, _layout(config.settings, devices, distributed or devices > 1)
 
 
 def _layout(settings: Settings, devices: int, sharded: bool) -> Layout:

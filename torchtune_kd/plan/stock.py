@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torchtune.modules import loss as stock_losses
 
-from torchtune_kd.config.components import build_kd_loss
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.plan.dry_run import WEIGHTS, DryStep, gradients_counted, hold_weights
 from torchtune_kd.plan.meta_models import Models, heads
@@ -35,14 +34,12 @@ def why_stock_cannot(settings: Settings, models: Models) -> str | None:
     return None if sizes[0] == sizes[1] else f"its losses fail where heads differ ({sizes[0]} and {sizes[1]} ids)"
 
 
-def dry_stock_step(
-    cfg: DictConfig, settings: Settings, models: Models, batch_size: int, sequence: int, shards: int = 1
-) -> DryStep:
-    """As :func:`~torchtune_kd.training.plan.dry_run.dry_step`, for the stock recipe's ``_loss_step``.
+def dry_stock_step(config: Config, models: Models, batch_size: int, sequence: int, shards: int = 1) -> DryStep:
+    """As :func:`~torchtune_kd.plan.dry_run.dry_step`, for the stock recipe's ``_loss_step``.
 
     Its chunked losses are taken as in its configs: the divergence of the same name, or forward KL where it has none.
     """
-    divergence = build_kd_loss(cfg).divergence
+    settings, divergence = config.settings, config.kd_loss.build().divergence
     class_loss = stock_losses.CEWithChunkedOutputLoss(_CHUNKS)
     kd_loss = STOCK_LOSSES.get(divergence, STOCK_LOSSES["forward_kl"])(num_output_chunks=_CHUNKS)
     tracker = _Tracker()

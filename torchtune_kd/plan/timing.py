@@ -47,7 +47,7 @@ def flops_by_phase(operations: Iterable[Operation], microbatches: int) -> dict[s
 
 
 def why_times_cannot(settings: Settings) -> str | None:
-    """What of these settings has no expected time, in a sentence without its end; None where all have one."""
+    """Name what of these settings has no expected time, in a sentence without its end; None where all have one."""
     names = ("fsdp_cpu_offload", "enable_activation_offloading")
     used = [f"`{name}`" for name in names if getattr(settings, name)]
     if not used:
@@ -69,7 +69,7 @@ def step_time(
     dtype: str,
     network: float,
 ) -> StepTime:
-    """The time of one optimizer step.
+    """Estimate the time of one optimizer step.
 
     An operation takes as long as its FLOPs or as the bytes that it reads and writes, whichever is longer. Weights that
     are gathered layer by layer, and gradients, travel behind the computation; embedding, norm and head before it.

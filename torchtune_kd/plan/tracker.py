@@ -123,7 +123,7 @@ def _flop_formula(operation: Any) -> Any:
 
 
 def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors themselves, and of NF4 weights and 8-bit states the plain ones that they consist of."""
+    """Yield the tensors themselves, and of NF4 weights and 8-bit states the plain ones that they consist of."""
     for tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
             yield from plain_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
@@ -132,7 +132,7 @@ def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Memory of a tensor's elements; of NF4 weights and 8-bit states with their scales and code values."""
+    """Return the memory of a tensor's elements; of NF4 weights and 8-bit states with their scales and code values."""
     return sum(map(_size, plain_tensors([tensor])))
 
 

@@ -20,25 +20,25 @@ REPLACED = "replaced_"
 
 
 def partial(folder: Path) -> Path:
-    """Where ``folder`` is written until it is whole."""
+    """Return where ``folder`` is written until it is whole."""
     return folder.with_name(folder.name + PARTIAL)
 
 
-def publish(written: Path, folder: Path, stale: list[Path]) -> None:
+def publish(written: Path, folder: Path, previous_run: list[Path]) -> None:
     """Rename ``written`` to ``folder`` once all of it is on the disk; an older one of that name is replaced.
 
-    ``stale`` are the folders of an earlier run, which the first of this one replaces; the list is emptied. They lose
-    their names before, so that none of them is ever taken for this run's, and are deleted after.
+    ``previous_run`` are the folders of an earlier run, which the first of this one replaces; the list is emptied. They
+    lose their names before, so that none of them is ever taken for this run's, and are deleted after.
     """
     old = folder.with_name(folder.name + OLD)
     flush(written)
     replaced = []
-    while stale:
-        aside = stale[0].with_name(REPLACED + stale[0].name)
+    while previous_run:
+        aside = previous_run[0].with_name(REPLACED + previous_run[0].name)
         if aside.exists():
             shutil.rmtree(aside)
-        replaced.append(stale[0].rename(aside))
-        del stale[0]
+        replaced.append(previous_run[0].rename(aside))
+        del previous_run[0]
     if folder.exists():
         folder.rename(old)
     written.rename(folder)
@@ -72,7 +72,7 @@ def _remove(folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Every file and folder below ``folder``, to the disk."""
+    """Flush every file and folder below ``folder`` to the disk."""
     for path, _, files in os.walk(folder):
         for name in files:
             _flush_one(Path(path) / name)
@@ -81,7 +81,7 @@ def flush(folder: Path) -> None:
 
 @contextlib.contextmanager
 def discarded_on_failure(folder: Path) -> Iterator[None]:
-    """A block that fails leaves no ``partial(folder)``: its space is needed."""
+    """Delete ``partial(folder)`` if the block fails: its space is needed."""
     try:
         yield
     except BaseException:

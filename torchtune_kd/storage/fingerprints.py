@@ -11,7 +11,7 @@ STRIDE, BLOCK = 4 * 2**20, 16 * 2**10  # of a larger one: this much of every so 
 
 
 def files_fingerprint(paths: list[Path]) -> str:
-    """SHA-256 over sizes and contents; of files above :data:`WHOLE` over blocks spread through them."""
+    """Compute SHA-256 over sizes and contents; of files above :data:`WHOLE` over blocks spread through them."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

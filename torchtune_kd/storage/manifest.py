@@ -43,7 +43,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest in ``folder``.
+        """Read the manifest in ``folder``.
 
         Raises:
             Damaged: if it cannot be read or is not what was written.
@@ -81,7 +81,7 @@ class Manifest:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """``bytes`` and ``sha256`` of a file, as `sha256sum` prints it."""
+    """Return ``bytes`` and ``sha256`` of a file, as `sha256sum` prints it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

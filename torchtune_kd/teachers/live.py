@@ -6,26 +6,28 @@ Shapes: B batch, S sequence, D hidden width, V vocabulary.
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
-from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.reading import Config
+from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.sharding import reshard, shard
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import loading
+from torchtune_kd.errors import loading, phase
+from torchtune_kd.losses.signals import Head, Hidden
 from torchtune_kd.models.build import build_decoder
 from torchtune_kd.models.loading import check_weights, load_sharded, load_weights, load_whole
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.models.random_weights import RandomWeights
+from torchtune_kd.teachers.base import NoTeacher, Teacher
 
 
-class Teacher(nn.Module):
-    """A frozen decoder that gives its last hidden states [B, S, D] and, beside them, the head that reads them.
+class LiveTeacher(nn.Module):
+    """A frozen decoder that gives its last hidden states and the head that reads them.
 
     Under FSDP2 this module is the root. Its own parameters (embedding, norm, head) are gathered by the first
-    forward of a step and stay so until :meth:`release`: the head travels once per step.
+    forward of a step and stay so until :meth:`end_step`: the head travels once per step.
     """
 
     def __init__(self, decoder: TransformerDecoder) -> None:
@@ -37,27 +39,30 @@ class Teacher(nn.Module):
     def forward(self, tokens: Tensor, **attention: Any) -> Tensor:
         return self.decoder(tokens, **attention)
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """The head's weight [V, D] and bias [V] or None; valid after a forward and before :meth:`release`."""
-        weight, bias = output_head(self.decoder)
-        return weight.detach(), None if bias is None else bias.detach()
+    def signal(self, batch: Batch) -> Hidden:
+        """Return the last hidden states [B, S, D] and the head, which is whole until :meth:`end_step`."""
+        with phase("teacher"):
+            states = self(batch.tokens, **batch.attention)
+            weight, bias = output_head(self.decoder)
+        return Hidden(states, Head(weight.detach(), None if bias is None else bias.detach()))
 
-    def release(self) -> None:
-        """End of a step: give the gathered parameters back."""
+    def end_step(self, student: nn.Module) -> None:
+        """Give the gathered parameters back."""
         reshard(self)
 
 
-def build_teacher(cfg: DictConfig, settings: Settings, world: World) -> Teacher | None:
-    """The teacher with its weights, frozen, in the run's dtype; None at kd_ratio 0."""
+def build_teacher(config: Config, world: World) -> Teacher:
+    """Build the teacher with its weights, frozen, in the run's dtype."""
+    settings = config.settings
     if not settings.uses_teacher:
-        return None
+        return NoTeacher()
     with loading("teacher", world.device):
-        _, weights = load_weights(cfg.get("teacher_checkpointer"), "teacher_checkpointer", world)
-        decoder = build_decoder(cfg, "teacher_model", settings, world)
+        _, weights = load_weights(config.teacher_checkpointer, world)
+        decoder = build_decoder(config.teacher_model, settings, world)
         if weights is None:
             weights = RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
         check_weights(decoder, weights, "teacher_checkpointer")
-        teacher = Teacher(decoder)
+        teacher = LiveTeacher(decoder)
         if settings.compile:
             training.compile_model(decoder, verbose=world.is_rank_zero)
         if world.sharded:

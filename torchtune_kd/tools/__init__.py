@@ -1,6 +1,5 @@
 """Commands on checkpoints: fetch a model, read GGUF files, keep some of the layers."""
 
-from torchtune_kd.tools.smollm2 import fetch_smollm2
 from torchtune_kd.tools.gguf_reader import gguf_to_hf
 from torchtune_kd.tools.layer_choice import (
     layer_influence,
@@ -9,6 +8,7 @@ from torchtune_kd.tools.layer_choice import (
     select_layers,
     text_batches,
 )
+from torchtune_kd.tools.smollm2 import fetch_smollm2
 
 __all__ = [
     "fetch_smollm2",

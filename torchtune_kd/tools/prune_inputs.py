@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer, ModelType
 
+from torchtune_kd._torchtune import component_from_path
 from torchtune_kd.errors import first_line
 from torchtune_kd.tools.kept_layers import read_config, safetensors_files
 
@@ -129,7 +129,7 @@ def load_weights(model: TransformerDecoder, dotpath: str, folder: Path, model_ty
 
 def _component(option: str, dotpath: str, example: str) -> Callable[..., Any]:
     try:
-        return _get_component_from_path(dotpath)
+        return component_from_path(dotpath)
     except Exception as error:  # torchtune raises several kinds here, in several lines
         raise ValueError(
             f"Expected {option} to name a component such as {example}, but {dotpath!r} cannot be imported "

@@ -12,16 +12,16 @@ from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.sharding import reshard
 from torchtune_kd.distributed.world import World
 from torchtune_kd.models.student import Student
-from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.teachers.base import Teacher
 from torchtune_kd.training.log import means
 from torchtune_kd.training.run import Run, asked_to_stop
-from torchtune_kd.training.step import add, forward
+from torchtune_kd.training.step import add_sums
 
 
 @torch.no_grad()
 def evaluate(
     student: Student,
-    teacher: Teacher | None,
+    teacher: Teacher,
     batches: Iterable[Batch],
     metrics: tuple[str, ...],
     world: World,
@@ -42,10 +42,10 @@ def evaluate(
         stopped = interrupted()
         if stopped:
             break
-        loss, batch_sums = forward(student, teacher, batch, metrics, world)
-        add(sums, {"loss": loss, **batch_sums})
-    if teacher is not None:
-        teacher.release()
+        batch = batch.to(world.device)
+        loss, batch_sums = student(batch, teacher.signal(batch), metrics)
+        add_sums(sums, {"loss": loss, **batch_sums})
+    teacher.end_step(student)
     reshard(student)
     student.train(was_training)
     return None if stopped else means(sums, world)

@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import training
 from torchtune.training.metric_logging import DiskLogger
 from tqdm import tqdm
 
 from torchtune_kd.checkpoints.progress import Progress
-from torchtune_kd.config.components import build
 from torchtune_kd.config.metrics import training_metrics
-from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, one_line, say
 
 
 def means(sums: dict[str, Tensor], world: World) -> dict[str, float]:
-    """Per-token means over all processes of sums that hold ``num_tokens``; one all-reduce, one host read.
+    """Compute per-token means over all processes of sums that hold ``num_tokens``: one all-reduce, one host read.
 
     ``num_tokens`` itself stays a sum. Without a valid token the means are 0.
     """
@@ -44,26 +42,26 @@ class TrainingLog:
 
     def __init__(
         self,
-        cfg: DictConfig,
-        settings: Settings,
+        config: Config,
         world: World,
         total_steps: int,
         progress: Progress,
         log_file: str | None = None,
     ) -> None:
+        settings = config.settings
         self._settings, self._world = settings, world
         self._logger: Any = None
         self._told = False  # that the log cannot be written
         self._bar: tqdm | None = None
         problem = None
-        if world.is_rank_zero and (old := _log_to_go_on_with(cfg, settings, log_file)) is not None:
+        if world.is_rank_zero and (old := _log_to_go_on_with(config, log_file)) is not None:
             problem = _cut_log(old, progress)
         problem = world.gather(problem)[0]
         if problem is not None:
             raise UserError(problem)
         if world.is_rank_zero:
-            self._logger = _build_logger(cfg, settings, log_file)
-            self._logger.log_config(cfg)
+            self._logger = _build_logger(config, log_file)
+            self._logger.log_config(config.written)
             self._bar = tqdm(total=total_steps, initial=progress.global_step, unit="step", dynamic_ncols=True)
         self._memory = settings.log_peak_memory_stats and world.device.type == "cuda"
         self._tokens = torch.zeros(())
@@ -72,15 +70,15 @@ class TrainingLog:
         self.restart_clock()
 
     def all_tokens(self) -> int:
-        """Valid tokens of the run so far, over all processes (called by all of them)."""
+        """Count the valid tokens of the run so far, over all processes (called by all of them)."""
         return int(self._world.sum(self._all_tokens.to(self._world.device)))
 
     def file(self) -> str | None:
-        """Where torchtune's ``DiskLogger`` writes, so that a resumed run can go on in the same file."""
+        """Return where torchtune's ``DiskLogger`` writes, so that a resumed run can go on in the same file."""
         return str(self._logger.path_to_log_file()) if isinstance(self._logger, DiskLogger) else None
 
     def say(self, sentence: str) -> None:
-        """A sentence for whoever reads the run's output, from rank 0."""
+        """Print a sentence for whoever reads the run's output, from rank 0."""
         if self._world.is_rank_zero:
             say(sentence)
 
@@ -95,7 +93,7 @@ class TrainingLog:
         self._start = time.perf_counter()
 
     def wants(self, step: int) -> tuple[str, ...]:
-        """The metrics to compute in optimizer step ``step`` (counted from 1); none between logged steps."""
+        """Return the metrics to compute in optimizer step ``step`` (counted from 1); none between logged steps."""
         return training_metrics(self._settings) if self._is_logged(step) else ()
 
     def log_step(
@@ -151,7 +149,7 @@ class TrainingLog:
 
     @contextlib.contextmanager
     def _unwritable_is_told(self) -> Iterator[None]:
-        """A disk that is full costs log lines, which wait for room in torchtune's logger, but not the run."""
+        """Let a full disk cost log lines, which wait for room in torchtune's logger, but not the run."""
         try:
             yield
         except OSError as error:
@@ -165,19 +163,23 @@ class TrainingLog:
         return step % self._settings.log_every_n_steps == 0
 
 
-def _build_logger(cfg: DictConfig, settings: Settings, log_file: str | None) -> Any:
-    """The component under ``metric_logger``; torchtune's log on disk goes on where the checkpoint was written."""
-    section, path = cfg.metric_logger, _log_to_go_on_with(cfg, settings, log_file)
+def _build_logger(config: Config, log_file: str | None) -> Any:
+    """Build the metric logger; torchtune's log on disk goes on where the checkpoint was written."""
+    section, path = config.metric_logger, _log_to_go_on_with(config, log_file)
     if path is not None:
-        section = OmegaConf.merge(section, {"filename": str(path.absolute())})
-    return build({"metric_logger": section}, "metric_logger")
+        section = section.changed(filename=str(path.absolute()))
+    return section.build()
 
 
-def _log_to_go_on_with(cfg: DictConfig, settings: Settings, log_file: str | None) -> Path | None:
-    section = cfg.metric_logger
+def _log_to_go_on_with(config: Config, log_file: str | None) -> Path | None:
+    section = config.metric_logger
     name = section.get("filename") or (log_file and Path(log_file).name)
-    on_disk = section["_component_"].rpartition(".")[2] == DiskLogger.__name__
-    return Path(str(section.log_dir)) / name if settings.resume_from_checkpoint and on_disk and name else None
+    on_disk = section.component.rpartition(".")[2] == DiskLogger.__name__
+    return (
+        Path(str(section.get("log_dir"))) / name
+        if config.settings.resume_from_checkpoint and on_disk and name
+        else None
+    )
 
 
 def _cut_log(path: Path, progress: Progress) -> str | None:

@@ -41,7 +41,7 @@ def end_run(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"step": progress.global_step, "epoch": progress.epoch, "rows": rows}
-        torch.save(content | {"microbatches": list(step)}, file)
+        torch.save(content | {"microbatches": [vars(batch) for batch in step]}, file)
         written = f"it is written to {file.parent}"
     except (OSError, RuntimeError) as error:
         written = f"it could not be written to {file.parent} ({error})"
@@ -56,5 +56,5 @@ def end_run(
 
 
 def rows_of_step(sampler: EachSampleOnce, progress: Progress, count: int) -> list[int]:
-    """The dataset's rows that all processes together consume in the next ``count`` samples."""
+    """Return the dataset's rows that all processes together consume in the next ``count`` samples."""
     return sampler.order()[progress.samples : progress.samples + count]

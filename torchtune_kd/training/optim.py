@@ -4,25 +4,25 @@ import inspect
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune.training import DummyProfiler
 
-from torchtune_kd.config.components import build, component_of
+from torchtune_kd.config.reading import Config
+from torchtune_kd.config.sections import Section
 from torchtune_kd.errors import UserError
 
 
-def check_optimizer(cfg: DictConfig, device: torch.device) -> None:
+def check_optimizer(config: Config, device: torch.device) -> None:
     """Build optimizer and schedule over one weight, so that their mistakes are told before models are loaded.
 
     Raises:
         UserError: for a value that cannot be, a ``step`` that wants more than the recipes have, or a schedule that
             cannot follow ``max_minutes``.
     """
-    optimizer = build_optimizer(cfg, [nn.Parameter(torch.zeros(1, device=device))])
-    lr_scheduler = build_lr_scheduler(cfg, optimizer, 1)
+    optimizer = config.optimizer.build([nn.Parameter(torch.zeros(1, device=device))])
+    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, 1)
     for name, stepped in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
         parameters = {} if stepped is None else inspect.signature(type(stepped).step).parameters
         for key, parameter in list(parameters.items())[1:]:  # after self
@@ -31,7 +31,7 @@ def check_optimizer(cfg: DictConfig, device: torch.device) -> None:
                     f"The section `{name}` names {type(stepped).__name__}, whose `step` wants `{key}`, which a recipe "
                     "does not have: name another."
                 )
-    if cfg.get("max_minutes") is not None and lr_scheduler is not None and not isinstance(lr_scheduler, LambdaLR):
+    if config.settings.max_minutes is not None and lr_scheduler is not None and not isinstance(lr_scheduler, LambdaLR):
         raise UserError(
             f"The section `lr_scheduler` names {type(lr_scheduler).__name__}, whose rates do not follow from a "
             "position alone, as a run with `max_minutes` needs it: name a function that makes a LambdaLR, such as "
@@ -45,29 +45,24 @@ def move_schedule(lr_scheduler: LambdaLR, position: float) -> None:
     lr_scheduler.step()
 
 
-def build_optimizer(cfg: DictConfig, parameters: list[nn.Parameter]) -> Optimizer:
-    """The optimizer under ``optimizer``, over the trainable parameters alone."""
-    return build(cfg, "optimizer", parameters)
-
-
-def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
-    """The schedule under ``lr_scheduler``, stepped with the optimizer; None (a constant rate) without that section.
+def build_lr_scheduler(section: Section | None, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
+    """Build the schedule that is stepped with the optimizer; None (a constant rate) without a section.
 
     torchtune's schedules take ``num_training_steps``, the steps of the whole run; PyTorch's do not.
     """
-    if cfg.get("lr_scheduler") is None:
+    if section is None:
         return None
-    takes = inspect.signature(component_of("lr_scheduler", cfg.lr_scheduler)).parameters
+    takes = section.parameters()
     wanted = "num_training_steps" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     steps = {"num_training_steps": total_steps} if wanted else {}
-    return build(cfg, "lr_scheduler", optimizer, **steps, last_epoch=-1)
+    return section.build(optimizer, **steps, last_epoch=-1)
 
 
-def build_profiler(cfg: DictConfig, device: torch.device) -> Any:
-    """torchtune's profiler as the section ``profiler`` sets it; one that does nothing without that section."""
-    if cfg.get("profiler") is None:
+def build_profiler(section: Section | None, device: torch.device) -> Any:
+    """Build torchtune's profiler; one that does nothing without a section."""
+    if section is None:
         return DummyProfiler()
-    profiler, options = build(cfg, "profiler")
+    profiler, options = section.build()
     if options.get("profile_memory", False) and device.type == "cuda":
         torch.cuda.memory._record_memory_history()  # torchtune's handler dumps the snapshot, but does not start it
     return profiler

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -14,12 +13,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtune_kd.checkpoints.progress import Progress
 from torchtune_kd.checkpoints.rng import preserved_rng, rng_state
 from torchtune_kd.checkpoints.saver import Saver
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.data.steps import microbatches, steps_left
 from torchtune_kd.distributed.world import World
 from torchtune_kd.models.student import Student
-from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.teachers.base import Teacher
 from torchtune_kd.training.events import Events
 from torchtune_kd.training.log import TrainingLog
 from torchtune_kd.training.signals import StopRequests
@@ -30,14 +30,13 @@ from torchtune_kd.training.time_limit import TimeLimit
 class Run:
     """What ``set_up`` has built, and where the run stands."""
 
-    cfg: DictConfig
-    settings: Settings
+    config: Config
     world: World
     ignore_index: int
     loader: StatefulDataLoader
     val_loader: StatefulDataLoader | None
     total_steps: int  # with max_minutes, as many as are planned at present
-    teacher: Teacher | None
+    teacher: Teacher
     student: Student
     trainable: list[nn.Parameter]
     checkpointer: Any
@@ -47,7 +46,7 @@ class Run:
     log: TrainingLog
     saver: Saver
     events: Events
-    stale: list[Path]  # what an earlier run left in the output folder, until the first save replaces it
+    previous_run: list[Path]  # what an earlier run left in the output folder, until the first save replaces it
     progress: Progress
     scheduled_steps: int  # of the data and the config, whatever the time
     time_limit: TimeLimit | None = None
@@ -58,12 +57,20 @@ class Run:
     generators: dict[str, Any] = field(default_factory=dict)  # as they were before the step's rows were read
 
     @property
+    def settings(self) -> Settings:
+        return self.config.settings
+
+    def epochs(self) -> range:
+        """Return the epochs that are left, the one in which the run stands included."""
+        return range(self.progress.epoch, self.settings.epochs)
+
+    @property
     def global_step(self) -> int:
         return self.progress.global_step
 
     @property
     def time_is_up(self) -> bool:
-        """Whether the run ends here since its minutes are over; the same on all processes."""
+        """Return whether the run ends here since its minutes are over; the same on all processes."""
         return self.time_limit is not None and self.total_steps <= self.progress.global_step < self.scheduled_steps
 
     def on(self, event: str, listener: Callable[[], None]) -> None:
@@ -77,7 +84,7 @@ class Run:
 
 
 def steps(run: Run, epoch: int) -> Iterator[list[Batch]]:
-    """The microbatches of each optimizer step that is left in ``epoch``; none once the time is up."""
+    """Yield the microbatches of each optimizer step that is left in ``epoch``; none once the time is up."""
     run.events.announce("epoch")
     if run.time_is_up:
         return
@@ -102,6 +109,6 @@ def asked_to_stop(run: Run) -> bool:
 
 
 def steps_left_in_epoch(loader: StatefulDataLoader, settings: Settings, progress: Progress) -> int:
-    """Optimizer steps from the sampler's position to the end of its epoch."""
+    """Count the optimizer steps from the sampler's position to the end of its epoch."""
     limit = None if settings.max_steps_per_epoch is None else settings.max_steps_per_epoch - progress.step_in_epoch
     return steps_left(loader, settings.gradient_accumulation_steps, limit)

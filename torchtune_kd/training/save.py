@@ -26,7 +26,7 @@ def checkpoint_if_due(run: Run) -> None:
     run.events.announce("between steps")
 
 
-def save(run: Run, epoch: int) -> None:
+def export_epoch(run: Run, epoch: int) -> None:
     """Write the weights of an epoch; the time it takes is left out of the tokens per second.
 
     Where checkpoints are wanted one comes first: a run with an epoch and without a checkpoint could not go on. Once the
@@ -37,7 +37,7 @@ def save(run: Run, epoch: int) -> None:
     run.saver.finish()
     if run.settings.save_every_n_steps is not None and not run.saver.has_written:
         _write_checkpoint(run, wait=True)
-    save_epoch(run.student, run.checkpointer, run.cfg, run.settings, run.world, epoch, run.stale, run.events.announce)
+    save_epoch(run.student, run.checkpointer, run.config, run.world, epoch, run.previous_run, run.events.announce)
     run.log.restart_clock()
 
 

@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
 from torchtune import training
 from torchtune.modules.peft import get_adapter_params
 
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.folders import check_output_folder, check_shared_folder, output_folder, run_folders
-from torchtune_kd.checkpoints.identity import identity
+from torchtune_kd.checkpoints.identity import run_identity
 from torchtune_kd.checkpoints.progress import Progress
-from torchtune_kd.checkpoints.resume import Found, check_same_run, find_checkpoint, restore_state
+from torchtune_kd.checkpoints.resume import FoundCheckpoint, check_same_run, find_checkpoint, restore_state
 from torchtune_kd.checkpoints.saver import Saver
 from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer, check_tokenizer_files
-from torchtune_kd.config.components import build, build_kd_loss
+from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.steps import build_loaders, steps_per_epoch
 from torchtune_kd.distributed.world import World
@@ -24,7 +23,7 @@ from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.training.events import Events
 from torchtune_kd.training.log import TrainingLog
-from torchtune_kd.training.optim import build_lr_scheduler, build_optimizer, build_profiler, check_optimizer
+from torchtune_kd.training.optim import build_lr_scheduler, build_profiler, check_optimizer
 from torchtune_kd.training.run import Run, steps_left_in_epoch
 from torchtune_kd.training.time_limit import TimeLimit
 
@@ -36,9 +35,7 @@ class DataLimits(NamedTuple):
     vocab: int  # ids from 0 to vocab - 1
 
 
-def check_run(
-    cfg: DictConfig, settings: Settings, tokenizer: Any, world: World, *, resumed: bool = False
-) -> DataLimits:
+def check_run(config: Config, tokenizer: Any, world: World, *, resumed: bool = False) -> DataLimits:
     """Check everything that needs neither weights nor data, and return what the data may hold.
 
     ``resumed`` says that the output folder holds the checkpoint with which the run goes on.
@@ -47,10 +44,11 @@ def check_run(
         UserError: at the first thing that cannot work.
     """
     if not resumed:
-        check_output_folder(cfg, settings)
-    check_optimizer(cfg, world.device)
-    check_checkpoint_files(cfg, "checkpointer")
-    student = on_meta(cfg, "model", settings, world)
+        check_output_folder(config)
+    check_optimizer(config, world.device)
+    check_checkpoint_files(config.checkpointer)
+    settings = config.settings
+    student = on_meta(config.model, settings, world)
     if settings.save_adapter_weights_only and not get_adapter_params(student):
         raise UserError(
             "`save_adapter_weights_only: True` needs a student with adapters, but `model` is a full-weight one: "
@@ -58,10 +56,10 @@ def check_run(
         )
     longest, teacher = student.max_seq_len, None
     if settings.uses_teacher:
-        check_checkpoint_files(cfg, "teacher_checkpointer")
-        teacher = on_meta(cfg, "teacher_model", settings, world)
+        check_checkpoint_files(config.teacher_checkpointer)
+        teacher = on_meta(config.teacher_model, settings, world)
         longest = min(longest, teacher.max_seq_len)
-        check_tokenizer_files(cfg)
+        check_tokenizer_files((config.checkpointer, config.teacher_checkpointer))
     vocab = check_vocabularies(student, teacher)
     check_tokenizer(tokenizer, vocab)
     if settings.custom_sharded_layers:
@@ -73,28 +71,28 @@ def check_run(
 FIRST_STEP = 5
 
 
-def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
+def set_up(config: Config, world: World) -> Run:
     """Check everything that can be checked without weights, then build data, models and optimizer, or load them.
 
     Raises:
         UserError: for whatever in config, files or data cannot work.
     """
     began = TimeLimit.clock()
-    output = output_folder(cfg, settings)
+    settings, output = config.settings, output_folder(config)
     check_shared_folder(output, settings, world)
     found = find_checkpoint(output, settings, world)
     progress = Progress() if found is None else Progress(**found.manifest.progress)
     seed = settings.seed if settings.seed is not None or found is None else found.manifest.seed
     seed = training.set_seed(seed, debug_mode=settings.cudnn_deterministic_mode)
-    kd_loss = build_kd_loss(cfg)
-    tokenizer = build(cfg, "tokenizer")
-    limits = check_run(cfg, settings, tokenizer, world, resumed=found is not None)
+    kd_loss = config.kd_loss.build()
+    tokenizer = config.tokenizer.build()
+    limits = check_run(config, tokenizer, world, resumed=found is not None)
     loader, val_loader = build_loaders(
-        cfg, settings, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world
+        config, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world
     )
     sequences = settings.batch_size * settings.gradient_accumulation_steps * world.size
     traits = (
-        identity(cfg, settings, loader.sampler.dataset, seed=seed, sequences_per_step=sequences)
+        run_identity(config, loader.sampler.dataset, seed=seed, sequences_per_step=sequences)
         if world.is_rank_zero
         else {}
     )
@@ -114,39 +112,37 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         time_limit = TimeLimit(60 * settings.max_minutes, began, progress.seconds)
         if progress.seconds >= time_limit.seconds:  # all that is left of the run is its export
             total_steps = progress.global_step
-    stale = run_folders(output) if found is None else []
+    previous_run = run_folders(output) if found is None else []
     log_file = None if found is None else found.manifest.log_file
-    log = TrainingLog(cfg, settings, world, total_steps, progress, log_file)
+    log = TrainingLog(config, world, total_steps, progress, log_file)
     written, events = None if found is None else progress, Events()
     saver = Saver(
-        cfg,
-        settings,
+        config,
         world,
         say=log.say,
         announce=events.announce,
         log_file=log.file(),
         output=output,
-        stale=stale,
+        previous_run=previous_run,
         seed=seed,
         identity=traits,
         written=written,
     )
 
-    teacher = build_teacher(cfg, settings, world)
-    checkpointer, weights = load_weights(cfg.get("checkpointer"), "checkpointer", world)
-    student = build_student(cfg, settings, world, kd_loss, weights, seed)
+    teacher = build_teacher(config, world)
+    checkpointer, weights = load_weights(config.checkpointer, world)
+    student = build_student(config.model, settings, world, kd_loss, weights, seed)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(cfg, trainable)
-    lr_scheduler = build_lr_scheduler(cfg, optimizer, scheduled_steps)
-    profiler = build_profiler(cfg, world.device)
+    optimizer = config.optimizer.build(trainable)
+    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, scheduled_steps)
+    profiler = build_profiler(config.profiler, world.device)
     if found is not None:
         restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
     if not settings.compile:
         world.barrier()
-        world.limit_waiting(FIRST_STEP * settings.process_group_timeout)
+        world.set_timeout(FIRST_STEP * settings.process_group_timeout)
     return Run(
-        cfg=cfg,
-        settings=settings,
+        config=config,
         world=world,
         ignore_index=kd_loss.ignore_index,
         loader=loader,
@@ -162,7 +158,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
         log=log,
         saver=saver,
         events=events,
-        stale=stale,
+        previous_run=previous_run,
         progress=progress,
         scheduled_steps=scheduled_steps,
         time_limit=time_limit,
@@ -170,7 +166,7 @@ def set_up(cfg: DictConfig, settings: Settings, world: World) -> Run:
 
 
 def _look_for_the_end(
-    found: Found, progress: Progress, settings: Settings, output: Path, total_steps: int, world: World
+    found: FoundCheckpoint, progress: Progress, settings: Settings, output: Path, total_steps: int, world: World
 ) -> None:
     """Say where the run goes on. If its last epoch is exported it is complete, and no step is to be done again."""
     last = output / f"epoch_{settings.epochs - 1}"

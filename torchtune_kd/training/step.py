@@ -7,93 +7,84 @@ once and nothing is rescaled afterwards. FSDP2 averages gradients over the W pro
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtune_kd.checkpoints.folders import output_folder
 from torchtune_kd.checkpoints.rng import set_rng_state
-from torchtune_kd.data.batches import Batch, attention_inputs
+from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.sharding import reshard
 from torchtune_kd.distributed.world import World
-from torchtune_kd.models.student import HostTensor, Student
-from torchtune_kd.teachers.live import Teacher
+from torchtune_kd.errors import phase
+from torchtune_kd.models.student import Student
 from torchtune_kd.training.nonfinite import end_run, rows_of_step
 from torchtune_kd.training.optim import move_schedule
-from torchtune_kd.training.phases import phase, student_phases
 from torchtune_kd.training.run import Run, asked_to_stop
 
 
-def count_valid_tokens(step: Sequence[Batch], ignore_index: int) -> int:
-    """Valid labels of this process in the microbatches of a step."""
-    return sum(int((batch["labels"] != ignore_index).sum()) for batch in step)
+class Step:
+    """The microbatches of one optimizer step, one after the other on the device, and what their backward passes leave.
 
+    It ends early where a process was asked to stop: the step is given up then, and its gradients are of no use.
 
-def forward(
-    student: Student, teacher: Teacher | None, batch: Batch, metrics: tuple[str, ...], world: World
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss sum (0-d, with graph if gradients are on) and metric sums of one microbatch."""
+    Args:
+        student (Student): whose gradients are reduced, and gathered layers given back, in the last microbatch.
+        microbatches (list[Batch]): of this process, on the host.
+        metrics (tuple[str, ...]): what to compute beside the loss, out of ``torchtune_kd.kernels.METRICS``.
+        ignore_index (int): label of the tokens that do not count.
+        world (World): all its processes take the step together.
+        interrupted (Callable[[], bool]): asked between two microbatches, on all processes with the same answer.
+        announce (Callable[[str], None]): told of every ``microbatch``.
 
-    def move(value: Any) -> Any:
-        return value.to(world.device, non_blocking=True) if isinstance(value, Tensor) else value.to(world.device)
-
-    tokens, attention = move(batch["tokens"]), attention_inputs(batch, move)
-    with phase("teacher"):
-        teacher_hidden = teacher(tokens, **attention) if teacher is not None else None  # [B, S, D_t], all that is kept
-        teacher_head = teacher.head() if teacher is not None else None
-    # the labels stay on the host: finding the valid ones there waits for no device
-    with student_phases(student):
-        return student(tokens, HostTensor(batch["labels"]), teacher_hidden, teacher_head, metrics, **attention)
-
-
-def accumulate_gradients(
-    student: Student,
-    teacher: Teacher | None,
-    step: Sequence[Batch],
-    metrics: tuple[str, ...],
-    ignore_index: int,
-    world: World,
-    interrupted: Callable[[], bool] = lambda: False,
-    announce: Callable[[str], None] = lambda event: None,
-) -> dict[str, Tensor] | None:
-    """Forward and backward over the microbatches of one step; gradients are those of L above, complete and reduced.
-
-    ``interrupted`` is asked between two microbatches, on all processes with the same answer; if it is true the step
-    is given up and its gradients are of no use. ``announce`` is told of ``step`` and every ``microbatch``.
-
-    Returns:
-        dict[str, Tensor] | None: sums over this process's tokens: ``loss``, the metrics asked for, ``num_tokens``;
-        None if the step was given up.
+    Attributes:
+        sums (dict[str, Tensor]): over this process's tokens: ``loss``, the metrics and ``num_tokens``.
+        given_up (bool): whether it ended early.
     """
-    announce("step")
-    num_tokens = world.sum(torch.full((), float(count_valid_tokens(step, ignore_index)), device=world.device))
-    scale = world.size / num_tokens.clamp(min=1)  # no valid token anywhere: the loss sum is 0 and stays 0
-    sums: dict[str, Tensor] = {}
-    for index, batch in enumerate(step):
-        if index > 0 and interrupted():
-            if teacher is not None:
-                teacher.release()
-            reshard(student)
-            return None
-        if isinstance(student, FSDPModule):
-            is_last = index + 1 == len(step)
-            student.set_requires_gradient_sync(is_last)
-            student.set_reshard_after_backward(is_last, recurse=student.keeps_layers_gathered)
-        announce("microbatch")
-        loss, batch_sums = forward(student, teacher, batch, metrics, world)
+
+    def __init__(
+        self,
+        student: Student,
+        microbatches: list[Batch],
+        metrics: tuple[str, ...],
+        ignore_index: int,
+        world: World,
+        interrupted: Callable[[], bool] = lambda: False,
+        announce: Callable[[str], None] = lambda event: None,
+    ) -> None:
+        self.microbatches, self.metrics = microbatches, metrics
+        self.sums: dict[str, Tensor] = {}
+        self.given_up = False
+        self._student, self._world = student, world
+        self._interrupted, self._announce = interrupted, announce
+        self._scale = gradient_scale(microbatches, ignore_index, world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(self.microbatches):
+            if index > 0 and self._interrupted():
+                self.given_up = True
+                return
+            self._student.prepare_microbatch(is_last=index + 1 == len(self.microbatches))
+            self._announce("microbatch")
+            yield batch.to(self._world.device)
+
+    def backward(self, loss: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Add the gradient of ``loss`` · W / |V|, and count."""
         with phase("backward"):
-            (loss * scale).backward()
-        add(sums, {"loss": loss.detach(), **batch_sums})
-    if teacher is not None:
-        teacher.release()
-    return sums
+            (loss * self._scale).backward()
+        add_sums(self.sums, {"loss": loss.detach(), **sums})
 
 
-def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+def gradient_scale(microbatches: Sequence[Batch], ignore_index: int, world: World) -> Tensor:
+    """Return W / |V| (0-d): by it a microbatch's loss sum becomes its part of L, and FSDP2's mean a sum."""
+    valid = sum(int((batch.labels != ignore_index).sum()) for batch in microbatches)
+    num_tokens = world.sum(torch.full((), float(valid), device=world.device))
+    return world.size / num_tokens.clamp(min=1)  # no valid token anywhere: the loss sum is 0 and stays 0
+
+
+def add_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     """Add ``more`` to ``sums`` in place, name by name."""
     for name, value in more.items():
         sums[name] = sums[name] + value if name in sums else value
@@ -101,7 +92,7 @@ def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 @phase("optimizer")
 def gradient_norm(parameters: Sequence[nn.Parameter], clip: float | None) -> Tensor:
-    """The 2-norm of all gradients over all processes (0-d, fp32); with ``clip`` they are scaled down to that norm."""
+    """Compute the 2-norm of all gradients over all processes (0-d, fp32); with ``clip``, scale them down to it."""
     # torch.nn.utils.get_total_norm would sum bf16 gradients in bf16
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -112,31 +103,36 @@ def gradient_norm(parameters: Sequence[nn.Parameter], clip: float | None) -> Ten
     return norm
 
 
-def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
-    """Gradients of one step's microbatches, clipping, update, schedule, log.
-
-    A step without a finite loss and gradient leaves weights and optimizer as they are. A signal ends a step between
-    two of its microbatches: the run is then where it was before the step, which the resumed run begins anew.
-
-    Raises:
-        RunError: after ``max_skipped_steps`` such steps in a row, or if memory runs out.
-    """
-    progress, settings = run.progress, run.settings
-    metrics = run.log.wants(progress.global_step + 1)
+def begin_step(run: Run, microbatches: list[Batch]) -> Step:
+    """Begin an optimizer step: |V| over all processes is known from here on."""
     if run.time_limit is not None:
         run.time_limit.begin_step()
-    run.microbatches = step
-    sums = accumulate_gradients(
+    run.microbatches = microbatches
+    run.events.announce("step")
+    return Step(
         run.student,
-        run.teacher,
-        step,
-        metrics,
+        microbatches,
+        run.log.wants(run.progress.global_step + 1),
         run.ignore_index,
         run.world,
         interrupted=lambda: asked_to_stop(run),
         announce=run.events.announce,
     )
-    if sums is None:
+
+
+def finish_step(run: Run, step: Step) -> None:
+    """End an optimizer step: clip, update, schedule, count and log.
+
+    A step without a finite loss and gradient leaves weights and optimizer as they are. One that was given up leaves the
+    run where it was before it; the resumed run begins it anew.
+
+    Raises:
+        RunError: after ``max_skipped_steps`` steps in a row that are not finite.
+    """
+    progress, settings, sums = run.progress, run.settings, step.sums
+    run.teacher.end_step(run.student)
+    if step.given_up:
+        reshard(run.student)
         run.optimizer.zero_grad(set_to_none=True)
         set_rng_state(run.generators, run.world.device)
         return
@@ -154,7 +150,7 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     elif run.lr_scheduler is not None:
         run.lr_scheduler.step()
 
-    samples = run.world.size * sum(len(batch["tokens"]) for batch in step)
+    samples = run.world.size * sum(len(batch.tokens) for batch in step.microbatches)
     rows = [] if finite else rows_of_step(run.loader.sampler, progress, samples)
     progress.global_step += 1
     progress.step_in_epoch += 1
@@ -167,7 +163,7 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
     )
     run.validation = None
 
-    run.log.log_step(progress.global_step, epoch, sums, lr, grad_norm, progress.skipped_steps)
+    run.log.log_step(progress.global_step, progress.epoch, sums, lr, grad_norm, progress.skipped_steps)
     if run.time_is_up:
         progress.seconds = max(progress.seconds, run.time_limit.seconds)  # a run that is resumed here is over, too
         run.log.say(f"The time is up: {settings.max_minutes:g} minutes were enough for {progress.global_step} steps.")
@@ -178,8 +174,8 @@ def optimizer_step(run: Run, step: list[Batch], epoch: int) -> None:
         )
         if progress.skipped_in_a_row >= settings.max_skipped_steps:
             run.saver.finish()
-            end_run(step, rows, progress, loss, grad_norm, output_folder(run.cfg, settings), run.world)
-    run.world.limit_waiting(settings.process_group_timeout)
+            end_run(step.microbatches, rows, progress, loss, grad_norm, output_folder(run.config), run.world)
+    run.world.set_timeout(settings.process_group_timeout)
     run.profiler.step()
     run.events.announce("update")
 

@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measured import measured_step, sized_config, weight_bytes
 
 from torchtune_kd.plan import Layout, build_models, plan_memory
-from torchtune_kd.recipes.kd_distributed import KDRecipeDistributed
-from torchtune_kd.training import leave_process_group, read_settings
+from torchtune_kd.recipes.kd import KDRecipe
+from torchtune_kd.training import leave_process_group, read_config
 
 
-class Recipe(KDRecipeDistributed):
+class Recipe(KDRecipe):
     def cleanup(self) -> None:
         """Keep the process group for the next config."""
 
@@ -28,8 +28,8 @@ for kind, overrides in (
     folder.mkdir()
     cfg = sized_config(folder, 12, kind, batch_size=2, **overrides)
     measured, run = measured_step(cfg, Recipe)
-    settings = read_settings(cfg, distributed=True)
-    planned = plan_memory(cfg, settings, build_models(cfg, settings, 2), Layout(2, 1, True), 128)[0]
+    config = read_config(cfg, distributed=True)
+    planned = plan_memory(config, build_models(config, 2), Layout(2, 1, True), 128)[0]
     figures = {
         "kind": kind,
         "planned": planned.total,

@@ -18,23 +18,23 @@ from torchtune_kd.plan.memory import GIB
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
 from torchtune_kd.plan.stock import dry_stock_step
 from torchtune_kd.plan.tracker import tensor_bytes
-from torchtune_kd.recipes.kd_single_device import KDRecipeSingleDevice
-from torchtune_kd.training import read_settings
+from torchtune_kd.recipes.kd import KDRecipe
+from torchtune_kd.training import read_config
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 
 
 def plan(cfg, layout=None, **more):
-    settings = read_settings(cfg, distributed=layout is not None)
+    config = read_config(cfg, distributed=layout is not None)
     layout = layout or Layout()
-    return plan_memory(cfg, settings, build_models(cfg, settings, layout.shards), layout, **more)[0]
+    return plan_memory(config, build_models(config, layout.shards), layout, **more)[0]
 
 
 def check(tmp_path, size, kind, **overrides):
     cfg = sized_config(tmp_path, size, kind, **overrides)
     planned = plan(cfg, sequence=128)
-    measured, run = measured_step(cfg, KDRecipeSingleDevice)
+    measured, run = measured_step(cfg, KDRecipe)
     print(f"{size} M, {kind}: planned {planned.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
     assert planned.teacher + planned.student == weight_bytes(run)
     state = [v for values in run.optimizer.state.values() for v in values.values() if v.numel() > 1]
@@ -97,8 +97,8 @@ def test_plan_is_what_the_true_8b_to_1b_takes_on_a_gpu(tmp_path, kind):
     cfg.tokenizer = {**small.tokenizer, "max_seq_len": 513}
     cfg.dataset = sized_config(tmp_path / "rows", 1, "full").dataset
     planned = plan(cfg, sequence=512)
-    recipe = KDRecipeSingleDevice(cfg)
-    recipe.setup(cfg)
+    recipe = KDRecipe(cfg)
+    recipe.setup()
     torch.cuda.reset_peak_memory_stats()
     recipe.train()
     recipe.cleanup()
@@ -111,10 +111,10 @@ def test_plan_is_what_the_true_8b_to_1b_takes_on_a_gpu(tmp_path, kind):
 def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
     """Its loss step, on the CPU: torchtune's models and losses in the order of its recipe."""
     cfg = sized_config(tmp_path, 12, kind, gradient_accumulation_steps=1, batch_size=2)
-    settings = read_settings(cfg, distributed=False)
-    planned = plan_memory(cfg, settings, build_models(cfg, settings), Layout(), 128, run=dry_stock_step)[1]
-    recipe = KDRecipeSingleDevice(cfg)
-    recipe.setup(cfg)
+    config = read_config(cfg, distributed=False)
+    planned = plan_memory(config, build_models(config), Layout(), 128, run=dry_stock_step)[1]
+    recipe = KDRecipe(cfg)
+    recipe.setup()
     student, teacher = recipe._run.student.decoder, recipe._run.teacher.decoder
     held = weight_bytes(recipe._run)
     for decoder in (student, teacher):
@@ -124,10 +124,10 @@ def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
     kd_loss, class_loss = stock_losses.ForwardKLWithChunkedOutputLoss(), stock_losses.CEWithChunkedOutputLoss()
 
     def step():
-        logits = student(batch["tokens"])
+        logits = student(batch.tokens)
         with torch.no_grad():
-            teacher_logits = teacher(batch["tokens"])
-        loss = 0.5 * kd_loss(logits, teacher_logits, batch["labels"]) + 0.5 * class_loss(logits, batch["labels"])
+            teacher_logits = teacher(batch.tokens)
+        loss = 0.5 * kd_loss(logits, teacher_logits, batch.labels) + 0.5 * class_loss(logits, batch.labels)
         del logits, teacher_logits
         loss.backward()
 
@@ -144,19 +144,19 @@ def test_nf4_is_counted_with_its_scales():
 @pytest.mark.slow
 def test_shares_shrink_with_the_number_of_processes():
     cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")
-    settings = read_settings(cfg, distributed=True)
-    models = build_models(cfg, settings)
-    one, two, eight = (plan_memory(cfg, settings, models, Layout(n, 1, True), 64)[0] for n in (1, 2, 8))
+    config = read_config(cfg, distributed=True)
+    models = build_models(config)
+    one, two, eight = (plan_memory(config, models, Layout(n, 1, True), 64)[0] for n in (1, 2, 8))
     teacher = 8_030_261_248 * 2  # Llama 3.1 8B in bf16
     assert two.teacher - eight.teacher == teacher // 2 - teacher // 8
     assert two.optimizer == 4 * eight.optimizer == 2 * 1_235_814_400 * 2 / 2  # Llama 3.2 1B, two moments in bf16
     assert two.gradients == eight.gradients == 1_235_814_400 * 2  # whole until the last microbatch
     assert one.gathered == 0 < two.gathered == eight.gathered
     assert one.teacher == planned_weights(models.teacher)
-    often = OmegaConf.merge(cfg, {"gradient_accumulation_steps": 1})
-    once = plan_memory(often, read_settings(often, distributed=True), models, Layout(8, 1, True), 64)[0]
+    often = config.with_keys({"gradient_accumulation_steps": 1})
+    once = plan_memory(often, models, Layout(8, 1, True), 64)[0]
     assert once.gradients < 0.35 * eight.gradients  # the embedding's whole, an eighth of the layers'
-    copies = plan_memory(cfg, settings, models, Layout(4, 2, True), 64)[0]
+    copies = plan_memory(config, models, Layout(4, 2, True), 64)[0]
     assert copies.teacher - eight.teacher == teacher // 4 - teacher // 8
 
 
@@ -174,8 +174,8 @@ def test_offloading_leaves_no_layer_inputs(tmp_path):
 def test_fsdp_cpu_offload_leaves_the_shares_to_the_host():
     cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_lora_distributed.yaml")
     cfg.fsdp_cpu_offload = True
-    settings = read_settings(cfg, distributed=True)
-    memory = plan_memory(cfg, settings, build_models(cfg, settings), Layout(2, 1, True), 64)[0]
+    config = read_config(cfg, distributed=True)
+    memory = plan_memory(config, build_models(config), Layout(2, 1, True), 64)[0]
     assert memory.teacher < 0.1 * GIB and memory.optimizer == 0 and memory.gathered > 2 * GIB
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torchao.optim import AdamW8bit
 
+from torchtune_kd.config.sections import Section
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.tracker import tensor_bytes
 
@@ -12,7 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def cost(name, device=CPU, dtype=torch.bfloat16, **options):
-    return optimizer_cost(OmegaConf.create({"optimizer": {"_component_": name, "lr": 1e-3, **options}}), dtype, device)
+    return optimizer_cost(Section("optimizer", name, {"lr": 1e-3, **options}), dtype, device)
 
 
 @pytest.mark.parametrize(

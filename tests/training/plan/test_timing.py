@@ -14,7 +14,7 @@ from torchtune_kd.plan.stock import dry_stock_step
 from torchtune_kd.plan.timing import ACHIEVED_BANDWIDTH, ACHIEVED_FLOPS, ACHIEVED_LINK, flops_by_phase, step_time
 from torchtune_kd.plan.timing import SECONDS_PER_OPERATION as LEAST
 from torchtune_kd.plan.tracker import Operation
-from torchtune_kd.training import read_settings
+from torchtune_kd.training import read_config
 
 NOTHING = Communication(0, 0, 0, 0, 0)
 DEVICE = Device("test", 0, {"bf16": 100.0, "fp32": 10.0}, 1000.0, 100.0, "")
@@ -34,15 +34,15 @@ def built(tmp_path_factory):
     found = {}
     for kind in ("full", "lora"):
         cfg = sized_config(tmp_path_factory.mktemp(kind), 12, kind, enable_activation_checkpointing=kind == "full")
-        settings = read_settings(cfg, distributed=False)
-        found[kind] = cfg, settings, build_models(cfg, settings)
+        config = read_config(cfg, distributed=False)
+        found[kind] = config, build_models(config)
     return found
 
 
 def test_flops_are_those_of_the_formulas(built):
-    cfg, settings, models = built["full"]
+    config, models = built["full"]
     teacher_layers, student_layers, width, inner, vocab = SIZES[12]
-    flops = flops_by_phase(dry_step(cfg, settings, models, B, S).operations, microbatches=1)
+    flops = flops_by_phase(dry_step(config, models, B, S).operations, microbatches=1)
     head = 2 * B * S * vocab * width
     assert flops["teacher"] == body(teacher_layers, width, inner)
     assert flops["student"] == body(student_layers, width, inner)
@@ -52,23 +52,24 @@ def test_flops_are_those_of_the_formulas(built):
     again = body(student_layers, width, inner)
     last, attention = 2 * B * S * width * inner, 4 * B * S * S * width
     assert flops["backward"] == again - student_layers * last + 2 * again + student_layers * attention // 2
-    twice = flops_by_phase(dry_step(cfg, settings, models, B, S).operations, microbatches=2)
+    twice = flops_by_phase(dry_step(config, models, B, S).operations, microbatches=2)
     assert twice == {phase: 2 * count for phase, count in flops.items()}
 
-    stock = flops_by_phase(dry_stock_step(cfg, settings, models, B, S).operations, microbatches=1)
+    stock = flops_by_phase(dry_stock_step(config, models, B, S).operations, microbatches=1)
     assert stock["teacher"] == flops["teacher"] + head and stock["student"] == flops["student"] + head
     assert sum(stock.values()) == sum(flops.values())
 
 
 def test_a_frozen_head_saves_its_gradient(built):
-    cfg, settings, models = built["lora"]
+    config, models = built["lora"]
     *_, width, _, vocab = SIZES[12]
-    flops = flops_by_phase(dry_step(cfg, settings, models, B, S).operations, microbatches=1)
+    flops = flops_by_phase(dry_step(config, models, B, S).operations, microbatches=1)
     assert flops["loss"] == 3 * 2 * B * S * vocab * width
 
 
 def test_what_travels(built):
-    _, settings, models = built["full"]  # two microbatches a step
+    config, models = built["full"]  # two microbatches a step
+    settings = config.settings
     weight = {id(p): p.numel() * 2 for model in (models.student, models.teacher) for p in model.parameters()}
     layers = {name: sum(weight[id(p)] for p in getattr(models, name).layers.parameters()) for name in
               ("student", "teacher")}  # fmt: skip

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from torchtune.data import ChatMLTemplate, Message, PromptTemplate
-from torchtune.data._prompt_templates import _get_prompt_template, _TemplateType
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+from torchtune_kd._torchtune import prompt_template as find_template
 
 ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -87,12 +88,12 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Return the number of ids, special tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def base_vocab_size(self) -> int:
-        """Number of ids without the special tokens."""
+        """Return the number of ids without the special tokens."""
         return self.vocab_size - len(self.special_tokens)
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
@@ -205,7 +206,7 @@ class SmolLM2Tokenizer(ModelTokenizer, Transform):
 def smollm2_tokenizer(
     path: str | Path,
     max_seq_len: int | None = None,
-    prompt_template: _TemplateType | None = None,
+    prompt_template: str | dict[str, Any] | None = None,
     truncation_type: TruncationType = "right",
 ) -> SmolLM2Tokenizer:
     """Build the SmolLM2 tokenizer, as torchtune's configs name it.
@@ -220,8 +221,7 @@ def smollm2_tokenizer(
     Returns:
         SmolLM2Tokenizer: The tokenizer.
     """
-    template = None if prompt_template is None else _get_prompt_template(prompt_template)
-    return SmolLM2Tokenizer(path, max_seq_len, template, truncation_type)
+    return SmolLM2Tokenizer(path, max_seq_len, find_template(prompt_template), truncation_type)
 
 
 def _find_tokenizer_json(path: Path) -> Path:

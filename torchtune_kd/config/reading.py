@@ -1,0 +1,107 @@
+"""A run's config, read once: after it nobody touches the YAML."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from torchtune_kd.config.checks import check_kd_loss, check_needed_sections, check_random_weights
+from torchtune_kd.config.sections import Section, check_component, components_in, section_of, sections_of
+from torchtune_kd.config.settings import OPTIONAL_COMPONENTS, Settings, read_settings
+
+
+@dataclass(frozen=True)
+class Config:
+    """Plain values of the loop, components, and what is logged.
+
+    Attributes:
+        settings (Settings): the plain values.
+        model (Section): the student.
+        tokenizer (Section): of both models.
+        dataset (tuple[Section, ...]): training data; several are concatenated.
+        optimizer (Section): over the trainable parameters.
+        kd_loss (Section): one of ``torchtune_kd.losses``.
+        metric_logger (Section): one of torchtune's.
+        checkpointer (Section | None): the student's files; None with ``random_weights: True``.
+        teacher_model (Section | None): None at ``kd_ratio: 0``, like the next.
+        teacher_checkpointer (Section | None): None with ``random_weights: True`` as well.
+        dataset_val (tuple[Section, ...]): validation data; empty where there is none.
+        lr_scheduler (Section | None): None for a constant rate.
+        profiler (Section | None): torchtune's.
+        written (DictConfig): what was read, for the log.
+    """
+
+    settings: Settings
+    model: Section
+    tokenizer: Section
+    dataset: tuple[Section, ...]
+    optimizer: Section
+    kd_loss: Section
+    metric_logger: Section
+    checkpointer: Section | None
+    teacher_model: Section | None
+    teacher_checkpointer: Section | None
+    dataset_val: tuple[Section, ...]
+    lr_scheduler: Section | None
+    profiler: Section | None
+    written: DictConfig
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Return everything as plain values, interpolations filled in."""
+        return OmegaConf.to_container(self.written, resolve=True)
+
+    def with_keys(self, keys: Mapping[str, Any]) -> "Config":
+        """Return the config with other values under dotted keys; ``None`` takes a key of a section out."""
+        written = OmegaConf.create(self.resolved)
+        for key, value in keys.items():
+            if value is None:
+                section, _, name = key.rpartition(".")
+                OmegaConf.select(written, section).pop(name, None)
+            else:
+                OmegaConf.update(written, key, value, force_add=True)
+        plain = {key: value for key, value in keys.items() if hasattr(self.settings, key)}
+        return _assembled(written, replace(self.settings, **plain))
+
+
+def read_config(written: DictConfig, *, distributed: bool | None = None) -> Config:
+    """Check a config whole and return what it holds. Nothing is built or loaded yet.
+
+    Args:
+        written (DictConfig): as the command line and the YAML file gave it.
+        distributed (bool | None): whether several processes may take part, to which some keys belong; None asks the
+            environment for a launcher.
+
+    Raises:
+        UserError: naming the first key that is unknown, missing, or has a value that cannot be.
+    """
+    settings = read_settings(written, distributed=started_by_launcher() if distributed is None else distributed)
+    check_random_weights(written, asked=settings.random_weights, uses_teacher=settings.uses_teacher)
+    check_needed_sections(written, settings)
+    config = _assembled(written, settings)
+    check_kd_loss(config.kd_loss)
+    for section in components_in(written):
+        check_component(section)
+    return config
+
+
+def started_by_launcher() -> bool:
+    """Return whether torchrun, or another launcher that speaks its variables, started this process."""
+    return {"RANK", "WORLD_SIZE"} <= set(os.environ)
+
+
+def _assembled(written: DictConfig, settings: Settings) -> Config:
+    def section(name: str) -> Section | None:
+        return None if written.get(name) is None else section_of(name, written[name])
+
+    single = ("model", "tokenizer", "optimizer", "kd_loss", "metric_logger", "checkpointer")
+    single += ("teacher_model", "teacher_checkpointer", *(n for n in OPTIONAL_COMPONENTS if n != "dataset_val"))
+    return Config(
+        settings=settings,
+        written=written,
+        dataset=sections_of("dataset", written.dataset),
+        dataset_val=sections_of("dataset_val", written.get("dataset_val")),
+        **{name: section(name) for name in single},
+    )

@@ -1,0 +1,30 @@
+"""What every kind of teacher does for the loop."""
+
+from typing import Protocol
+
+from torch import nn
+
+from torchtune_kd.data.batches import Batch
+from torchtune_kd.losses.signals import Signal
+
+
+class Teacher(Protocol):
+    """What a student is measured against. A teacher knows no student; one that needs it is handed it."""
+
+    def signal(self, batch: Batch) -> Signal | None:
+        """Return what the loss is measured against, on the batch's device and without a graph."""
+        ...
+
+    def end_step(self, student: nn.Module) -> None:
+        """Give back what an optimizer step, or a validation, no longer needs."""
+        ...
+
+
+class NoTeacher:
+    """Stands for a teacher at ``kd_ratio: 0``."""
+
+    def signal(self, batch: Batch) -> None:
+        """Return nothing: the loss is the cross-entropy alone."""
+
+    def end_step(self, student: nn.Module) -> None:
+        """Hold nothing."""
