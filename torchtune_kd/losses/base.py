@@ -3,14 +3,26 @@
 Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from torchtune_kd.kernels import Objective, softmax_kd_loss
+
+
+class LossSettings(TypedDict):
+    """Keyword arguments of the functions of :mod:`torchtune_kd.kernels` that a loss decides on."""
+
+    divergence: str
+    beta: float | None
+    temperature: float
+    ignore_index: int
+    scale_by_temperature_squared: bool
 
 
 class KDLoss(nn.Module):
@@ -69,7 +81,7 @@ class KDLoss(nn.Module):
         hint = f"did you mean {near[0]}" if near else f"it has {', '.join(known)}"
         raise ValueError(f"{type(self).__name__} has no setting {name}; {hint}")
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> LossSettings:
         """Keyword arguments that make the functions of :mod:`torchtune_kd.kernels` compute this loss."""
         return {
             "divergence": self.divergence,
@@ -98,7 +110,9 @@ class KDLoss(nn.Module):
         if labels is None:
             raise ValueError("labels [N] or [B, S] are needed to know the valid tokens, but got None")
         reduction = "mean" if normalize else "sum"
-        return softmax_kd_loss(student_logits, teacher_logits, labels, reduction=reduction, **self.settings())
+        loss = softmax_kd_loss(student_logits, teacher_logits, labels, reduction=reduction, **self.settings())
+        assert isinstance(loss, Tensor)  # metrics would come with it, but none are asked for
+        return loss
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items() if value is not None)
@@ -162,9 +176,9 @@ class KDWithChunkedOutputLoss(KDLoss):
             ValueError: if the chunks do not fit each other or the labels.
         """
         sizes = _chunk_sizes(student_logits, teacher_logits, labels)
-        total = 0.0
-        for student, teacher, chunk in zip(student_logits, teacher_logits, labels.split(sizes, dim=1), strict=True):
-            total = total + super().forward(student, teacher, chunk, normalize=False)
+        of_chunk = super().forward
+        chunks = zip(student_logits, teacher_logits, labels.split(sizes, dim=1), strict=True)
+        total = functools.reduce(torch.add, (of_chunk(*chunk, normalize=False) for chunk in chunks))
         if not normalize:
             return total
         return total / (labels != self.ignore_index).sum().clamp(min=1)

@@ -39,6 +39,7 @@ class _SymmetricSettings:
     """torchtune calls β `sym_kd_ratio`; both names are understood, here and as attributes."""
 
     divergence = "symmetric_kl"
+    beta: float  # KDLoss sets it
 
     @property
     def sym_kd_ratio(self) -> float:
