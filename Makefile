@@ -24,7 +24,7 @@ OLDEST := .venv-oldest
 EXPORTS := .venv-exports
 
 .DEFAULT_GOAL := install
-.PHONY: install exports demo docs test test-fast test-oldest lint format build clean
+.PHONY: install exports demo docs test test-fast test-oldest lint types format build clean
 
 install: $(INSTALLED)
 
@@ -65,6 +65,12 @@ $(EXPORTS)/.installed: pyproject.toml constraints-exports.txt | $(INSTALLED)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Links show pyright the package as it installs, with kernels/, recipes/ and configs/ in it.
+types: install
+	rm -rf build/types && mkdir -p build/types/torchtune_kd
+	cd build/types/torchtune_kd && ln -s ../../../torchtune_kd/* ../../../kernels ../../../recipes ../../../configs .
+	$(BIN)/pyright
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -208,7 +208,8 @@ def test_constraints_lie_in_the_windows():
 
 
 def test_the_oldest_constraints_are_the_lower_ends_of_the_windows():
-    pins, tools = constraints("constraints-oldest.txt"), {"kernels", "pre-commit", "ruff"}  # no fast test needs these
+    pins = constraints("constraints-oldest.txt")
+    tools = {"kernels", "pre-commit", "pyright", "ruff"}  # no fast test needs these
     tools |= declared(PROJECT["project"]["optional-dependencies"]["docs"])
     for name, window in windows().items():
         if name not in tools:
@@ -246,7 +247,7 @@ def test_wheel_holds_the_tree(wheel):
     assert wheel.name == f"torchtune_kd-{torchtune_kd.__version__}-py3-none-any.whl"
     expected = set()
     for package, folder in MAPPED.items():
-        files = [file for kind in ("*.py", "*.yaml", "*.slurm") for file in (ROOT / folder).rglob(kind)]
+        files = [file for kind in ("*.py", "*.yaml", "*.slurm", "py.typed") for file in (ROOT / folder).rglob(kind)]
         expected |= {"/".join((*package.split("."), *file.relative_to(ROOT / folder).parts)) for file in files}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected.add("torchtune_kd/launch/README.md")
