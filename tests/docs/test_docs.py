@@ -5,10 +5,13 @@ import importlib.util
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from torchtune_kd.config import settings
 
@@ -85,6 +88,24 @@ def test_both_readmes_have_the_same_commands_and_links():
     links = [sorted(LINK.findall(text)) for text in (english, korean)]
     assert [link for link in links[0] if link != "README.ko.md"] == [link for link in links[1] if link != "README.md"]
     assert {"README.ko.md"} <= set(links[0]) and {"README.md"} <= set(links[1])
+
+
+def test_the_kernels_example_runs_as_it_stands():
+    """Logits and hidden states of 5 tokens, 7 ids."""
+    text = READMES[0].read_text().partition("## The kernels alone")[2].partition("\n\nTriton")[0]
+    head = torch.nn.Linear(4, 7, bias=False)
+    names = {
+        "student_logits": torch.randn(5, 7, requires_grad=True),
+        "teacher_logits": torch.randn(5, 7),
+        "student_hidden": torch.randn(5, 4, requires_grad=True),
+        "teacher_hidden": torch.randn(5, 4),
+        "labels": torch.randint(7, (5,)),
+        "student": SimpleNamespace(lm_head=head),
+        "teacher": SimpleNamespace(lm_head=torch.nn.Linear(4, 7, bias=False)),
+    }
+    exec(textwrap.dedent(text), names)
+    assert names["student_hidden"].grad is not None and head.weight.grad is not None
+    assert names["metrics"]["num_tokens"] == 5
 
 
 def test_every_key_of_a_config_is_explained():
