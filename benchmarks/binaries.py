@@ -31,12 +31,13 @@ from torch import Tensor
 from triton.backends import compiler as backends
 from triton.compiler import ASTSource
 
-from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, _triton, _triton_shards
-from torchtune_kd.kernels._block import Plan
+from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective
 from torchtune_kd.kernels._checks import runs_interpreted
+from torchtune_kd.kernels._plan import Plan
 from torchtune_kd.kernels._softmax import softmax_backward, softmax_forward
-from torchtune_kd.kernels._triton_launch import Blocks, blocks_for
-from torchtune_kd.kernels._triton_parallel import Group, parallel_rows
+from torchtune_kd.kernels._triton import rows, walk
+from torchtune_kd.kernels._triton.launch import Blocks, blocks_for
+from torchtune_kd.kernels._triton.shards import Group, parallel_rows
 
 ARCHITECTURES = (80, 90)
 VOCAB = 128256
@@ -191,7 +192,7 @@ def _call(case: Case, student: Tensor, teacher: Tensor) -> None:
             student, teacher, labels, plan, student if case.gradient else None, row_scale, NoGroup(None, 0, 2)
         )
     elif case.row_scale:
-        _triton.rows(student, teacher, labels, plan, student, torch.empty(n_tokens, 1, device="meta"))
+        rows.rows(student, teacher, labels, plan, student, torch.empty(n_tokens, 1, device="meta"))
     else:
         softmax_forward(student, teacher, labels, plan, "triton")
 
@@ -311,7 +312,7 @@ def main() -> None:
     if not cases:
         parser.error(f"no case's name has the words {' '.join(args.words)}")
     chosen = (lambda *_: Blocks(*args.blocks)) if args.blocks else blocks_for
-    with patch.object(_triton, "blocks_for", chosen), patch.object(_triton_shards, "blocks_for", chosen):
+    with patch.object(rows, "blocks_for", chosen), patch.object(walk, "blocks_for", chosen):
         found = reports(cases, args.arch, args.jobs, vocab=args.vocab)
     print(f"bf16, V={args.vocab}, Triton {triton.__version__}; loads and stores in bits x instructions")
     print(FORMAT.format(*COLUMNS.split()))

@@ -1,10 +1,13 @@
 """Knowledge-distillation losses as functions of plain tensors.
 
-This folder depends on PyTorch, and on Triton for CUDA tensors, and may be copied into another project.
+This folder depends on PyTorch, and on Triton for CUDA tensors, and may be copied into another project. ``__all__`` is
+what other code can rely on; the names after it serve the package that this folder comes from, and may change with it.
 """
 
 from ._api import linear_kd_loss, softmax_kd_loss
-from ._metrics import METRICS
-from ._objective import DIVERGENCES, Objective
+from ._objective import DIVERGENCES, METRICS, Objective
 
 __all__ = ["DIVERGENCES", "METRICS", "Objective", "linear_kd_loss", "softmax_kd_loss"]
+
+from ._checks import shared_vocab as shared_vocab
+from ._objective import TEMPERATURES as TEMPERATURES

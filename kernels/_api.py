@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._block import Plan, sent
 from ._checks import (
     BACKENDS,
     check_choice,
@@ -21,15 +20,15 @@ from ._checks import (
     check_teacher,
     check_teacher_present,
     resolve_backend,
+    shared_vocab,
 )
 from ._derivatives import check_transforms
 from ._linear import LinearKD
-from ._metrics import needs_teacher, resolve_metrics
-from ._objective import Objective
+from ._objective import Objective, needs_teacher, resolve_metrics
 from ._ops_linear import linear_kd_op
 from ._ops_softmax import softmax_kd_op
+from ._plan import Plan, sent
 from ._softmax import SoftmaxKD
-from ._vocab import shared_vocab
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -9,24 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._block import (
-    BlockLoss,
+from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
+from ._plan import (
     Plan,
     Rows,
-    gradient_scale,
-    graph_is_kept,
+    answers_at_once,
+    is_capturing,
     is_triton,
-    mean_factor,
-    mean_is_inside,
     rows_per_block,
-    scaled,
     sent,
     slices,
     working_dtype,
 )
-from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
-from ._device import answers_at_once, is_capturing
-from ._head_gradient import HeadGradient
+from ._scaling import gradient_scale, graph_is_kept, mean_factor, mean_is_inside, scaled
+from ._torch.block import BlockLoss
+from ._torch.head_gradient import HeadGradient
 
 # Bytes of both models' chunks of logits. CPU: matrix products are at full speed from about 512 tokens on.
 # Elsewhere: 2048 tokens of a 128256-word vocabulary in bf16.
@@ -322,7 +319,7 @@ def _without_padding(labels: Tensor, vocab: int, padded: int, ignore_index: int)
 
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float):
     if is_triton(backend):
-        from ._triton import TritonBlockLoss
+        from ._triton.rows import TritonBlockLoss
 
         return TritonBlockLoss(plan, backend)
     return BlockLoss(plan, max_rows, dtype, device, factor)

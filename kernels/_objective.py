@@ -1,5 +1,6 @@
-"""What is minimised: the settings of the objective and the checks they must pass."""
+"""What is minimised, and what is watched beside it: their settings, and the checks these must pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Real
@@ -19,6 +20,24 @@ DIVERGENCES = tuple(DEFAULT_BETA)
 
 # Beyond them distributions are single ids or uniform; far beyond, logits/T and T² leave the range of fp32.
 TEMPERATURES = (1e-3, 1e3)
+
+# By how much the log-ratio that stands for +inf in a gradient exceeds the row's largest finite one.
+BEYOND_FINITE = 80.0
+
+# Name -> what it needs beside the student's logits.
+_NEEDS = {
+    "class_loss": {"labels"},
+    "teacher_class_loss": {"labels", "teacher"},
+    "kd_loss": {"teacher"},
+    "kl": {"teacher"},
+    "top1_agreement": {"teacher"},
+    "student_entropy": set(),
+    "teacher_entropy": {"teacher"},
+    "acceptance_rate": {"teacher"},
+}
+
+METRICS = tuple(_NEEDS)
+_COUNT = "num_tokens"
 
 
 @dataclass(frozen=True)
@@ -79,3 +98,29 @@ class Objective:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def resolve_metrics(request: bool | Sequence[str], has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
+    """The names to compute, in the order of :data:`METRICS`.
+
+    Raises:
+        ValueError: if a name is unknown or needs an input that is not there.
+    """
+    here = {name for name, there in (("teacher", has_teacher), ("labels", has_labels)) if there}
+    if isinstance(request, bool):
+        return tuple(name for name in METRICS if request and _NEEDS[name] <= here)
+    names = {request} if isinstance(request, str) else set(request)
+    for name in sorted(names - {_COUNT}):
+        if name not in _NEEDS:
+            raise ValueError(f"metrics are {', '.join(METRICS)}, but return_metrics names {name!r}")
+        if missing := _NEEDS[name] - here:
+            raise ValueError(
+                f"the metric {name!r} needs {' and '.join(sorted(missing))}, which this call does not give; "
+                f"pass them or leave the metric out of return_metrics"
+            )
+    return tuple(name for name in METRICS if name in names)
+
+
+def needs_teacher(kd_ratio: float, metrics: Sequence[str]) -> bool:
+    """Whether the objective or a metric reads the teacher."""
+    return kd_ratio > 0.0 or any("teacher" in _NEEDS[name] for name in metrics)

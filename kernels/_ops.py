@@ -6,8 +6,8 @@ Legend: N tokens, M metrics.
 import torch
 from torch import Tensor
 
-from ._block import Plan, working_dtype
 from ._objective import Objective
+from ._plan import Plan, working_dtype
 
 # a copy of this folder under another name registers operators of its own
 NAMESPACE = __package__.replace(".", "_")

@@ -6,10 +6,8 @@ Eager calls go by the autograd Function of ``_linear.py``; both run the same fun
 import torch
 from torch import Tensor
 
-from ._block import Plan, working_dtype
 from ._checks import check_label_values
 from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
-from ._head_gradient import head_gradient_dtype
 from ._linear import (
     Gradients,
     Heads,
@@ -21,6 +19,8 @@ from ._linear import (
     scaled_gradients,
 )
 from ._ops import NAMESPACE, fake_results, if_wanted, nothing, pack, shared_ids, unpack
+from ._plan import Plan, working_dtype
+from ._torch.head_gradient import head_gradient_dtype
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_kd", mutates_args=())

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from ._block import Plan
 from ._checks import check_label_values
 from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
 from ._ops import NAMESPACE, fake_results, nothing, pack, shared_ids, unpack
+from ._plan import Plan
 from ._softmax import softmax_backward, softmax_forward
 
 

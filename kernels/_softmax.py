@@ -7,23 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._block import (
-    BlockLoss,
-    Plan,
-    Rows,
-    gradient_scale,
-    graph_is_kept,
-    is_triton,
-    mean_factor,
-    mean_is_inside,
-    row_blocks,
-    rows_per_block,
-    scaled,
-    working_dtype,
-)
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
-from ._device import answers_at_once
-from ._workspaces import WORKSPACES
+from ._plan import Plan, Rows, answers_at_once, is_triton, row_blocks, rows_per_block, working_dtype
+from ._scaling import gradient_scale, graph_is_kept, mean_factor, mean_is_inside, scaled
+from ._torch.block import BlockLoss
+from ._torch.workspaces import WORKSPACES
 
 
 class SoftmaxKD(torch.autograd.Function):
@@ -92,11 +80,11 @@ def softmax_forward(
     if _mean_is_inside_triton(backend, plan.reduction, student.dtype):
         row_scale = count.clamp(min=1).float().reciprocal()  # 1 / an integer would have the default dtype
     if group is not None:
-        from ._triton_parallel import Group, parallel_rows
+        from ._triton.shards import Group, parallel_rows
 
         rows = parallel_rows(student, teacher, labels, plan, grad, row_scale, Group.of(group))
     elif is_triton(backend):
-        from ._triton import rows as triton_rows
+        from ._triton.rows import rows as triton_rows
 
         rows = triton_rows(student, teacher, labels, plan, grad, row_scale, backend)
     else:
@@ -117,7 +105,7 @@ def softmax_backward(
     scale = gradient_scale(grad_loss, reduction, count)
     rows = grad.view(-1, grad.shape[-1])
     if is_triton(backend):
-        from ._triton import scale_
+        from ._triton.rows import scale_
 
         return scale_(rows if in_place else rows.clone(), scale).view(grad.shape)
     return scaled(rows, scale, grad.dtype, in_place).view(grad.shape)

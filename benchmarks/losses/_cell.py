@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtune_kd.kernels._workspaces import WORKSPACES
+from torchtune_kd.kernels._torch.workspaces import WORKSPACES
 
 from .._device import added_bytes, time_calls
 from ._case import Case

@@ -95,7 +95,7 @@ def test_a_spill_and_narrow_loads_would_be_seen():
     code = """
 from unittest.mock import patch
 case = next(case for case in binaries.all_cases() if case.name == "jsd T=2 ce gradient")
-with patch.object(binaries._triton, "blocks_for", lambda *_: binaries.Blocks(4096, 4, 40)):
+with patch.object(binaries.rows, "blocks_for", lambda *_: binaries.Blocks(4096, 4, 40)):
     tight, = binaries.reports([case], [90])
 odd, = binaries.reports([case], [90], vocab=1025)
 print(json.dumps([tight.spilled_bytes, tight.narrow, odd.narrow]))

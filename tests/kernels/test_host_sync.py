@@ -15,8 +15,8 @@ from grid_checks import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtune_kd.kernels as kernels
-from torchtune_kd.kernels import _block, _checks, _linear, _softmax, linear_kd_loss, softmax_kd_loss
-from torchtune_kd.kernels._device import is_capturing
+from torchtune_kd.kernels import _checks, _linear, _plan, _scaling, _softmax, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels._plan import is_capturing
 
 FOLDER = Path(kernels.__file__).parent
 GUARD = "answers_at_once"
@@ -201,10 +201,13 @@ def waits(source: str) -> list[str]:
 ALLOWED = {"_linear.py": ["(labels != ignore_index).nonzero()"]}
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_no_file_reads_values(path):
-    found = [where.partition(": ")[2] for where in waits(path.read_text())]
-    assert found == ALLOWED.get(path.name, [])
+FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_file_reads_values(file):
+    found = [where.partition(": ")[2] for where in waits((FOLDER / file).read_text())]
+    assert found == ALLOWED.get(file, [])
 
 
 def mutated(file: str, old: str, new: str) -> list[str]:
@@ -217,14 +220,14 @@ def mutated(file: str, old: str, new: str) -> list[str]:
 MUTATIONS = [
     ("_linear.py", "return Tokens(None, labels, (labels != ignore_index).sum())", "labels[labels >= 0]"),
     ("_linear.py", "if len(index) == len(labels):", "if labels.min() >= 0:"),
-    ("_triton_parallel.py", "if answers_at_once(labels.device):", "if plan.want_grad:"),
-    ("_triton_parallel.py", "everywhere = None", "everywhere = None if valid.any() else labels"),
+    ("_triton/shards.py", "if answers_at_once(labels.device):", "if plan.want_grad:"),
+    ("_triton/shards.py", "everywhere = None", "everywhere = None if valid.any() else labels"),
     ("_softmax.py", "if valid is not None and answers_at_once(student.device):", "if valid is not None:"),
     ("_checks.py", "if not answers_at_once(labels.device):", "if labels is None:"),
     ("_softmax.py", "scale = gradient_scale(", "if grad_loss == 1:\n        return grad\n    scale = gradient_scale("),
     ("_softmax.py", "grad[..., plan.vocab :] = 0", "grad[~valid] = 0"),
-    ("_block.py", "loss = loss / count.clamp(min=1)", "loss = loss / max(1, int(count))"),
-    ("_block.py", "loss = loss / count.clamp(min=1)", "loss = loss / count.item()"),
+    ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / max(1, int(count))"),
+    ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / count.item()"),
     ("_linear.py", "grads.bias[:vocab] += student_logits.sum(0, dtype=dtype)", "grads.bias[:vocab] += hidden.cpu()"),
 ]
 
@@ -300,11 +303,11 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """CPU tensors are taken for a GPU's; the function returned begins or ends the capture of a CUDA graph."""
-    for module in (_block, _checks, _linear, _softmax):
+    for module in (_plan, _checks, _linear, _scaling, _softmax):
         monkeypatch.setattr(module, "answers_at_once", lambda device: False)
 
     def capture(on: bool) -> None:
-        for module in (_block, _linear):
+        for module in (_plan, _linear):
             monkeypatch.setattr(module, "is_capturing", lambda device: on)
 
     return capture
@@ -368,7 +371,7 @@ def test_the_loss_of_logits_never_waits(reduction, as_on_a_device):
 
 def refuse_capture(monkeypatch) -> None:
     """Labels are on the CPU, and a graph is being captured."""
-    for module in (_block, _linear):
+    for module in (_plan, _linear):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
 

@@ -7,14 +7,15 @@ from grid import GRID, VALUES
 from grid_checks import check_logits, gradient, worst
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtune_kd.kernels import Objective, _block, _checks, _divergences, _softmax, softmax_kd_loss
+from torchtune_kd.kernels import Objective, _checks, _plan, _scaling, _softmax, softmax_kd_loss
+from torchtune_kd.kernels._torch import divergences
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def as_another_device(monkeypatch):
     """Let the CPU be one that the host waits for."""
-    for module in (_softmax, _checks, _block, _divergences):
+    for module in (_softmax, _checks, _plan, _scaling, divergences):
         monkeypatch.setattr(module, "answers_at_once", lambda device: False)
 
 
@@ -318,9 +319,7 @@ def test_sequences_cut_from_longer_ones_are_not_copied(backend):
 
 @pytest.mark.parametrize(("student_vocab", "teacher_vocab"), [(40, 48), (48, 40)])
 def test_padded_vocabularies_are_cut_and_said_once(divergence, student_vocab, teacher_vocab, caplog, backend):
-    from torchtune_kd.kernels import _vocab
-
-    _vocab._report_cut.cache_clear()
+    _checks._report_cut.cache_clear()
     student = torch.randn(3, student_vocab, requires_grad=True)
     teacher, labels = torch.randn(3, teacher_vocab), torch.randint(0, 40, (3,))
     kwargs = {"divergence": divergence, "kd_ratio": 0.5}

@@ -11,10 +11,11 @@ from grid import GRID, VALUES
 from grid_checks import check_hidden, check_logits
 
 from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, softmax_kd_loss
-from torchtune_kd.kernels._block import Plan
+from torchtune_kd.kernels._plan import Plan
 
 pytest.importorskip("triton")
-from torchtune_kd.kernels import _triton, _triton_kernels
+from torchtune_kd.kernels._triton import row_kernels
+from torchtune_kd.kernels._triton.rows import rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of lanes that are masked out
 
@@ -97,7 +98,7 @@ def test_labels_outside_of_the_vocabulary_give_nan():
     student, teacher = torch.randn(2, 6, 20)
     labels = torch.tensor([3, -100, 20, -1, 2**32 + 3, 19])
     plan = Plan(Objective(kd_ratio=0.5), (), 20, "none", True, False)
-    loss = _triton.rows(student, teacher, labels, plan, None).loss
+    loss = rows(student, teacher, labels, plan, None).loss
     assert loss.isnan().tolist() == [False, False, True, True, True, False]
 
 
@@ -118,9 +119,9 @@ def test_ids_that_the_teacher_rules_out_in_one_of_several_blocks(divergence, rul
 
 def test_triton_3_2_and_3_3_compile_every_condition():
     """They refuse ``A or B or C``, which later ones and the interpreter take."""
-    package = inspect.getsourcefile(_triton_kernels).rpartition("/")[0]
+    package = inspect.getsourcefile(row_kernels).rpartition("/")[0]
     conditions = 0
-    for file in sorted(Path(package).glob("_triton*.py")):
+    for file in sorted(Path(package).glob("*.py")):
         for function in ast.walk(ast.parse(file.read_text())):
             decorators = map(ast.unparse, getattr(function, "decorator_list", ()))
             if any(text.startswith("triton.jit") for text in decorators):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from torchtune_kd.kernels import linear_kd_loss, softmax_kd_loss
-from torchtune_kd.kernels._workspaces import WORKSPACES
+from torchtune_kd.kernels._torch.workspaces import WORKSPACES
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._device import answers_at_once
+from .._objective import BEYOND_FINITE
+from .._plan import answers_at_once
 
 # Stands for a ratio x/0. In fp32 no two ids that both have a probability reach it.
 _MAX_RATIO = 1e30
-# By how much the log-ratio that stands for +inf in a gradient exceeds the row's largest finite one.
-BEYOND_FINITE = 80.0
 # Below this weight of its first member log(mixture/member) is taken where 1 + (difference) would cancel.
 _SMALL_WEIGHT = 0.01
 _INF = float("inf")

@@ -6,10 +6,10 @@ Legend: N tokens, V ids of this process's shard, B batch, S sequence.
 import torch
 from torch import Tensor
 
-from ._block import Plan
-from ._triton_kernels import RESULTS
-from ._triton_launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, slope, variant_of
-from ._triton_shard_kernels import (
+from .._plan import Plan
+from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, slope, variant_of
+from .row_kernels import RESULTS
+from .shard_kernels import (
     COLUMNS,
     TERMS,
     finish_kernel,
@@ -20,7 +20,7 @@ from ._triton_shard_kernels import (
 
 
 class Walk:
-    """One call's arguments as the kernels take them; arguments as ``_triton.rows``.
+    """One call's arguments as the kernels take them; arguments as ``rows.rows``.
 
     Args:
         ignore_index (int): in place of the plan's.

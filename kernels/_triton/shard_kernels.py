@@ -5,16 +5,15 @@ the maxima of all shards, a second (and third) walk with the whole row's statist
 
 Legend: N rows, V ids of this shard. ``own`` and ``merged`` are ``[N, COLUMNS]`` in fp32: m_s, m_t, the largest finite
 (s - t)·c, which merge by their maximum; then d_s, d_t, n_s, n_t, forward, reverse, ruled_out of
-``_triton_passes.statistics`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
-sums that ``_triton_passes.finish`` returns; ``firsts`` ``[N, 2]`` in int32.
+``passes.statistics`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
+sums that ``passes.finish`` returns; ``firsts`` ``[N, 2]`` in int32.
 """
 
 import triton
 import triton.language as tl
 
-from ._triton_kernels import RESULTS, id_in, kl_value, row_start, store_results, store_zeros
-from ._triton_math import LOG2_E
-from ._triton_passes import (
+from .math import LOG2_E
+from .passes import (
     LOWEST,
     NO_ID,
     centre_of,
@@ -27,6 +26,7 @@ from ._triton_passes import (
     moved_reverse,
     statistics,
 )
+from .row_kernels import RESULTS, id_in, kl_value, row_start, store_results, store_zeros
 
 COLUMNS = tl.constexpr(12)
 MAXIMA = tl.constexpr(3)  # the leading columns
@@ -74,7 +74,7 @@ def statistics_kernel(
     """Statistics of this shard of a row, without the label's logits; of one with an ignored label those of no id.
 
     Args:
-        FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``_triton_passes.statistics``.
+        FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``passes.statistics``.
     """
     row = tl.program_id(0)
     to = own + row.to(tl.int64) * COLUMNS

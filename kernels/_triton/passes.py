@@ -3,7 +3,7 @@
 They are device functions: one kernel calls both for a whole row, other kernels one of them for a shard of a row.
 
 Legend: V ids of the row (or of its shard); T temperature, ``c = log2(e)/T``; ``m_s``, ``m_t`` largest raw logits;
-``us = (s - m_s)·c``; for the rest see ``_triton_math.py``.
+``us = (s - m_s)·c``; for the rest see ``math.py``.
 """
 
 import math
@@ -11,8 +11,8 @@ import math
 import triton
 import triton.language as tl
 
-from ._divergences import BEYOND_FINITE as _BEYOND_FINITE
-from ._triton_math import (
+from .._objective import BEYOND_FINITE as _BEYOND_FINITE
+from .math import (
     LN2,
     LOG2_E,
     difference,

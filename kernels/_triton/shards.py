@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._block import Plan, Rows
-from ._checks import check_label_values
-from ._device import answers_at_once
-from ._triton_launch import rows_of
-from ._triton_passes import NO_ID
-from ._triton_shard_kernels import LABEL_LOGITS, MAXIMA
-from ._triton_shards import Walk
+from .._checks import check_label_values
+from .._plan import Plan, Rows, answers_at_once
+from .launch import rows_of
+from .passes import NO_ID
+from .shard_kernels import LABEL_LOGITS, MAXIMA
+from .walk import Walk
 
 # What the kernels are told in place of a label: one that is ignored, one that no shard holds.
 _IGNORED, _NOWHERE = -2, -1
@@ -46,7 +45,7 @@ def parallel_rows(
     row_scale: Tensor | None,
     group: Group,
 ) -> Rows:
-    """``_triton.rows`` of logits whose ids lie on the processes of ``group`` in the order of their ranks.
+    """``rows.rows`` of logits whose ids lie on the processes of ``group`` in the order of their ranks.
 
     One MAX and one SUM all-reduce; jsd, skewed KLs, tvd and metrics one more SUM, top-1 agreement one more MIN. None
     waits for the device, and none is larger than 36 bytes a token.

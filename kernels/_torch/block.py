@@ -5,105 +5,16 @@ in the cache of a CPU; they are allocated once per call, or left by the last one
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _metrics
-from ._device import answers_at_once, is_capturing
-from ._divergences import KULLBACK_LEIBLER, Distributions, Softmax, divergence, kl_from_exponentials
-from ._objective import Objective
-from ._workspaces import Workspaces
-
-# Elements of one temporary. CPU: 2 MiB of fp32 each, seven of them, which a last-level cache holds, and few enough
-# blocks for the cost of waking threads to stay small; other devices: 32 MiB each, enough to fill the device.
-_BLOCK_ELEMENTS = {"cpu": 2**19}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**23
+from .._plan import Plan
+from . import metrics
+from .divergences import KULLBACK_LEIBLER, Distributions, Softmax, divergence, kl_from_exponentials
+from .workspaces import Workspaces
 
 _LOG2_E = math.log2(math.e)
-
-
-class Plan(NamedTuple):
-    """What one call computes, fixed before the first row is read."""
-
-    objective: Objective
-    metrics: tuple[str, ...]
-    vocab: int  # ids that both models score
-    reduction: str  # "mean", "sum" or "none"
-    has_teacher: bool  # the objective or a metric reads it
-    want_grad: bool
-
-
-def working_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any tensor is fp64, else fp32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy labels, or positions of tokens, to `device` without waiting for it: from pageable memory the host might.
-
-    Raises:
-        ValueError: if a CUDA graph would copy these same ones again whenever it is replayed.
-    """
-    if not answers_at_once(tensor.device) or torch.compiler.is_compiling():
-        return tensor.to(device, non_blocking=True)
-    if is_capturing(device):
-        raise ValueError(
-            f"a CUDA graph is being captured, which would replay the labels of this batch for ever because they are on "
-            f"the CPU; move them to {device} before, into a tensor that later batches are copied to"
-        )
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def is_triton(backend: str) -> bool:
-    """Whether one of the Triton backends was chosen."""
-    return backend.startswith("triton")
-
-
-def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    """Slices of at most `rows_per_block` rows."""
-    return slices(n_rows, rows_per_block(vocab, device))
-
-
-def slices(n_rows: int, step: int) -> Iterator[slice]:
-    """Slices of `step` rows, the last one shorter."""
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
-
-
-def rows_per_block(vocab: int, device: torch.device) -> int:
-    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE) // vocab)
-
-
-def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    """`grad` times `scale`, multiplied in the precision of `scale` and rounded once to `dtype`.
-
-    Args:
-        grad (Tensor): ``[N, V]`` (or any 2-D or 1-D tensor).
-        scale (Tensor): 0-d, or ``[N, 1]``, in the working dtype.
-        dtype (torch.dtype): of the result.
-        in_place (bool): write over `grad` where it has that dtype.
-    """
-    in_place = in_place and grad.dtype == dtype
-    if scale.dim() == 0 and answers_at_once(scale.device) and bool(scale == 1):
-        return grad if in_place else grad.to(dtype, copy=True)
-    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
-    if grad.dtype == dtype == scale.dtype:
-        return torch.mul(grad, scale, out=out)
-    # block by block, because mixing dtypes makes PyTorch convert whole tensors first
-    for rows in row_blocks(len(grad), math.prod(grad.shape[1:]), grad.device):
-        out[rows] = grad[rows].to(scale.dtype) * (scale if scale.dim() == 0 else scale[rows])
-    return out
-
-
-def graph_is_kept() -> bool:
-    """Whether this backward was asked to retain the graph; True where PyTorch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
 
 
 class BlockLoss:
@@ -221,17 +132,17 @@ class BlockLoss:
             "class_loss": lambda: class_loss,
             "teacher_class_loss": lambda: _cross_entropy(of_teacher, labels),
             "kd_loss": lambda: kd_loss,
-            "kl": lambda: kl if kl is not None else _metrics.kl(dist, r, x),
-            "top1_agreement": lambda: _metrics.top1_agreement(dist),
-            "student_entropy": lambda: _metrics.entropy(of_student, x),
-            "teacher_entropy": lambda: _metrics.entropy(of_teacher, x),
-            "acceptance_rate": lambda: _metrics.acceptance_rate(dist, x),
+            "kl": lambda: kl if kl is not None else metrics.kl(dist, r, x),
+            "top1_agreement": lambda: metrics.top1_agreement(dist),
+            "student_entropy": lambda: metrics.entropy(of_student, x),
+            "teacher_entropy": lambda: metrics.entropy(of_teacher, x),
+            "acceptance_rate": lambda: metrics.acceptance_rate(dist, x),
         }
-        metrics = [values[name]() for name in plan.metrics]
+        watched = [values[name]() for name in plan.metrics]
         # last, because grad_out may be the student's own rows
         if grad_out is not None:
             grad_out.copy_(grad if row_scale is None else grad.mul_(row_scale))
-        return loss, metrics
+        return loss, watched
 
     def _at_1(self, logits: Tensor, other: Softmax | None, u: Tensor, prob: Tensor) -> Softmax:
         """The softmax at T = 1, from the logits that `other`, the one at T, has left in `u`, if there is one."""
@@ -265,45 +176,3 @@ def _exponentials(u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
 def _cross_entropy(dist: Softmax, labels: Tensor) -> Tensor:
     """-log softmax(u)_y ``[n]``."""
     return (dist.total.log() - dist.u.gather(-1, labels.unsqueeze(-1))).squeeze(-1)
-
-
-class Rows(NamedTuple):
-    """Per-token results of a call, 0 where a token is ignored."""
-
-    loss: Tensor  # [N]
-    metrics: Tensor  # [M, N]
-
-    @classmethod
-    def zeros(cls, n_tokens: int, plan: Plan, dtype: torch.dtype, device: torch.device) -> "Rows":
-        kwargs = {"dtype": dtype, "device": device}
-        return cls(torch.zeros(n_tokens, **kwargs), torch.zeros(len(plan.metrics), n_tokens, **kwargs))
-
-    def reduce(self, reduction: str, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss as `reduction` says and the metrics' sums ``[M]`` in fp32; `count` is 0-d."""
-        loss = self.loss if reduction == "none" else self.loss.sum()
-        if reduction == "mean":
-            loss = loss / count.clamp(min=1)
-        return loss, self.metrics.sum(-1).float()
-
-
-def mean_is_inside(backend: str, reduction: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch's stored gradients are those of the mean already, and ``loss.backward()`` only hands them out.
-
-    That takes the number of valid tokens on the host. In fp16 they are those of the sum: numbers below 6e-8 would be
-    lost.
-    """
-    return reduction == "mean" and dtype != torch.float16 and not is_triton(backend) and answers_at_once(device)
-
-
-def mean_factor(count: Tensor, inside: bool) -> float:
-    """What the gradients are multiplied by before they are stored; `count` is 0-d."""
-    if inside and answers_at_once(count.device):
-        return 1.0 / max(1, int(count))
-    return 1.0
-
-
-def gradient_scale(grad_loss: Tensor, reduction: str, count: Tensor) -> Tensor:
-    """Factor of the stored gradient of every token: 0-d, or ``[N, 1]`` for reduction "none"."""
-    if reduction == "none":
-        return grad_loss.unsqueeze(-1)
-    return grad_loss / count.clamp(min=1) if reduction == "mean" else grad_loss

@@ -10,8 +10,8 @@ No argument that grows with N is specialised on, but for strides between sequenc
 import triton
 import triton.language as tl
 
-from ._triton_math import weighted
-from ._triton_passes import (
+from .math import weighted
+from .passes import (
     centre_of,
     cross_entropy,
     fill_zeros,
@@ -61,7 +61,7 @@ def store_results(
     results, kd_ratio, kd_scale, ce_weight, class_loss, teacher_class_loss, divergence, kl, agreement, entropy_s,
     entropy_t, acceptance,
 ):  # fmt: skip
-    """The loss of a row and its parts, in the order of ``_metrics.METRICS``."""
+    """The loss of a row and its parts, in the order of ``_objective.METRICS``."""
     kd_loss = not_negative(divergence) * kd_scale
     tl.store(results, weighted(kd_ratio, kd_loss) + weighted(ce_weight, class_loss))
     tl.store(results + 1, class_loss)

@@ -6,7 +6,7 @@ Legend: C tokens of a chunk, V vocabulary, V' >= V rows of the head, D hidden wi
 import torch
 from torch import Tensor
 
-from ._block import row_blocks
+from .._plan import row_blocks
 
 
 def head_gradient_dtype(dtype: torch.dtype, single: bool) -> torch.dtype:

@@ -3,7 +3,7 @@
 Legend: s, t student and teacher logits; T temperature; q, p their softmaxes; everything is in powers of 2, so that
 the hardware's ``exp2`` and ``log2`` serve: ``us = (s - maximum)·log2(e)/T``, ``lq = log2 q``, ``r = log2(q/p)``.
 Padding and ids masked in both models are -inf and contribute nothing. The formulas are those of
-``_divergences.py``; README.md derives them.
+``_torch/divergences.py``; README.md derives them.
 """
 
 import triton

@@ -7,9 +7,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ._block import Plan, Rows
-from ._triton_kernels import RESULTS, rows_kernel, scale_kernel
-from ._triton_launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, rows_of, slope, variant_of
+from .._plan import Plan, Rows
+from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, rows_of, slope, variant_of
+from .row_kernels import RESULTS, rows_kernel, scale_kernel
 
 
 def rows(
@@ -59,7 +59,7 @@ def rows(
 
 
 class TritonBlockLoss:
-    """`rows` in the form of ``_block.BlockLoss``."""
+    """`rows` in the form of ``_torch.block.BlockLoss``."""
 
     def __init__(self, plan: Plan, backend: str) -> None:
         self.plan, self.backend = plan, backend

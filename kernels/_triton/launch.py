@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ._block import Plan, Rows
-from ._metrics import METRICS
-from ._triton_kernels import RESULTS
+from .._objective import METRICS
+from .._plan import Plan, Rows
+from .row_kernels import RESULTS
 
 _LOG2_E = math.log2(math.e)
 assert RESULTS.value == 1 + len(METRICS)
@@ -83,7 +83,7 @@ def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant
     """What `plan` needs computed, and no more."""
     objective, wanted = plan.objective, set(plan.metrics)
     name, beta = objective.divergence, objective.beta
-    # the ends of beta where the divergence vanishes or is another one, as in _divergences.py
+    # the ends of beta where the divergence vanishes or is another one, as in _torch/divergences.py
     if name == "jsd" and beta in (0.0, 1.0):
         name = "forward_kl" if beta == 0.0 else "reverse_kl"
     elif name in ("skew_forward_kl", "skew_reverse_kl") and beta == 0.0:

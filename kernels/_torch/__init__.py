@@ -1,0 +1,1 @@
+"""The loss arithmetic in PyTorch operations, for any device and in fp64 too."""
