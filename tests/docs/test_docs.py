@@ -22,7 +22,16 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = [
     *READMES,
     *PAGES,
-    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "kernels/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "benchmarks/README.md",
+            "examples/README.md",
+            "kernels/README.md",
+        )
+    ),
     *(ROOT / "torchtune_kd" / room / "README.md" for room in ("demo", "launch")),
 ]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
