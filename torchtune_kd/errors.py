@@ -221,7 +221,7 @@ def nearest(key: str, known: Any) -> str:
     return f"did you mean `{close[0]}`?" if close else "delete it or see `tune cp` for a config with every key."
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the first line of an error that says something, with a full stop."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if text.endswith((".", "?", "!")) else f"{text}."

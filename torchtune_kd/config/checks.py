@@ -93,7 +93,7 @@ def check_checkpoint_files(section: Section | None) -> None:
     hint = f"fetch the model (`tune download`, see the head of the config) or change `{name}.checkpoint_dir`."
     if not folder.is_dir():
         raise UserError(f"The folder {folder} of `{name}.checkpoint_dir` does not exist: {hint}")
-    kind = section.get("model_type", ModelType.LLAMA3_2.name)
+    kind = section.get("model_type", "LLAMA3_2")
     if kind not in ModelType.__members__:
         raise UserError(
             f"Unknown model type {kind!r} under `{name}.model_type`: {nearest(kind, ModelType.__members__)}"

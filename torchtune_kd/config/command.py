@@ -63,8 +63,10 @@ def _without_unread_names(cfg: DictConfig) -> DictConfig:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")
     file = OmegaConf.load(parser.parse_known_args()[0].config)
+    if not isinstance(file, DictConfig):  # torchtune has refused it already
+        return cfg
     helpers = interpolated_names(file) - set(KEYS)
     unchanged = {name for name in helpers if name in file and name in cfg and cfg[name] == file[name]}
     while unread := (unchanged & {str(key) for key in cfg}) - interpolated_names(cfg):
-        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in unread])
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in unread])
     return cfg

@@ -8,8 +8,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_kd.config.checks import check_kd_loss, check_needed_sections, check_random_weights
-from torchtune_kd.config.sections import Section, check_component, components_in, section_of, sections_of
-from torchtune_kd.config.settings import OPTIONAL_COMPONENTS, Settings, read_settings
+from torchtune_kd.config.sections import (
+    Section,
+    check_component,
+    components_in,
+    plain_values,
+    section_of,
+    sections_of,
+)
+from torchtune_kd.config.settings import Settings, read_settings
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Config:
     @property
     def resolved(self) -> dict[str, Any]:
         """Return everything as plain values, interpolations filled in."""
-        return OmegaConf.to_container(self.written, resolve=True)
+        return plain_values(self.written)
 
     def with_keys(self, keys: Mapping[str, Any]) -> "Config":
         """Return the config with other values under dotted keys; ``None`` takes a key of a section out."""
@@ -93,15 +100,25 @@ def started_by_launcher() -> bool:
 
 
 def _assembled(written: DictConfig, settings: Settings) -> Config:
-    def section(name: str) -> Section | None:
-        return None if written.get(name) is None else section_of(name, written[name])
+    def needed(name: str) -> Section:
+        return section_of(name, written.get(name))
 
-    single = ("model", "tokenizer", "optimizer", "kd_loss", "metric_logger", "checkpointer")
-    single += ("teacher_model", "teacher_checkpointer", *(n for n in OPTIONAL_COMPONENTS if n != "dataset_val"))
+    def optional(name: str) -> Section | None:
+        return None if written.get(name) is None else needed(name)
+
     return Config(
         settings=settings,
-        written=written,
+        model=needed("model"),
+        tokenizer=needed("tokenizer"),
         dataset=sections_of("dataset", written.dataset),
+        optimizer=needed("optimizer"),
+        kd_loss=needed("kd_loss"),
+        metric_logger=needed("metric_logger"),
+        checkpointer=optional("checkpointer"),
+        teacher_model=optional("teacher_model"),
+        teacher_checkpointer=optional("teacher_checkpointer"),
         dataset_val=sections_of("dataset_val", written.get("dataset_val")),
-        **{name: section(name) for name in single},
+        lr_scheduler=optional("lr_scheduler"),
+        profiler=optional("profiler"),
+        written=written,
     )

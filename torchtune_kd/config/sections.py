@@ -91,13 +91,20 @@ def section_of(path: str, node: Any) -> Section:
     """
     if not isinstance(node, Mapping | DictConfig):
         raise UserError(f"Expected `{path}` to be a section with a `_component_`, got {node!r}: write one.")
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    plain = plain_values(node) if isinstance(node, DictConfig) else dict(node)
     component = plain.pop("_component_", None)
     if not isinstance(component, str):
         raise UserError(
             f"Expected `{path}._component_` in the config, but it is missing: name what builds the section."
         )
     return Section(path, component, plain)
+
+
+def plain_values(node: DictConfig) -> dict[str, Any]:
+    """Return a section, or a whole config, as Python's own values, interpolations filled in."""
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def sections_of(path: str, node: Any) -> tuple[Section, ...]:

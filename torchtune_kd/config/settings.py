@@ -136,7 +136,7 @@ def read_settings(written: DictConfig, *, distributed: bool) -> Settings:
                 f"The key `{key}` belongs to kd_distributed: start several processes by `tune run --nproc_per_node N "
                 "torchtune_kd/kd_distributed --config ...`, or delete it."
             )
-        raise UserError(f"Unknown key `{key}` in the config: {nearest(key, known)}")
+        raise UserError(f"Unknown key `{key}` in the config: {nearest(str(key), known)}")
     values = {}
     for name, field in fields.items():
         if name in written and (distributed or name not in DISTRIBUTED_ONLY):
@@ -238,7 +238,7 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
     return value
 
 
-def interpolated_names(written: DictConfig) -> set[str]:
+def interpolated_names(written: DictConfig | ListConfig) -> set[str]:
     """Return the top-level names that another key reads as ``${name}`` or ``${name.inner}``."""
     raw = OmegaConf.to_yaml(written, resolve=False)
     return {match.split(".")[0] for match in re.findall(r"\$\{\s*([A-Za-z_][\w.]*)", raw)}
