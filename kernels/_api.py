@@ -27,7 +27,7 @@ from ._linear import LinearKD
 from ._objective import Objective, needs_teacher, resolve_metrics
 from ._ops_linear import linear_kd_op
 from ._ops_softmax import softmax_kd_op
-from ._plan import Plan, sent
+from ._plan import Plan, to_device
 from ._softmax import SoftmaxKD
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -51,7 +51,7 @@ def softmax_kd_loss(
     return_metrics: bool | Sequence[str] = False,
     group: "dist.ProcessGroup | None" = None,
 ) -> Result:
-    r"""Distillation loss of given logits.
+    r"""Compute the distillation loss of given logits.
 
     For the valid tokens (label other than `ignore_index`) with student logits :math:`z_s`, teacher logits
     :math:`z_t`, :math:`q_T = \mathrm{softmax}(z_s/T)`, :math:`p_T = \mathrm{softmax}(z_t/T)` and α =
@@ -134,7 +134,7 @@ def softmax_kd_loss(
     flat_labels = None
     if labels is not None:
         known = vocab if group is None else None
-        flat_labels = sent(check_labels(labels, known, ignore_index), student_logits.device)
+        flat_labels = to_device(check_labels(labels, known, ignore_index), student_logits.device)
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
@@ -167,12 +167,13 @@ def linear_kd_loss(
     backend: str = "auto",
     return_metrics: bool | Sequence[str] = False,
 ) -> Result:
-    r"""Distillation loss from hidden states: that of ``hidden @ weight.T``, without ever holding ``[N, V]``.
+    r"""Compute the distillation loss of ``hidden @ weight.T`` without ever holding ``[N, V]``.
 
     Ignored tokens are dropped before the matrix products. The rest is worked through in chunks: at most one
     chunk of logits of each model exists at a time, and the student's is overwritten by its gradient.
     Gradients are computed for those of `student_hidden`, `student_weight` and `student_bias` that require
-    one (none for a frozen head, none at all under ``no_grad``); a head's is accumulated over chunks in fp32.
+    one (none for a frozen head, none at all under ``no_grad``); a head's is accumulated over chunks in fp32,
+    from products that are rounded to the head's dtype.
     Logits are rounded to the models' dtype, as a linear layer's are; the loss arithmetic and its limits are
     those of :func:`softmax_kd_loss`. Under autocast the products run in autocast's dtype, except fp64 ones.
 
@@ -263,7 +264,7 @@ def linear_kd_loss(
 def _sharded(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str, group: "dist.ProcessGroup"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`SoftmaxKD` of shards, outside of graphs."""
+    """Apply `SoftmaxKD` to shards, outside of graphs."""
     check_group(backend, group, student.shape[-1], None if teacher is None else teacher.shape[-1])
     # torch.compiler.disable imports the compiler, so not for those who do not use it
     apply = torch.compiler.disable(SoftmaxKD.apply) if "torch._dynamo" in sys.modules else SoftmaxKD.apply
@@ -274,6 +275,7 @@ _sharded._torchdynamo_disable = True  # the mark of torch.compiler.disable: grap
 
 
 def _result(loss: Tensor, sums: Tensor, count: Tensor, plan: Plan, shape: torch.Size, return_metrics: object) -> Result:
+    """Return what the public functions do."""
     if plan.reduction == "none":
         loss = loss.view(shape)
     if return_metrics is False:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._objective import Objective
-from ._plan import answers_at_once
+from ._plan import host_can_read
 
 BACKENDS = ("auto", "torch", "triton", "triton-backwards")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -26,12 +26,13 @@ _log = logging.getLogger(__name__)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
 
 
 def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
-    """One of `BACKENDS` but "auto"; `tensors` are what the loss arithmetic reads.
+    """Return one of `BACKENDS` but "auto"; `tensors` are what the loss arithmetic reads.
 
     Raises:
         ValueError: if `backend` cannot run on these tensors.
@@ -59,7 +60,7 @@ def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
 
 
 def check_group(backend: str, group: object, student_ids: int, teacher_ids: int | None) -> None:
-    """A process group whose processes hold shards of the vocabulary, and what can work on these.
+    """Check a process group whose processes hold shards of the vocabulary, and that `backend` can work on these.
 
     Raises:
         ValueError: if `backend` cannot, or the models' shards do not cover the same ids.
@@ -82,12 +83,12 @@ def check_group(backend: str, group: object, student_ids: int, teacher_ids: int 
 
 
 def runs_interpreted() -> bool:
-    """Whether Triton interprets its kernels, as TRITON_INTERPRET=1 asks for."""
+    """Return whether Triton interprets its kernels, as TRITON_INTERPRET=1 asks for."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def check_rows(name: str, tensor: Tensor, width: str, labels: Tensor | None) -> None:
-    """2-D or 3-D, floating, not empty in its last dimension, and with one label per row."""
+    """Check that a tensor is 2-D or 3-D, floating, not empty in its last dimension, and has one label per row."""
     check_tensor(name, tensor)
     if tensor.dim() not in (2, 3) or tensor.shape[-1] == 0:
         raise ValueError(f"{name} must be [N, {width}] or [B, S, {width}], but got {list(tensor.shape)}")
@@ -101,18 +102,20 @@ def check_rows(name: str, tensor: Tensor, width: str, labels: Tensor | None) -> 
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Check that `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, but got {type(value).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """Check that a value is a tensor of floating-point numbers."""
     check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, but got {tensor.dtype}")
 
 
 def check_labels(labels: Tensor, vocab: int | None, ignore_index: int) -> Tensor:
-    """Flat int64 labels ``[N]``, contiguous; their values are looked at if `vocab` is known."""
+    """Return flat int64 labels ``[N]``, contiguous; their values are checked if `vocab` is known."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, but got {labels.dtype}")
     # a flat view may have any stride, 0 too, and the Triton kernels read one label after the other
@@ -123,8 +126,8 @@ def check_labels(labels: Tensor, vocab: int | None, ignore_index: int) -> Tensor
 
 
 def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Every label is an id or ignored; looked at on the CPU only."""
-    if not answers_at_once(labels.device):
+    """Check that every label is an id or ignored, on the CPU only: elsewhere that would wait for the device."""
+    if not host_can_read(labels.device):
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if wrong.any():
@@ -135,12 +138,13 @@ def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def check_teacher_present(name: str, tensor: Tensor | None, objective: Objective) -> None:
+    """Check that a teacher is given where the objective has a part of it."""
     if tensor is None and objective.kd_ratio > 0.0:
         raise ValueError(f"kd_ratio={objective.kd_ratio} needs a teacher, but {name} is None; pass it or kd_ratio=0")
 
 
 def check_teacher(name: str, tensor: Tensor, like: Tensor | None) -> None:
-    """Floating, frozen, and with the leading shape and device of `like`."""
+    """Check that a tensor is floating, frozen, and has the leading shape and device of `like`."""
     check_floating(name, tensor)
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad, the teacher is not trained; pass {name}.detach()")
@@ -153,7 +157,7 @@ def check_teacher(name: str, tensor: Tensor, like: Tensor | None) -> None:
 
 
 def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, head and bias in one dtype: autocast's where it is on, otherwise the one the first two share."""
+    """Return hidden states, head and bias in one dtype: autocast's where it is on, else the one the first two share."""
     check_floating(f"{model}_weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
@@ -178,7 +182,7 @@ def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """As autocast casts the operands of a linear layer: fp64 stays what it is."""
+    """Cast as autocast does the operands of a linear layer: fp64 stays what it is."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(device))
@@ -186,7 +190,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def shared_vocab(student_vocab: int, teacher_vocab: int) -> int:
-    """Number of leading ids that both models score.
+    """Return the number of leading ids that both models score.
 
     Sizes that differ by less than 1024 are taken for paddings of one tokenizer: both models are cut to the
     shared prefix, and one log line per pair of sizes says so (none where ``torch.compile`` traces).
@@ -208,6 +212,7 @@ def shared_vocab(student_vocab: int, teacher_vocab: int) -> int:
 
 @cache
 def _report_cut(student_vocab: int, teacher_vocab: int) -> None:
+    """Log that vocabularies are cut, once per pair of sizes."""
     _log.warning(
         "The student scores %d ids and the teacher %d: taken for paddings of one tokenizer, both are cut to "
         "the first %d ids.",

@@ -110,7 +110,7 @@ def refuse_graph_of_gradients() -> None:
 
 
 class _Once(torch.autograd.Function):
-    """The first tensors unchanged, on the graphs of all."""
+    """Hand the first tensors on unchanged, on the graphs of all."""
 
     @staticmethod
     def forward(ctx, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:

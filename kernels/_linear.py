@@ -13,22 +13,18 @@ from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transform
 from ._plan import (
     Plan,
     Rows,
-    answers_at_once,
+    chunk_size,
+    host_can_read,
     is_capturing,
     is_triton,
     rows_per_block,
-    sent,
     slices,
+    to_device,
     working_dtype,
 )
-from ._scaling import gradient_scale, graph_is_kept, mean_factor, mean_is_inside, scaled
+from ._scaling import gradient_scale, mean_factor, mean_is_inside, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.head_gradient import HeadGradient
-
-# Bytes of both models' chunks of logits. CPU: matrix products are at full speed from about 512 tokens on.
-# Elsewhere: 2048 tokens of a 128256-word vocabulary in bf16.
-_CHUNK_BYTES = {"cpu": 2**28}
-_CHUNK_BYTES_ELSEWHERE = 2**30
 
 # Ids that the rows of a chunk of logits are padded to a multiple of: 128 bytes of bf16. Rows of an odd length start
 # anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
@@ -37,7 +33,7 @@ _NO_LABEL = torch.iinfo(torch.int64).max
 
 
 class Heads(NamedTuple):
-    """Inputs of the matrix products; the teacher's are None where it is not needed."""
+    """Hold the inputs of the matrix products; the teacher's are None where it is not needed."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V', D], V' >= plan.vocab
@@ -47,20 +43,24 @@ class Heads(NamedTuple):
     teacher_bias: Tensor | None  # [V']
 
 
-class Wants(NamedTuple):
-    """Which gradients to compute."""
+class NeededGradients(NamedTuple):
+    """Say which gradients to compute."""
 
     hidden: bool
     weight: bool
     bias: bool
 
     def wait_for_backward(self, reduction: str) -> bool:
-        """Whether the gradients need the incoming ones first: a head's is a sum over tokens weighted by them."""
+        """Return whether they need the incoming ones first, which weigh the tokens in the sum that a head's is."""
         return reduction == "none" and (self.weight or self.bias)
+
+    def before_backward(self, reduction: str) -> "NeededGradients":
+        """Return those to compute together with the loss."""
+        return NeededGradients(False, False, False) if self.wait_for_backward(reduction) else self
 
 
 class Gradients(NamedTuple):
-    """Of the summed loss, or of the mean where ``mean_is_inside``; not yet scaled, None where not wanted."""
+    """Hold gradients of the summed loss, or of the mean where ``mean_is_inside``, before they are scaled."""
 
     hidden: Tensor | None  # [N, D] in the dtype of the hidden states
     weight: Tensor | None  # [V', D] in fp32 (fp64), or in bf16 when one chunk made it
@@ -68,7 +68,7 @@ class Gradients(NamedTuple):
 
 
 class LinearKD(torch.autograd.Function):
-    """The gradients are computed with the loss, chunk by chunk, and scaled in backward.
+    """Compute the gradients together with the loss, chunk by chunk, and scale them in backward.
 
     With reduction "none" and a trainable head the head's gradient mixes tokens before their incoming
     gradients are known: there backward walks the chunks a second time.
@@ -88,17 +88,17 @@ class LinearKD(torch.autograd.Function):
         chunk_tokens: int | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
+        """Return loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
         heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-        ctx.wants = Wants(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
-        ctx.late = ctx.wants.wait_for_backward(plan.reduction)
-        now = Wants(False, False, False) if ctx.late else ctx.wants
-        loss, metrics, count, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, now)
+        ctx.needed = NeededGradients(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
+        ctx.recomputes = ctx.needed.wait_for_backward(plan.reduction)
+        needed_now = ctx.needed.before_backward(plan.reduction)
+        loss, metrics, count, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, needed_now)
         ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.count = plan, chunk_tokens, backend, count
         ctx.dtypes = hidden.dtype, weight.dtype
         with torch.enable_grad():
-            ctx.inputs = anchor(hidden, weight, bias) if any(ctx.wants) else None
-        if ctx.late:
+            ctx.inputs = anchor(hidden, weight, bias) if any(ctx.needed) else None
+        if ctx.recomputes:
             # a tensor from inference mode cannot be saved, its copy can
             saved = (*heads, labels)
             ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in saved))
@@ -117,48 +117,48 @@ class LinearKD(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, *nothing
         with torch.no_grad():
-            if ctx.late:
+            if ctx.recomputes:
                 *heads, labels = ctx.saved_tensors
-                rows = grad_loss.unsqueeze(-1)
-                grads = late_gradients(Heads(*heads), labels, ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.wants, rows)
+                settings = ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.needed
+                grads = recomputed_gradients(Heads(*heads), labels, *settings, grad_loss.unsqueeze(-1))
                 scale, in_place = grad_loss.new_ones(()), True
             else:
                 grads = Gradients(*ctx.saved_tensors)
                 scale = remaining_scale(grad_loss, ctx.count, ctx.plan.reduction, ctx.backend, ctx.dtypes[0])
-                in_place = not graph_is_kept()
+                in_place = not retains_graph()  # else what is stored is needed again
             out = scaled_gradients(grads, scale, *ctx.dtypes, in_place=in_place)
         return *on_graph_of(out, grad_loss, ctx.inputs), *nothing
 
 
 def linear_forward(
-    heads: Heads, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, wants: Wants
+    heads: Heads, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, needed: NeededGradients
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradients to scale."""
+    """Return loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradients to scale."""
     tokens = _tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
-    rows, grads = _walk(heads, tokens, plan, chunk_tokens, backend, wants)
+    rows, grads = _walk(heads, tokens, plan, chunk_tokens, backend, needed)
     loss, metrics = rows.reduce(plan.reduction, tokens.count)
     return loss, metrics, tokens.count, grads
 
 
-def late_gradients(
+def recomputed_gradients(
     heads: Heads,
     labels: Tensor,
     plan: Plan,
     chunk_tokens: int | None,
     backend: str,
-    wants: Wants,
+    needed: NeededGradients,
     row_scale: Tensor,
 ) -> Gradients:
-    """Gradients of Σ row_scale·loss, final; `row_scale` ``[N, 1]``."""
+    """Return the gradients of Σ row_scale·loss, final, by walking the chunks again; `row_scale` ``[N, 1]``."""
     tokens = _tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
     with torch.autocast(heads.hidden.device.type, enabled=False):
-        return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, wants, row_scale)[1]
+        return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, needed, row_scale)[1]
 
 
 def remaining_scale(
     grad_loss: Tensor, count: Tensor, reduction: str, backend: str, hidden_dtype: torch.dtype
 ) -> Tensor:
-    """What the gradients of :func:`linear_forward` have yet to be multiplied by."""
+    """Return what the gradients of :func:`linear_forward` have yet to be multiplied by."""
     inside = mean_is_inside(backend, reduction, hidden_dtype, count.device)
     return gradient_scale(grad_loss, "sum" if inside else reduction, count)
 
@@ -170,7 +170,7 @@ def scaled_gradients(
     weight_dtype: torch.dtype,
     in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those of hidden states, head and bias times the incoming one, each in its parameter's dtype."""
+    """Multiply those of hidden states, head and bias by the incoming one, each in its parameter's dtype."""
     return (
         None if grads.hidden is None else scaled(grads.hidden, scale, hidden_dtype, in_place),
         None if grads.weight is None else scaled(grads.weight, scale, weight_dtype, in_place),
@@ -178,16 +178,8 @@ def scaled_gradients(
     )
 
 
-def chunk_size(n_tokens: int, vocab: int, element_bytes: int, device: torch.device) -> int:
-    """Tokens per chunk: as few equal chunks as the byte budget allows, in multiples of 128 tokens."""
-    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
-    most = max(128, budget // (vocab * element_bytes) // 128 * 128)
-    n_chunks = -(-n_tokens // most)
-    return min(most, -(-n_tokens // max(1, n_chunks) // 128) * 128) or 128
-
-
 class Tokens(NamedTuple):
-    """The tokens to work through."""
+    """Hold the tokens to work through."""
 
     index: Tensor | None  # [n], their positions among the N; None if all N are visited
     labels: Tensor  # [n]
@@ -201,7 +193,7 @@ def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: st
     the products of ignored tokens would. Where it cannot wait, in a CUDA graph that is being captured, and where there
     are no values, on the meta device, all tokens are visited, and the Triton kernel gives ignored ones zeros.
     """
-    if labels.is_meta or (is_capturing(device) and not answers_at_once(labels.device)):
+    if labels.is_meta or (is_capturing(device) and not host_can_read(labels.device)):
         if not is_triton(backend):
             raise ValueError(
                 f"backend={backend!r} has to wait for the number of valid tokens, which a CUDA graph that is being "
@@ -212,8 +204,8 @@ def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: st
     index = (labels != ignore_index).nonzero().squeeze(-1)
     count = torch.full((), len(index), device=device)
     if len(index) == len(labels):
-        return Tokens(None, sent(labels, device), count)
-    return Tokens(sent(index, device), sent(labels[index], device), count)
+        return Tokens(None, to_device(labels, device), count)
+    return Tokens(to_device(index, device), to_device(labels[index], device), count)
 
 
 def _walk(
@@ -222,10 +214,10 @@ def _walk(
     plan: Plan,
     chunk_tokens: int | None,
     backend: str,
-    wants: Wants,
+    needed: NeededGradients,
     row_scale: Tensor | None = None,
 ) -> tuple[Rows, Gradients]:
-    """All tokens to visit, one chunk after another.
+    """Visit all tokens, one chunk after another.
 
     Args:
         heads (Heads): inputs of the matrix products.
@@ -233,7 +225,7 @@ def _walk(
         plan (Plan): what to compute.
         chunk_tokens (int | None): C; None chooses.
         backend (str): of the loss arithmetic.
-        wants (Wants): gradients to compute.
+        needed (NeededGradients): gradients to compute.
         row_scale (Tensor | None): ``[N, 1]``, multiplies the gradient of each token's loss.
     """
     index, labels, count = tokens
@@ -242,14 +234,14 @@ def _walk(
     teacher_weight = None if heads.teacher_weight is None else heads.teacher_weight[:vocab]
     teacher_bias = None if heads.teacher_bias is None else heads.teacher_bias[:vocab]
     dtype = working_dtype(hidden, heads.teacher_hidden)
-    plan = plan._replace(want_grad=any(wants))
+    plan = plan._replace(want_grad=any(needed))
     rows = Rows.zeros(hidden.shape[0], plan, dtype, device)
     grads = Gradients(
-        torch.zeros_like(hidden) if wants.hidden else None,
+        torch.zeros_like(hidden) if needed.hidden else None,
         None,
-        torch.zeros(heads.weight.shape[0], dtype=dtype, device=device) if wants.bias else None,
+        torch.zeros(heads.weight.shape[0], dtype=dtype, device=device) if needed.bias else None,
     )
-    head_grad = HeadGradient(heads.weight, vocab, one_chunk(heads, vocab, chunk_tokens)) if wants.weight else None
+    head_grad = HeadGradient(heads.weight, vocab, one_chunk(heads, vocab, chunk_tokens)) if needed.weight else None
     if n_visited == 0:
         return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
@@ -258,8 +250,8 @@ def _walk(
     teacher_buffer = None if teacher_weight is None else _buffer(teacher_weight, chunk_tokens, vocab)
     scored = vocab  # ids that the loss arithmetic visits
     if is_triton(backend) and student_buffer.shape[1] > vocab:
-        # the kernel loads 128 bits at a time only if the row it visits has a round length: it visits the padding, too,
-        # where both models are -inf, which adds nothing to value or gradient
+        # The kernel loads 128 bits at a time only if the row that it visits has a round length. So it visits the
+        # padding, too, where both models are -inf, which adds nothing to value or gradient.
         scored = student_buffer.shape[1]
         if teacher_buffer is not None:
             teacher_buffer[:, vocab:] = -math.inf
@@ -295,13 +287,13 @@ def _walk(
             for into, metric in zip(rows.metrics, metrics, strict=True):
                 into[at] = metric.to(into.dtype)
 
-        if wants.hidden and index is None:
+        if needed.hidden and index is None:
             torch.mm(student_logits, weight, out=grads.hidden[pick])
-        elif wants.hidden:
+        elif needed.hidden:
             grads.hidden[pick] = student_logits @ weight
-        if wants.weight:
+        if needed.weight:
             head_grad.add(student_logits, h)
-        if wants.bias:
+        if needed.bias:
             grads.bias[:vocab] += student_logits.sum(0, dtype=dtype)
     block_loss.release()
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
@@ -318,6 +310,7 @@ def _without_padding(labels: Tensor, vocab: int, padded: int, ignore_index: int)
 
 
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float):
+    """Return the loss arithmetic of `backend`, a function of a block of logits."""
     if is_triton(backend):
         from ._triton.rows import TritonBlockLoss
 
@@ -326,7 +319,7 @@ def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, dev
 
 
 def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: int) -> int:
-    """The chunk size asked for, or the one chosen for `n_tokens`."""
+    """Return the chunk size asked for, or the one chosen for `n_tokens`."""
     if chunk_tokens is not None:
         return chunk_tokens
     element_bytes = heads.hidden.element_size()
@@ -336,13 +329,13 @@ def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: 
 
 
 def one_chunk(heads: Heads, vocab: int, chunk_tokens: int | None) -> bool:
-    """Whether one chunk holds all N tokens, valid or not: known without their labels."""
+    """Return whether one chunk holds all N tokens, valid or not, which is known without their labels."""
     n_tokens = heads.hidden.shape[0]
     return _chunk_tokens(heads, vocab, chunk_tokens, n_tokens) >= n_tokens
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden @ weight.T (+ bias) ``[C, V]``."""
+    """Compute hidden @ weight.T (+ bias) ``[C, V]``."""
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)

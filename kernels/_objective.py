@@ -42,7 +42,7 @@ _COUNT = "num_tokens"
 
 @dataclass(frozen=True)
 class Objective:
-    r"""The loss of one token: :math:`(1-\alpha)\,\mathrm{CE} + \alpha\,T^2 D(p_T, q_T)`.
+    r"""Define the loss of one token: :math:`(1-\alpha)\,\mathrm{CE} + \alpha\,T^2 D(p_T, q_T)`.
 
     Args:
         divergence (str): one of :data:`DIVERGENCES`.
@@ -97,11 +97,12 @@ class Objective:
 
 
 def _is_number(value: object) -> bool:
+    """Return whether `value` is a real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def resolve_metrics(request: bool | Sequence[str], has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
-    """The names to compute, in the order of :data:`METRICS`.
+    """Return the names to compute, in the order of :data:`METRICS`.
 
     Raises:
         ValueError: if a name is unknown or needs an input that is not there.
@@ -122,5 +123,5 @@ def resolve_metrics(request: bool | Sequence[str], has_teacher: bool, has_labels
 
 
 def needs_teacher(kd_ratio: float, metrics: Sequence[str]) -> bool:
-    """Whether the objective or a metric reads the teacher."""
+    """Return whether the objective or a metric reads the teacher."""
     return kd_ratio > 0.0 or any("teacher" in _NEEDS[name] for name in metrics)

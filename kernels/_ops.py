@@ -31,7 +31,7 @@ def unpack(
 
 
 def pack(plan: Plan) -> tuple:
-    """What `unpack` puts together again, without the vocabulary, which the tensors tell."""
+    """Return what `unpack` puts together again, without the vocabulary, which the tensors tell."""
     o = plan.objective
     settings = (o.divergence, o.beta, float(o.temperature), float(o.kd_ratio), o.ignore_index)
     return *settings, o.scale_by_temperature_squared, ",".join(plan.metrics), plan.reduction
@@ -48,7 +48,7 @@ def shared_ids(student: Tensor, teacher: Tensor | None, dim: int) -> int:
 def fake_results(
     student: Tensor, teacher: Tensor | None, n_tokens: int, metrics: str, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, sums of the metrics and number of tokens without their values."""
+    """Return loss, sums of the metrics and number of tokens without their values."""
     shape = (n_tokens,) if reduction == "none" else ()
     return (
         student.new_empty(shape, dtype=working_dtype(student, teacher)),
@@ -58,7 +58,7 @@ def fake_results(
 
 
 def nothing(like: Tensor) -> Tensor:
-    """Stands for a gradient that is not wanted: operators return tensors only."""
+    """Return what stands for a gradient that is not needed, because operators return tensors only."""
     return like.new_empty(0)
 
 

@@ -11,10 +11,10 @@ from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradie
 from ._linear import (
     Gradients,
     Heads,
-    Wants,
-    late_gradients,
+    NeededGradients,
     linear_forward,
     one_chunk,
+    recomputed_gradients,
     remaining_scale,
     scaled_gradients,
 )
@@ -50,13 +50,13 @@ def _linear_kd(
     """Loss, sums of the metrics, number of valid tokens, `Gradients`; `inputs` is for autograd, see ``anchor``."""
     vocab = shared_ids(weight, teacher_weight, 0)
     check_label_values(labels, vocab, ignore_index)
-    wants = Wants(want_hidden, want_weight, want_bias)
+    needed = NeededGradients(want_hidden, want_weight, want_bias)
     settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
-    plan = unpack(vocab, *settings, teacher_weight is not None, any(wants))
-    if wants.wait_for_backward(reduction):
-        wants = Wants(False, False, False)
+    plan = unpack(vocab, *settings, teacher_weight is not None, any(needed))
+    if needed.wait_for_backward(reduction):
+        needed = NeededGradients(False, False, False)
     heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    *results, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, wants)
+    *results, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, needed)
     return *results, *(nothing(hidden) if grad is None else grad for grad in grads)
 
 
@@ -65,26 +65,26 @@ def _(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, divergence, beta, temperature, kd_ratio,
     ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens, backend, inputs,
 ):  # fmt: skip
-    wants = Wants(want_hidden, want_weight, want_bias)
-    if wants.wait_for_backward(reduction):
-        wants = Wants(False, False, False)
+    needed = NeededGradients(want_hidden, want_weight, want_bias)
+    if needed.wait_for_backward(reduction):
+        needed = NeededGradients(False, False, False)
     heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     results = fake_results(hidden, teacher_hidden, hidden.shape[0], metrics, reduction)
-    return *results, *_fake_gradients(heads, chunk_tokens, wants)
+    return *results, *_fake_gradients(heads, chunk_tokens, needed)
 
 
-def _fake_gradients(heads: Heads, chunk_tokens: int | None, wants: Wants) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(heads: Heads, chunk_tokens: int | None, needed: NeededGradients) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of `Gradients`."""
     hidden, weight = heads.hidden, heads.weight
     head_dtype = weight.dtype
-    if wants.weight:
+    if needed.weight:
         vocab = shared_ids(weight, heads.teacher_weight, 0)
         head_dtype = head_gradient_dtype(weight.dtype, one_chunk(heads, vocab, chunk_tokens))
     return (
-        torch.empty_like(hidden) if wants.hidden else nothing(hidden),
-        torch.empty_like(weight, dtype=head_dtype) if wants.weight else nothing(hidden),
+        torch.empty_like(hidden) if needed.hidden else nothing(hidden),
+        torch.empty_like(weight, dtype=head_dtype) if needed.weight else nothing(hidden),
         weight.new_empty(weight.shape[0], dtype=working_dtype(hidden, heads.teacher_hidden))
-        if wants.bias
+        if needed.bias
         else nothing(hidden),
     )
 
@@ -107,8 +107,8 @@ def _linear_kd_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if compiled:
         refuse_graph_of_gradients()
-    wants = (want_hidden, want_weight, want_bias)
-    grads = Gradients(*map(if_wanted, (grad_hidden, grad_weight, grad_bias), wants))
+    needed = (want_hidden, want_weight, want_bias)
+    grads = Gradients(*map(if_wanted, (grad_hidden, grad_weight, grad_bias), needed))
     scale = remaining_scale(grad_loss, count, reduction, backend, hidden_dtype)
     out = scaled_gradients(grads, scale, hidden_dtype, weight_dtype)
     return tuple(nothing(grad_hidden) if grad is None else grad for grad in out)
@@ -119,17 +119,17 @@ def _(
     grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, want_hidden, want_weight, want_bias,
     hidden_dtype, weight_dtype, backend, compiled,
 ):  # fmt: skip
-    wants = (want_hidden, want_weight, want_bias)
+    needed = (want_hidden, want_weight, want_bias)
     grads = (grad_hidden, grad_weight, grad_bias)
     dtypes = (hidden_dtype, weight_dtype, weight_dtype)
     return tuple(
         torch.empty_like(grad, dtype=dtype) if wanted else nothing(grad_hidden)
-        for grad, dtype, wanted in zip(grads, dtypes, wants, strict=True)
+        for grad, dtype, wanted in zip(grads, dtypes, needed, strict=True)
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_kd_late", mutates_args=())
-def _linear_kd_late(
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd_recomputed", mutates_args=())
+def _linear_kd_recomputed(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -159,13 +159,13 @@ def _linear_kd_late(
     heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     settings = (divergence, beta, temperature, kd_ratio, ignore_index, scale, metrics, reduction)
     plan = unpack(shared_ids(weight, teacher_weight, 0), *settings, teacher_weight is not None, True)
-    wants = Wants(want_hidden, want_weight, want_bias)
-    grads = late_gradients(heads, labels, plan, chunk_tokens, backend, wants, grad_loss.unsqueeze(-1))
+    needed = NeededGradients(want_hidden, want_weight, want_bias)
+    grads = recomputed_gradients(heads, labels, plan, chunk_tokens, backend, needed, grad_loss.unsqueeze(-1))
     out = scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype)
     return tuple(nothing(hidden) if grad is None else grad for grad in out)
 
 
-@_linear_kd_late.register_fake
+@_linear_kd_recomputed.register_fake
 def _(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, grad_loss, divergence, beta,
     temperature, kd_ratio, ignore_index, scale, metrics, reduction, want_hidden, want_weight, want_bias, chunk_tokens,
@@ -180,14 +180,14 @@ def _(
 
 def _linear_context(ctx, inputs, output) -> None:
     heads, labels, settings = Heads(*inputs[:6]), inputs[6], inputs[7:15]
-    *wants, ctx.chunk_tokens, ctx.backend, graph = inputs[15:]
-    ctx.wants, ctx.settings, ctx.reduction = Wants(*wants), settings, settings[-1]
-    ctx.late = ctx.wants.wait_for_backward(ctx.reduction)
+    *needed, ctx.chunk_tokens, ctx.backend, graph = inputs[15:]
+    ctx.needed, ctx.settings, ctx.reduction = NeededGradients(*needed), settings, settings[-1]
+    ctx.recomputes = ctx.needed.wait_for_backward(ctx.reduction)
     ctx.dtypes = heads.hidden.dtype, heads.weight.dtype
     _, metrics, count, *grads = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, count, *grads)
-    ctx.save_for_backward(graph, *((*heads, labels) if ctx.late else (*grads, count)))
+    ctx.save_for_backward(graph, *((*heads, labels) if ctx.recomputes else (*grads, count)))
 
 
 def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
@@ -195,17 +195,17 @@ def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, 
     nothing = (None,) * 18
     if grad_loss is None:
         return None, None, None, *nothing
-    wants, graph = ctx.wants, ctx.saved_tensors[0]
+    needed, graph = ctx.needed, ctx.saved_tensors[0]
     with torch.no_grad():
-        if ctx.late:
+        if ctx.recomputes:
             _, *heads, labels = ctx.saved_tensors
-            last = (*wants, ctx.chunk_tokens, ctx.backend, is_traced())
-            grads = _linear_kd_late(*heads, labels, grad_loss, *ctx.settings, *last)
+            last = (*needed, ctx.chunk_tokens, ctx.backend, is_traced())
+            grads = _linear_kd_recomputed(*heads, labels, grad_loss, *ctx.settings, *last)
         else:
             _, *grads, count = ctx.saved_tensors
-            last = (*wants, *ctx.dtypes, ctx.backend, is_traced())
+            last = (*needed, *ctx.dtypes, ctx.backend, is_traced())
             grads = _linear_kd_backward(*grads, grad_loss, count, ctx.reduction, *last)
-    return *on_graph_of(tuple(map(if_wanted, grads, wants)), grad_loss, graph), *nothing
+    return *on_graph_of(tuple(map(if_wanted, grads, needed)), grad_loss, graph), *nothing
 
 
 _linear_kd.register_autograd(_linear_gradient, setup_context=_linear_context)
@@ -225,7 +225,7 @@ def linear_kd_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``LinearKD.apply`` for a graph."""
     tensors = (hidden, weight, bias)
-    wants = (plan.want_grad and tensor is not None and tensor.requires_grad for tensor in tensors)
+    needed = (plan.want_grad and tensor is not None and tensor.requires_grad for tensor in tensors)
     heads = (*tensors, teacher_hidden, teacher_weight, teacher_bias)
     inputs = anchor(*tensors) if plan.want_grad else None
-    return _linear_kd(*heads, labels, *pack(plan), *wants, chunk_tokens, backend, inputs)[:3]
+    return _linear_kd(*heads, labels, *pack(plan), *needed, chunk_tokens, backend, inputs)[:3]

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from ._plan import answers_at_once, is_triton, row_blocks
+from ._plan import host_can_read, is_triton, row_blocks
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    """`grad` times `scale`, multiplied in the precision of `scale` and rounded once to `dtype`.
+    """Multiply `grad` by `scale`, in the precision of `scale`, and round once to `dtype`.
 
     Args:
         grad (Tensor): ``[N, V]`` (or any 2-D or 1-D tensor).
@@ -21,41 +21,41 @@ def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = Fal
         in_place (bool): write over `grad` where it has that dtype.
     """
     in_place = in_place and grad.dtype == dtype
-    if scale.dim() == 0 and answers_at_once(scale.device) and bool(scale == 1):
+    if scale.dim() == 0 and host_can_read(scale.device) and bool(scale == 1):
         return grad if in_place else grad.to(dtype, copy=True)
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.dtype == dtype == scale.dtype:
         return torch.mul(grad, scale, out=out)
-    # block by block, because mixing dtypes makes PyTorch convert whole tensors first
+    # block by block, because PyTorch on a CPU first converts whole tensors of another dtype
     for rows in row_blocks(len(grad), math.prod(grad.shape[1:]), grad.device):
         out[rows] = grad[rows].to(scale.dtype) * (scale if scale.dim() == 0 else scale[rows])
     return out
 
 
-def graph_is_kept() -> bool:
-    """Whether this backward was asked to retain the graph; True where PyTorch does not tell."""
+def retains_graph() -> bool:
+    """Return whether the backward pass that runs was asked to retain the graph; True where PyTorch does not tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
 
 
 def mean_is_inside(backend: str, reduction: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch's stored gradients are those of the mean already, and ``loss.backward()`` only hands them out.
+    """Return whether PyTorch's stored gradients are the mean's already, so that ``backward()`` only hands them out.
 
     That takes the number of valid tokens on the host. In fp16 they are those of the sum: numbers below 6e-8 would be
     lost.
     """
-    return reduction == "mean" and dtype != torch.float16 and not is_triton(backend) and answers_at_once(device)
+    return reduction == "mean" and dtype != torch.float16 and not is_triton(backend) and host_can_read(device)
 
 
 def mean_factor(count: Tensor, inside: bool) -> float:
-    """What the gradients are multiplied by before they are stored; `count` is 0-d."""
-    if inside and answers_at_once(count.device):
+    """Return what the gradients are multiplied by before they are stored; `count` is 0-d."""
+    if inside and host_can_read(count.device):
         return 1.0 / max(1, int(count))
     return 1.0
 
 
 def gradient_scale(grad_loss: Tensor, reduction: str, count: Tensor) -> Tensor:
-    """Factor of the stored gradient of every token: 0-d, or ``[N, 1]`` for reduction "none"."""
+    """Return the factor of every token's stored gradient: 0-d, or ``[N, 1]`` for reduction "none"."""
     if reduction == "none":
         return grad_loss.unsqueeze(-1)
     return grad_loss / count.clamp(min=1) if reduction == "mean" else grad_loss

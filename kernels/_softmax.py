@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
-from ._plan import Plan, Rows, answers_at_once, is_triton, row_blocks, rows_per_block, working_dtype
-from ._scaling import gradient_scale, graph_is_kept, mean_factor, mean_is_inside, scaled
+from ._plan import Plan, Rows, host_can_read, is_triton, row_blocks, rows_per_block, working_dtype
+from ._scaling import gradient_scale, mean_factor, mean_is_inside, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.workspaces import WORKSPACES
 
 
 class SoftmaxKD(torch.autograd.Function):
-    """The gradient ``[N, V]`` comes with the loss, in the student's dtype; backward only scales it."""
+    """Compute the gradient ``[N, V]`` together with the loss, in the student's dtype, and only scale it in backward."""
 
     @staticmethod
     def forward(
@@ -27,7 +27,7 @@ class SoftmaxKD(torch.autograd.Function):
         backend: str,
         group: "dist.ProcessGroup | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
+        """Return loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
         loss, metrics, count, grad = softmax_forward(student, teacher, labels, plan, backend, group)
         ctx.reduction, ctx.backend, ctx.count = plan.reduction, backend, count
         with torch.enable_grad():
@@ -46,8 +46,8 @@ class SoftmaxKD(torch.autograd.Function):
         if grad is None or grad_loss is None:
             return None, None, None, None, None, None
         with torch.no_grad():
-            # A second [N, V] tensor is needed only if this graph will be walked again.
-            out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not graph_is_kept())
+            # a second [N, V] tensor is needed only if this graph will be walked again
+            out = softmax_backward(grad, grad_loss, ctx.count, ctx.reduction, ctx.backend, in_place=not retains_graph())
         return *on_graph_of((out,), grad_loss, ctx.inputs), None, None, None, None, None
 
 
@@ -59,7 +59,7 @@ def softmax_forward(
     backend: str,
     group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradient.
+    """Return loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradient.
 
     Args:
         student (Tensor): ``[N, V']`` or ``[B, S, V']`` with V' >= `plan.vocab`.
@@ -97,7 +97,7 @@ def softmax_forward(
 def softmax_backward(
     grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str, in_place: bool
 ) -> Tensor:
-    """The stored gradient ``[N, V]`` or ``[B, S, V]`` times the incoming one (0-d, or ``[N]``)."""
+    """Multiply the stored gradient ``[N, V]`` or ``[B, S, V]`` by the incoming one (0-d, or ``[N]``)."""
     if _mean_is_inside_triton(backend, reduction, grad.dtype) or mean_is_inside(
         backend, reduction, grad.dtype, grad.device
     ):
@@ -112,7 +112,7 @@ def softmax_backward(
 
 
 def _mean_is_inside_triton(backend: str, reduction: str, dtype: torch.dtype) -> bool:
-    """``mean_is_inside`` for Triton's kernels, which read the number of valid tokens on the device."""
+    """Apply ``mean_is_inside`` to Triton's kernels, which read the number of valid tokens on the device."""
     return is_triton(backend) and reduction == "mean" and dtype != torch.float16
 
 
@@ -125,7 +125,7 @@ def _torch_rows(
     grad: Tensor | None,
     factor: float,
 ) -> Rows:
-    """All tokens in blocks of rows; fills `grad` with `factor` times the gradient."""
+    """Visit all tokens in blocks of rows, and fill `grad` with `factor` times the gradient."""
     n_tokens, dtype = student.shape[:-1].numel(), working_dtype(student, teacher)
     rows = Rows.zeros(n_tokens, plan, dtype, student.device)
     grad_rows = None if grad is None else grad.view(n_tokens, student.shape[-1])[:, : plan.vocab]
@@ -149,11 +149,11 @@ def _torch_rows(
 
 
 def _segments(student: Tensor, teacher: Tensor | None):
-    """Pairs of 2-D views ``[n, V]`` that cover the tokens in order; neither model's logits are copied."""
+    """Yield pairs of 2-D views ``[n, V]`` that cover the tokens in order; neither model's logits are copied."""
     tensors = (student, teacher)
     try:
         views = [None if t is None else t.view(-1, t.shape[-1]) for t in tensors]
-    except RuntimeError:  # [B, S, V] cut along S: one sequence at a time
+    except RuntimeError:  # [B, S, V] cut along S has no flat view: one sequence at a time
         views = [[None] * len(student) if t is None else t.unbind(0) for t in tensors]
         yield from zip(*views, strict=True)
     else:
@@ -170,8 +170,8 @@ def _segment(
     rows: Rows,
 ) -> None:
     """Fill `rows` and `grad` for one 2-D segment: ``[n, V]``, labels and valid ``[n]``."""
-    index = None  # the rows to visit; where asking for it would wait, all of them, and masks instead
-    if valid is not None and answers_at_once(student.device):
+    index = None  # the rows to visit; all of them, with masks instead, where the host would wait for it
+    if valid is not None and host_can_read(student.device):
         if not valid.all():
             index = valid.nonzero().squeeze(-1)
             if grad is not None:
@@ -204,5 +204,5 @@ def _segment(
 
 
 def _rows(logits: Tensor, pick: "slice | Tensor") -> Tensor:
-    """Rows of ``[n, V]``: a view, or copies of those at some indices."""
+    """Return rows of ``[n, V]``: a view, or copies of those at some indices."""
     return logits[pick] if isinstance(pick, slice) else logits.index_select(0, pick)

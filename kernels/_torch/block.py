@@ -1,7 +1,9 @@
 """The objective on a few rows at a time: value, gradient and metrics from one visit to the logits.
 
-Legend: n rows of a block, V vocabulary, N tokens. A block is small enough for its fp32 temporaries to stay
-in the cache of a CPU; they are allocated once per call, or left by the last one, and used for every block.
+A block is small enough for its fp32 temporaries to stay in the cache of a CPU; they are allocated once per call, or
+left by the last one, and used for every block.
+
+Legend: n rows of a block, V vocabulary, N tokens.
 """
 
 import math
@@ -18,7 +20,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class BlockLoss:
-    """Computes blocks of up to `max_rows` rows, reusing its workspaces.
+    """Compute blocks of up to `max_rows` rows, each in the same memory.
 
     Args:
         plan (Plan): what to compute.
@@ -44,12 +46,12 @@ class BlockLoss:
         self._has_ce = objective.kd_ratio < 1.0
         self._kd_value = self._has_kd or "kd_loss" in wanted
         # what has to be known at T = 1
-        self._both_at_1 = bool(wanted & {"kl", "acceptance_rate"}) or ("top1_agreement" in wanted and not self._has_kd)
-        self._student_at_1 = self._has_ce or self._both_at_1 or bool(wanted & {"class_loss", "student_entropy"})
-        self._teacher_at_1 = self._both_at_1 or bool(wanted & {"teacher_class_loss", "teacher_entropy"})
-        # the loss alone, as a sum of exponentials: no probability is needed
+        both = bool(wanted & {"kl", "acceptance_rate"}) or ("top1_agreement" in wanted and not self._has_kd)
+        self._needs_student = self._has_ce or both or bool(wanted & {"class_loss", "student_entropy"})
+        self._needs_teacher = both or bool(wanted & {"teacher_class_loss", "teacher_entropy"})
+        # the loss alone is a sum over exponentials, and needs no probability
         self._undivided = not plan.want_grad and not wanted and objective.divergence in KULLBACK_LEIBLER
-        # logits and probabilities, scratch, then the teacher's, then the gradient
+        # of the student: logits, probabilities and scratch; the same of the teacher; the gradient
         count = 3 + 3 * plan.has_teacher + plan.want_grad
         elements = count * max_rows * plan.vocab
         take = torch.empty if workspaces is None else workspaces.take
@@ -71,7 +73,7 @@ class BlockLoss:
         grad_out: Tensor | None,
         row_scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """One block.
+        """Compute one block.
 
         Args:
             student (Tensor): logits ``[n, V]``, any floating dtype and strides.
@@ -84,10 +86,10 @@ class BlockLoss:
             tuple[Tensor, list[Tensor]]: loss ``[n]`` and one ``[n]`` for each of the plan's metrics.
         """
         plan, objective = self.plan, self.plan.objective
-        u_q, q, x, *rest = (buffer[: student.shape[0]] for buffer in self._work)
-        grad = rest.pop() if plan.want_grad else None
-        u_p, p, r = rest if rest else (None, None, None)
-        temperature, at_1 = objective.temperature, objective.temperature == 1.0
+        u_q, q, x, *others = (buffer[: student.shape[0]] for buffer in self._work)
+        grad = others.pop() if plan.want_grad else None
+        u_p, p, r = others if others else (None, None, None)
+        temperature, at_temperature_1 = objective.temperature, objective.temperature == 1.0
 
         loss = kd_loss = kl = of_student = of_teacher = None
         if self._kd_value:
@@ -99,7 +101,7 @@ class BlockLoss:
                 kd_loss = kl_from_exponentials(objective.divergence, objective.beta, dist, r, x)
             else:
                 kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
-            kl = kd_loss.clone() if at_1 and objective.divergence == "forward_kl" else None
+            kl = kd_loss.clone() if at_temperature_1 and objective.divergence == "forward_kl" else None
             kd_loss.mul_(objective.divergence_scale)
             if self._has_kd:
                 loss = kd_loss * objective.kd_ratio
@@ -107,11 +109,11 @@ class BlockLoss:
                 if kd_grad is not None and factor != 1.0:
                     kd_grad.mul_(factor)
 
-        fresh = self._kd_value and at_1
-        if self._student_at_1 and not fresh:
-            of_student = self._at_1(student, of_student, u_q, q)
-        if self._teacher_at_1 and not fresh:
-            of_teacher = self._at_1(teacher, of_teacher, u_p, p)
+        fresh = self._kd_value and at_temperature_1
+        if self._needs_student and not fresh:
+            of_student = self._at_temperature_1(student, of_student, u_q, q)
+        if self._needs_teacher and not fresh:
+            of_teacher = self._at_temperature_1(teacher, of_teacher, u_p, p)
         dist = None if of_teacher is None else Distributions(of_teacher, of_student)
 
         class_loss = None
@@ -139,20 +141,20 @@ class BlockLoss:
             "acceptance_rate": lambda: metrics.acceptance_rate(dist, x),
         }
         watched = [values[name]() for name in plan.metrics]
-        # last, because grad_out may be the student's own rows
+        # grad_out may be the student's own rows, so that it is written last
         if grad_out is not None:
             grad_out.copy_(grad if row_scale is None else grad.mul_(row_scale))
         return loss, watched
 
-    def _at_1(self, logits: Tensor, other: Softmax | None, u: Tensor, prob: Tensor) -> Softmax:
-        """The softmax at T = 1, from the logits that `other`, the one at T, has left in `u`, if there is one."""
+    def _at_temperature_1(self, logits: Tensor, other: Softmax | None, u: Tensor, prob: Tensor) -> Softmax:
+        """Compute the softmax at T = 1, from the logits that `other`, that at T, has left in `u`, if there is one."""
         if other is None:
             return _softmax(logits, 1.0, u, prob)
         return _exponentials(u.mul_(self.plan.objective.temperature), prob)
 
 
 def _softmax(logits: Tensor, temperature: float, u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
-    """softmax(logits/T) ``[n, V]`` in `prob` (not yet divided by its sum if not `divide`) and its logits in `u`.
+    """Compute softmax(logits/T) ``[n, V]`` in `prob`, divided by its sum if `divide`, and its logits in `u`.
 
     ``torch.softmax`` would keep its totals to itself, and take another logarithm of them to compute: the divergences
     need the very total that the probabilities were divided by.
@@ -165,7 +167,7 @@ def _softmax(logits: Tensor, temperature: float, u: Tensor, prob: Tensor, divide
 
 
 def _exponentials(u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
-    """exp(u) in `prob`, divided by its sum if `divide`."""
+    """Compute exp(u) in `prob`, divided by its sum if `divide`."""
     torch.exp2(torch.mul(u, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
     total = prob.sum(-1, keepdim=True)
     if divide:
@@ -174,5 +176,5 @@ def _exponentials(u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
 
 
 def _cross_entropy(dist: Softmax, labels: Tensor) -> Tensor:
-    """-log softmax(u)_y ``[n]``."""
+    """Compute -log softmax(u)_y ``[n]``."""
     return (dist.total.log() - dist.u.gather(-1, labels.unsqueeze(-1))).squeeze(-1)

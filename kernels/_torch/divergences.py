@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._objective import BEYOND_FINITE
-from .._plan import answers_at_once
+from .._plan import host_can_read
 
 # Stands for a ratio x/0. In fp32 no two ids that both have a probability reach it.
 _MAX_RATIO = 1e30
@@ -35,7 +35,7 @@ KULLBACK_LEIBLER = {"forward_kl": 1.0, "reverse_kl": 0.0, "symmetric_kl": None}
 
 
 class Softmax(NamedTuple):
-    """softmax(u) of a block's rows, in the working dtype (fp32 or fp64).
+    """Hold softmax(u) of a block's rows, in the working dtype (fp32 or fp64).
 
     Attributes:
         u (Tensor): ``[n, V]``, logits over T less the row's largest.
@@ -49,24 +49,24 @@ class Softmax(NamedTuple):
 
 
 class Distributions(NamedTuple):
-    """Teacher p and student q of one block."""
+    """Hold teacher p and student q of one block."""
 
     teacher: Softmax
     student: Softmax
 
     @property
     def p(self) -> Tensor:
-        """``[n, V]``."""
+        """The teacher's probabilities ``[n, V]``."""
         return self.teacher.prob
 
     @property
     def q(self) -> Tensor:
-        """``[n, V]``."""
+        """The student's probabilities ``[n, V]``."""
         return self.student.prob
 
 
 def _log_ratio(dist: Distributions, out: Tensor) -> Tensor:
-    """log(q/p) ``[n, V]``, in `out`.
+    """Compute log(q/p) ``[n, V]``, in `out`.
 
     The totals enter as the logarithm of their ratio, which is as small as the models are close; as two logarithms they
     would leave the rounding of either in every term, where nothing cancels it.
@@ -75,14 +75,14 @@ def _log_ratio(dist: Distributions, out: Tensor) -> Tensor:
 
 
 def _shift(dist: Distributions) -> Tensor:
-    """The totals' part of log(q/p) ``[n, 1]``."""
+    """Compute the totals' part of log(q/p) ``[n, 1]``."""
     p, q = dist.teacher.total, dist.student.total
     gap = p - q
     return torch.copysign(torch.log1p(gap.abs() / torch.minimum(p, q)), gap)
 
 
 def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
-    """D(p, q) of every row, and its gradient with respect to z = s/T.
+    """Compute D(p, q) of every row, and its gradient with respect to z = s/T.
 
     An id at -inf in both models contributes nothing. Where the mathematics says +inf (forward KL with p > 0
     and q = 0, reverse KL with q > 0 and p = 0) the value is +inf; the gradient is then that of the forward
@@ -116,21 +116,21 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
 
 
 def _expect(weight: Tensor, value: Tensor, out: Tensor) -> Tensor:
-    """Σ weight·value ``[n]`` with 0·(±inf) = 0; `out` is scratch."""
+    """Sum weight·value ``[n]`` with 0·(±inf) = 0; `out` is scratch."""
     total = torch.mul(weight, value, out=out).sum(-1)
-    if answers_at_once(out.device) and bool(total.isfinite().all()):
+    if host_can_read(out.device) and bool(total.isfinite().all()):
         return total
     return out.nan_to_num_(nan=0.0, posinf=_INF, neginf=-_INF).sum(-1)
 
 
 def _centred(q: Tensor, h: Tensor, x: Tensor) -> Tensor:
-    """q·(h - Σ q·h) ``[n, V]``, in h; `x` is scratch."""
+    """Compute q·(h - Σ q·h) ``[n, V]``, in h; `x` is scratch."""
     mean = torch.mul(q, h, out=x).sum(-1, keepdim=True)
     return h.sub_(mean).mul_(q)
 
 
 def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
-    """β·KL(p‖q) + (1-β)·KL(q‖p); gradient β·(q - p) + (1-β)·q·(r - Σ q·r)."""
+    """Compute β·KL(p‖q) + (1-β)·KL(q‖p); gradient β·(q - p) + (1-β)·q·(r - Σ q·r)."""
     q_minus_p = torch.sub(dist.q, dist.p, out=x if grad is None else grad)
     mass = q_minus_p.sum(-1)
     _log_ratio(dist, out=r)
@@ -148,7 +148,7 @@ def _kl_mixture(beta: float, dist: Distributions, r: Tensor, x: Tensor, grad: Te
 
 
 def kl_from_exponentials(name: str, beta: float | None, dist: Distributions, r: Tensor, x: Tensor) -> Tensor:
-    """The KLs of :func:`divergence` ``[n]`` where ``prob`` is not yet divided by ``total``, which saves five passes.
+    """Compute the KLs of :func:`divergence` ``[n]`` from a ``prob`` not divided by ``total``: five passes less.
 
     Without the masses' terms the rounding of the totals stays: some 1e-7, whatever the KL.
     """
@@ -169,7 +169,7 @@ def kl_from_exponentials(name: str, beta: float | None, dist: Distributions, r: 
 
 
 def _tvd(dist: Distributions, x: Tensor, grad: Tensor | None) -> Tensor:
-    """½ Σ |q - p|; h = ½ sign(q - p)."""
+    """Compute ½ Σ |q - p|; h = ½ sign(q - p)."""
     torch.sub(dist.q, dist.p, out=x)
     if grad is not None:
         torch.sign(x, out=grad).mul_(0.5)
@@ -184,9 +184,15 @@ def _tvd(dist: Distributions, x: Tensor, grad: Tensor | None) -> Tensor:
 
 
 def _log_mixture(
-    weight: float, slope: float, d: Tensor, other: Tensor, to: Tensor, out: Tensor, rest: Tensor | None = None
+    weight: float,
+    slope: float,
+    d: Tensor,
+    other: Tensor,
+    to: Tensor,
+    out: Tensor,
+    one_minus_ratio: Tensor | None = None,
 ) -> Tensor:
-    """log(m/to) ``[n, V]`` of the mixture m = weight·to + (1-weight)·other, finite, and 0 where both are 0.
+    """Compute log(m/to) ``[n, V]`` of the mixture m = weight·to + (1-weight)·other, finite, and 0 where both are 0.
 
     Args:
         weight (float): share of `to`, above 0.
@@ -195,27 +201,27 @@ def _log_mixture(
         other (Tensor): the second distribution.
         to (Tensor): the first one.
         out (Tensor): receives the result.
-        rest (Tensor | None): receives 1 - to/m ``[n, V]``.
+        one_minus_ratio (Tensor | None): receives 1 - to/m ``[n, V]``.
     """
     torch.div(d, to, out=out)
     out.nan_to_num_(nan=0.0, posinf=_MAX_RATIO, neginf=-_MAX_RATIO).mul_(slope)
     if _LOG1P_OVERFLOWS:
         out.clamp_(max=_MAX_RATIO)
     if weight >= _SMALL_WEIGHT:
-        if rest is not None:
-            torch.div(out, torch.add(out, 1.0, out=rest), out=rest)
+        if one_minus_ratio is not None:
+            torch.div(out, torch.add(out, 1.0, out=one_minus_ratio), out=one_minus_ratio)
         return out.log1p_()
     # where `other` is far below `to`, 1 + (m/to - 1) cancels down to `weight` and less; m/to is at least that
     cancels = out < -0.5
     direct = torch.div(other, to).mul_(1.0 - weight).add_(weight).log_().clamp_(min=math.log(weight))
     torch.where(cancels, direct, out.log1p_(), out=out)
-    if rest is not None:
-        torch.neg(out, out=rest).expm1_().neg_().clamp_(min=-_MAX_RATIO)
+    if one_minus_ratio is not None:
+        torch.neg(out, out=one_minus_ratio).expm1_().neg_().clamp_(min=-_MAX_RATIO)
     return out
 
 
 def _jsd(beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
-    """β·KL(p‖m) + (1-β)·KL(q‖m), m = βp + (1-β)q; h = (1-β)·log(q/m). Agarwal et al. 2024 (GKD)."""
+    """Compute β·KL(p‖m) + (1-β)·KL(q‖m), m = βp + (1-β)q; h = (1-β)·log(q/m). Agarwal et al. 2024 (GKD)."""
     _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=x)
     value = -beta * (x.mul_(dist.p).sum(-1) - (1.0 - beta) * mass).clamp_(max=0.0)
     _log_mixture(1.0 - beta, -beta, d, dist.p, dist.q, out=d).neg_()  # log(q/m)
@@ -228,7 +234,7 @@ def _jsd(beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, g
 def _skew_forward_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
-    """KL(p‖m), m = βp + (1-β)q; h = -(1-β)·p/m. Ko et al. 2024 (DistiLLM)."""
+    """Compute KL(p‖m), m = βp + (1-β)q; h = -(1-β)·p/m. Ko et al. 2024 (DistiLLM)."""
     _log_mixture(beta, 1.0 - beta, d, dist.q, dist.p, out=d)
     value = ((1.0 - beta) * mass - d.mul_(dist.p).sum(-1)).clamp_(min=0.0)
     if grad is None:
@@ -246,8 +252,8 @@ def _skew_forward_kl(
 def _skew_reverse_kl(
     beta: float, dist: Distributions, mass: Tensor, d: Tensor, x: Tensor, grad: Tensor | None
 ) -> Tensor:
-    """KL(q‖m), m = (1-β)p + βq; h = log(q/m) - β·q/m. Ko et al. 2024 (DistiLLM)."""
-    _log_mixture(beta, beta - 1.0, d, dist.p, dist.q, out=d, rest=grad).neg_()  # log(q/m), and 1 - q/m
+    """Compute KL(q‖m), m = (1-β)p + βq; h = log(q/m) - β·q/m. Ko et al. 2024 (DistiLLM)."""
+    _log_mixture(beta, beta - 1.0, d, dist.p, dist.q, out=d, one_minus_ratio=grad).neg_()  # log(q/m), and 1 - q/m
     value = (torch.mul(d, dist.q, out=x).sum(-1) - (1.0 - beta) * mass).clamp_(min=0.0)
     if grad is not None:
         _centred(dist.q, grad.mul_(beta).add_(d), x)  # h + β, which is 0 where p = q

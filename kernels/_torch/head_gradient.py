@@ -10,15 +10,16 @@ from .._plan import row_blocks
 
 
 def head_gradient_dtype(dtype: torch.dtype, single: bool) -> torch.dtype:
-    """Sums over chunks are made in fp32 (fp64); one product in bf16 is rounded once anyway."""
+    """Return the dtype of the sum: fp32 (fp64) over chunks; one product in bf16 is rounded once anyway."""
     keep = dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and single)
     return dtype if keep else torch.float32
 
 
 class HeadGradient:
-    """Sum over chunks of gradient.T @ hidden ``[V', D]``, in fp32 (fp64) if there may be two chunks.
+    """Sum gradient.T @ hidden ``[V', D]`` over chunks, in fp32 (fp64) if there may be two chunks.
 
-    In fp16 a sum over tokens soon leaves the range: there the factors are made fp32.
+    In bf16 each chunk's product is rounded to bf16 before it is added: PyTorch multiplies into the dtype of the
+    factors. In fp16 even a chunk's sum over tokens soon leaves the range, so that there the factors are made fp32.
     """
 
     def __init__(self, weight: Tensor, vocab: int, single: bool) -> None:
@@ -30,7 +31,7 @@ class HeadGradient:
 
     @property
     def sum(self) -> Tensor:
-        """``[V', D]``."""
+        """The sum so far ``[V', D]``."""
         return self._sum.zero_() if self._is_empty else self._sum
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
@@ -48,7 +49,7 @@ class HeadGradient:
             if self._product is None:
                 self._product = grad.new_empty(self._vocab, hidden.shape[1])
             torch.mm(grad.t(), hidden, out=self._product)
-            # block by block, because adding bf16 to fp32 makes an fp32 copy of its operand
+            # block by block, because on a CPU adding bf16 to fp32 makes an fp32 copy of its operand
             for rows in row_blocks(self._vocab, hidden.shape[1], grad.device):
                 if beta:
                     into[rows] += self._product[rows]

@@ -12,29 +12,29 @@ from .divergences import Distributions, Softmax, divergence
 
 
 def entropy(of: Softmax, x: Tensor) -> Tensor:
-    """-Σ p·log p ``[n]`` in nats, as log Σ exp(u) - Σ p·u; `x` is scratch ``[n, V]``."""
+    """Compute -Σ p·log p ``[n]`` in nats, as log Σ exp(u) - Σ p·u; `x` is scratch ``[n, V]``."""
     # a finite u where p is 0, so that their product is 0 and only a NaN gives a NaN
     mean = torch.clamp(of.u, min=torch.finfo(of.u.dtype).min, out=x).mul_(of.prob).sum(-1)
     return of.total.log().squeeze(-1) - mean
 
 
 def kl(dist: Distributions, r: Tensor, x: Tensor) -> Tensor:
-    """KL(p‖q) ``[n]`` in nats; `r` and `x` are scratch ``[n, V]``."""
+    """Compute KL(p‖q) ``[n]`` in nats; `r` and `x` are scratch ``[n, V]``."""
     return divergence("forward_kl", None, dist, r, x, None)
 
 
 def acceptance_rate(dist: Distributions, x: Tensor) -> Tensor:
-    """Σ min(p, q) ``[n]``, the expected acceptance rate of speculative decoding (Leviathan et al. 2023)."""
+    """Sum min(p, q) ``[n]``, the expected acceptance rate of speculative decoding (Leviathan et al. 2023)."""
     return torch.minimum(dist.p, dist.q, out=x).sum(-1)
 
 
 def top1_agreement(dist: Distributions) -> Tensor:
-    """1 where both models rank the same id first, else 0 ``[n]``; any temperature. Of ties the first id counts."""
+    """Return whether both models rank the same id first ``[n]``, at any temperature. Of ties the first id counts."""
     return _argmax(dist.teacher.u) == _argmax(dist.student.u)
 
 
 def _argmax(values: Tensor) -> Tensor:
-    """``values.argmax(-1)`` of ``[n, V]``, at a fifth of its time on a CPU, where it costs as much as ten maxima.
+    """Compute ``values.argmax(-1)`` of ``[n, V]`` in a fifth of its time on a CPU, which is that of ten maxima.
 
     The first run of ids that holds the maximum is found first, then the id within it.
     """

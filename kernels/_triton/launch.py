@@ -19,7 +19,7 @@ assert RESULTS.value == 1 + len(METRICS)
 
 
 class Blocks(NamedTuple):
-    """How a program walks its row."""
+    """Say how a program walks its row."""
 
     size: int  # ids per step of the walk
     warps: int
@@ -31,8 +31,8 @@ class Blocks(NamedTuple):
 #
 # variant        ids     warps  registers  why
 # narrow rows    V up    4      168        one step over the whole row, with no warp idle from 1024 ids on
-# two passes     2048    8      80         3 programs an SM: 24 warps have 24 KB of loads in flight, at 64 registers
-#                                          the one with T and cross-entropy would spill
+# two passes     2048    8      80         3 programs an SM: 24 warps have 24 KB of loads in flight; at 64 registers
+#                                          symmetric KL spills
 # three passes   2048    8      128        the logarithms of the mixtures need them
 # with metrics   1024    4      168        nine sums live through the second pass; programs of 4 warps pack closer
 _NARROW = 1024
@@ -42,7 +42,7 @@ _WITH_METRICS = Blocks(1024, 4, 168)
 
 
 def blocks_for(vocab: int, three_passes: bool, metrics: bool) -> Blocks:
-    """The line of the table above."""
+    """Return the line of the table above."""
     if vocab <= _NARROW:
         return Blocks(max(256, triton.next_power_of_2(vocab)), 4, 168)
     if metrics:
@@ -65,14 +65,14 @@ def launch_options(warps: int, registers: int | None = None) -> dict[str, int | 
 
 
 class Variant(NamedTuple):
-    """The compile-time arguments of the kernels, one binary each; field names are theirs."""
+    """Hold the compile-time arguments of the kernels, one binary each; field names are theirs."""
 
     DIVERGENCE: str
     HAS_TEACHER: bool
     HAS_KD: bool
     HAS_CE: bool
     HAS_LABELS: bool
-    AT_1: bool
+    AT_TEMPERATURE_1: bool
     METRICS: bool
     GRADIENT: bool
     THREE_PASSES: bool
@@ -80,7 +80,7 @@ class Variant(NamedTuple):
 
 
 def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant:
-    """What `plan` needs computed, and no more."""
+    """Return the variant that computes what `plan` needs, and no more."""
     objective, wanted = plan.objective, set(plan.metrics)
     name, beta = objective.divergence, objective.beta
     # the ends of beta where the divergence vanishes or is another one, as in _torch/divergences.py
@@ -92,14 +92,14 @@ def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant
     has_ce = objective.kd_ratio < 1.0
     metrics = bool(wanted - {"kd_loss", "class_loss", "teacher_class_loss"})
     # a label's logit is read beside the statistics of its model at T = 1
-    at_1 = has_ce or metrics or bool(wanted & {"class_loss", "teacher_class_loss"})
+    at_temperature_1 = has_ce or metrics or bool(wanted & {"class_loss", "teacher_class_loss"})
     return Variant(
         DIVERGENCE=name,
         HAS_TEACHER=plan.has_teacher,
         HAS_KD=has_kd,
         HAS_CE=has_ce,
         HAS_LABELS=has_labels,
-        AT_1=has_kd and objective.temperature != 1.0 and at_1,
+        AT_TEMPERATURE_1=has_kd and objective.temperature != 1.0 and at_temperature_1,
         METRICS=metrics,
         GRADIENT=plan.want_grad,
         THREE_PASSES=has_kd and name not in ("forward_kl", "reverse_kl", "symmetric_kl"),
@@ -108,23 +108,23 @@ def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant
 
 
 def exponent_scale(plan: Plan, variant: Variant) -> float:
-    """c = log2(e)/T; T is 1 where no divergence is computed."""
+    """Return c = log2(e)/T; T is 1 where no divergence is computed."""
     return _LOG2_E / (plan.objective.temperature if variant.HAS_KD else 1.0)
 
 
 def slope(plan: Plan) -> float:
-    """Weight of dD/dz in the gradient, z = s/T."""
+    """Return the weight of dD/dz in the gradient, z = s/T."""
     objective = plan.objective
     return objective.kd_ratio * objective.divergence_scale / objective.temperature
 
 
 def betas(beta: float | None) -> tuple[float, float]:
-    """β and 1 - β: each rounded to fp32 by itself, because at the ends a difference of rounded numbers is 0."""
+    """Return β and 1 - β, each rounded to fp32 by itself, because near 1 a difference from a rounded β is 0."""
     return (0.0, 1.0) if beta is None else (float(beta), 1.0 - beta)
 
 
 def addresses(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Inner size, outer and inner stride of the rows, stride of the ids."""
+    """Return inner size, outer and inner stride of the rows, and the stride of the ids."""
     if tensor.dim() == 2:
         return 1, tensor.stride(0), 0, tensor.stride(1)
     try:
@@ -134,12 +134,12 @@ def addresses(tensor: Tensor) -> tuple[int, int, int, int]:
     return 1, flat.stride(0), 0, flat.stride(1)
 
 
-def on(device: torch.device):
-    """Triton launches on the current device, which need not be the tensors'."""
+def on_device(device: torch.device):
+    """Make `device` the current one, on which Triton launches, whatever device the tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
 def rows_of(results: Tensor, plan: Plan) -> Rows:
-    """The plan's share of ``results`` ``[N, RESULTS]``."""
+    """Return the plan's share of ``results`` ``[N, RESULTS]``."""
     columns = [results[:, 1 + METRICS.index(name)] for name in plan.metrics]
     return Rows(results[:, 0].contiguous(), torch.stack(columns) if columns else results.new_empty(0, len(results)))

@@ -15,10 +15,10 @@ from .passes import (
     centre_of,
     cross_entropy,
     fill_zeros,
-    finish,
+    first_pass,
     kl_from_statistics,
     not_negative,
-    statistics,
+    second_pass,
 )
 
 RESULTS = tl.constexpr(9)
@@ -28,31 +28,31 @@ _GROWING = ["student_inner", "teacher_inner", "out_inner"]
 
 @triton.jit
 def row_start(pointer, row, inner, outer_stride, inner_stride):
-    """Address of a row; 64 bits wide, since N·V soon leaves 32."""
+    """Return the address of a row; 64 bits wide, since N·V soon leaves 32."""
     row = row.to(tl.int64)
     return pointer + (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
 @triton.jit
 def id_in(label, n_ids):
-    """A label (64 bits) as one of the n_ids ids; -1 if it is none of them."""
+    """Return a label (64 bits) as one of the n_ids ids; -1 if it is none of them."""
     return tl.where((label >= 0) & (label < n_ids), label, -1).to(tl.int32)
 
 
 @triton.jit
 def load_logit(row, label, stride, other):
-    """The label's logit; `other` where the label lies elsewhere (-1)."""
+    """Load the label's logit; `other` where the label lies elsewhere (-1)."""
     return tl.load(row + label.to(tl.int64) * stride, mask=label >= 0, other=other).to(tl.float32)
 
 
 @triton.jit
-def kl_value(DIVERGENCE: tl.constexpr, beta, rest, forward_kl, reverse_kl):
-    """Forward, reverse or symmetric KL from the first two; a weight of 0 keeps out one that is +inf."""
+def kl_value(DIVERGENCE: tl.constexpr, beta, one_minus_beta, forward_kl, reverse_kl):
+    """Return forward, reverse or symmetric KL from the first two; a weight of 0 keeps out one that is +inf."""
     value = forward_kl
     if DIVERGENCE == "reverse_kl":
         value = reverse_kl
     elif DIVERGENCE == "symmetric_kl":
-        value = weighted(beta, forward_kl) + weighted(rest, reverse_kl)
+        value = weighted(beta, forward_kl) + weighted(one_minus_beta, reverse_kl)
     return value
 
 
@@ -61,7 +61,7 @@ def store_results(
     results, kd_ratio, kd_scale, ce_weight, class_loss, teacher_class_loss, divergence, kl, agreement, entropy_s,
     entropy_t, acceptance,
 ):  # fmt: skip
-    """The loss of a row and its parts, in the order of ``_objective.METRICS``."""
+    """Store the loss of a row and its parts, in the order of ``_objective.METRICS``."""
     kd_loss = not_negative(divergence) * kd_scale
     tl.store(results, weighted(kd_ratio, kd_loss) + weighted(ce_weight, class_loss))
     tl.store(results + 1, class_loss)
@@ -76,7 +76,7 @@ def store_results(
 
 @triton.jit
 def store_zeros(results):
-    """The results of a token that is ignored."""
+    """Store the results of a token that is ignored."""
     for i in tl.static_range(RESULTS):
         tl.store(results + i, 0.0)
 
@@ -87,19 +87,19 @@ def rows_kernel(
     student_inner, student_outer_stride, student_inner_stride, student_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride, teacher_stride,
     out_inner, out_outer_stride, out_inner_stride, out_stride, scale_stride,
-    n_ids, ignore_index, c, beta, rest, kd_ratio, kd_scale, kd_slope, ce_weight,
+    n_ids, ignore_index, c, beta, one_minus_beta, kd_ratio, kd_scale, kd_slope, ce_weight,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
-    HAS_LABELS: tl.constexpr, AT_1: tl.constexpr, METRICS: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_LABELS: tl.constexpr, AT_TEMPERATURE_1: tl.constexpr, METRICS: tl.constexpr, GRADIENT: tl.constexpr,
     THREE_PASSES: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Everything about one row.
+    """Compute everything about one row: loss, metrics and gradient.
 
     Args:
         row_scale: multiplies the row's gradient; one number (stride 0) or one per row.
         kd_ratio, ce_weight: weights of the divergence and of the cross-entropy in the loss. kd_scale: factor of D,
             T² or 1. kd_slope: weight of dD/dz, z = s/T.
         HAS_KD: D is computed; HAS_CE: so is the cross-entropy. A weight of 0 leaves either out of the loss.
-        THREE_PASSES: the gradient needs a sum over normalised p and q first.
+        THREE_PASSES: the gradient needs a sum over normalised p and q first, from a second pass that writes nothing.
     """
     row = tl.program_id(0)
     s = row_start(student, row, student_inner, student_outer_stride, student_inner_stride)
@@ -124,17 +124,17 @@ def rows_kernel(
             label_t = load_logit(t, label, teacher_stride, float("nan"))
 
     SECOND: tl.constexpr = (GRADIENT or METRICS) or THREE_PASSES  # Triton up to 3.3 takes two at a time
-    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, top = statistics(
-        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_1,
+    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio = first_pass(
+        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_TEMPERATURE_1,
         (not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
         DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK,
     )  # fmt: skip
-    if not AT_1:
+    if not AT_TEMPERATURE_1:
         n_s = d_s
         n_t = d_t
     class_loss = 0.0
     teacher_class_loss = 0.0
-    if HAS_LABELS:  # of use at T = 1 or with AT_1; for anything else its weight is 0
+    if HAS_LABELS:  # of use at T = 1 or with AT_TEMPERATURE_1; for anything else its weight is 0
         class_loss = cross_entropy(label_s, m_s, n_s)
         if HAS_TEACHER:
             teacher_class_loss = cross_entropy(label_t, m_t, n_t)
@@ -147,27 +147,27 @@ def rows_kernel(
     entropy_t = 0.0
     acceptance = 0.0
     if HAS_KD and not THREE_PASSES:
-        forward_kl, reverse_kl, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, top)
-        divergence = kl_value(DIVERGENCE, beta, rest, forward_kl, reverse_kl)
+        forward_kl, reverse_kl, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest_ratio)
+        divergence = kl_value(DIVERGENCE, beta, one_minus_beta, forward_kl, reverse_kl)
 
     scale = 1.0
     if GRADIENT:
         scale = tl.load(row_scale + row.to(tl.int64) * scale_stride).to(tl.float32)
     if SECOND:
-        value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = finish(
-            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, rest, label,
+        value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = second_pass(
+            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
             m_s, m_t, d_s, d_t, n_s, n_t, centre, limit, kd_slope * scale, ce_weight * scale,
-            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS,
+            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_TEMPERATURE_1, METRICS,
             True, GRADIENT and not THREE_PASSES, BACKWARDS, BLOCK,
         )  # fmt: skip
         divergence = value
         agreement = tl.where(first_s == first_t, 1.0, 0.0)
     if GRADIENT and THREE_PASSES:
-        finish(
-            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, rest, label,
+        second_pass(
+            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
             m_s, m_t, d_s, d_t, n_s, n_t, centre_of(DIVERGENCE, centres, mass), limit,
             kd_slope * scale, ce_weight * scale,
-            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS, False, True, False, BLOCK,
+            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_TEMPERATURE_1, METRICS, False, True, False, BLOCK,
         )  # fmt: skip
     store_results(
         results, kd_ratio, kd_scale, ce_weight, class_loss, teacher_class_loss, divergence, kl, agreement, entropy_s,
@@ -177,9 +177,11 @@ def rows_kernel(
 
 @triton.jit
 def scale_kernel(grad, scale, n_ids, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """grad ← grad·scale, one scale or (ROWS) one per row; program (i, j) takes BLOCK ids of row i. A single scale of 1
-    is seen here, on the device, and ends the program before it reads anything: a plain ``loss.backward()`` costs next
-    to nothing and no host waits."""
+    """Multiply grad by scale, one number or (ROWS) one per row; program (i, j) takes BLOCK ids of row i.
+
+    A single scale of 1 is seen here, on the device: no host waits for its value, and the program ends before it reads
+    the gradient. A plain ``loss.backward()`` still starts all N·V / BLOCK programs, each for one load.
+    """
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n_ids

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .._plan import Plan, Rows
-from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, rows_of, slope, variant_of
+from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on_device, rows_of, slope, variant_of
 from .row_kernels import RESULTS, rows_kernel, scale_kernel
 
 
@@ -21,7 +21,7 @@ def rows(
     row_scale: Tensor | None = None,
     backend: str = "triton",
 ) -> Rows:
-    """Losses, metrics and gradients of all rows.
+    """Compute losses, metrics and gradients of all rows.
 
     Args:
         student (Tensor): logits ``[N, V']`` or ``[B, S, V']``, V' >= `plan.vocab`; bf16, fp16 or fp32, any strides.
@@ -47,7 +47,7 @@ def rows(
     teacher = student if teacher is None else teacher
     out = student if grad_out is None else grad_out
     scale = student.new_ones((), dtype=torch.float32) if row_scale is None else row_scale.contiguous()
-    with on(student.device):
+    with on_device(student.device):
         rows_kernel[(n_tokens,)](
             student, teacher, results if labels is None else labels, out, results, scale,
             *addresses(student), *addresses(teacher), *addresses(out), 0 if scale.dim() == 0 else 1,
@@ -59,7 +59,7 @@ def rows(
 
 
 class TritonBlockLoss:
-    """`rows` in the form of ``_torch.block.BlockLoss``."""
+    """Compute blocks of rows as ``_torch.block.BlockLoss`` does."""
 
     def __init__(self, plan: Plan, backend: str) -> None:
         self.plan, self.backend = plan, backend
@@ -72,19 +72,19 @@ class TritonBlockLoss:
         grad_out: Tensor | None,
         row_scale: Tensor | None = None,
     ) -> Rows:
-        """One block, of any number of rows; arguments as `rows`."""
+        """Compute one block, of any number of rows; arguments as `rows`."""
         return rows(student, teacher, labels, self.plan, grad_out, row_scale, self.backend)
 
     def release(self) -> None:
-        """There are no workspaces."""
+        """Do nothing: the kernels need no workspaces."""
 
 
 def scale_(grad: Tensor, scale: Tensor) -> Tensor:
-    """grad ← grad·scale, in place; `grad` contiguous, `scale` 0-d or one per row of ``[N, V]``."""
+    """Multiply `grad` ``[N, V]``, contiguous, by `scale`, 0-d or one per row, in place."""
     block, scale = 4096, scale.contiguous()
     n_rows, n_ids = grad.shape
     if n_rows:
-        with on(grad.device):
+        with on_device(grad.device):
             scale_kernel[(n_rows, triton.cdiv(n_ids, block))](
                 grad, scale, n_ids, ROWS=scale.dim() > 0, BLOCK=block, **launch_options(warps=8)
             )

@@ -1,12 +1,12 @@
 """The kernels for rows whose ids are sharded over the processes of a group.
 
-What ``rows_kernel`` does at one go is cut where the whole row has to be known: statistics of a shard, their change to
-the maxima of all shards, a second (and third) walk with the whole row's statistics, and the row's results.
+What ``rows_kernel`` does at one go is cut where the whole row has to be known: statistics of a shard, their rescaling
+to the maxima of all shards, a second (and third) pass with the whole row's statistics, and the row's results.
 
 Legend: N rows, V ids of this shard. ``own`` and ``merged`` are ``[N, COLUMNS]`` in fp32: m_s, m_t, the largest finite
 (s - t)·c, which merge by their maximum; then d_s, d_t, n_s, n_t, forward, reverse, ruled_out of
-``passes.statistics`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
-sums that ``passes.finish`` returns; ``firsts`` ``[N, 2]`` in int32.
+``passes.first_pass`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
+sums that ``passes.second_pass`` returns; ``firsts`` ``[N, 2]`` in int32.
 """
 
 import triton
@@ -19,12 +19,12 @@ from .passes import (
     centre_of,
     cross_entropy,
     fill_zeros,
-    finish,
+    first_pass,
     kl_from_statistics,
     move_of,
     moved_forward,
     moved_reverse,
-    statistics,
+    second_pass,
 )
 from .row_kernels import RESULTS, id_in, kl_value, row_start, store_results, store_zeros
 
@@ -37,11 +37,11 @@ _GROWING = ["student_inner", "teacher_inner", "out_inner"]
 
 
 @triton.jit
-def store_statistics(to, m_s, m_t, top, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, label_s, label_t):
-    """In the order of the legend."""
+def store_statistics(to, m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, label_s, label_t):
+    """Store a row's statistics in the order of the legend."""
     tl.store(to, m_s)
     tl.store(to + 1, m_t)
-    tl.store(to + 2, top)
+    tl.store(to + 2, largest_ratio)
     tl.store(to + 3, d_s)
     tl.store(to + 4, d_t)
     tl.store(to + 5, n_s)
@@ -55,7 +55,7 @@ def store_statistics(to, m_s, m_t, top, d_s, d_t, n_s, n_t, forward, reverse, ru
 
 @triton.jit
 def load_statistics(at):
-    """In the order of the legend, without the label's logits."""
+    """Load a row's statistics in the order of the legend, without the label's logits."""
     return (
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
         tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9),
@@ -63,18 +63,18 @@ def load_statistics(at):
 
 
 @triton.jit(do_not_specialize=_GROWING)
-def statistics_kernel(
+def first_pass_kernel(
     student, teacher, labels, own,
     student_inner, student_outer_stride, student_inner_stride, student_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride, teacher_stride,
     n_ids, ignore_index, c,
-    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_LABELS: tl.constexpr, AT_1: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_LABELS: tl.constexpr, AT_TEMPERATURE_1: tl.constexpr,
     FORWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of this shard of a row, without the label's logits; of one with an ignored label those of no id.
+    """Compute the statistics of this shard of a row, without the label's logits; for an ignored label those of no id.
 
     Args:
-        FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``passes.statistics``.
+        FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``passes.first_pass``.
     """
     row = tl.program_id(0)
     to = own + row.to(tl.int64) * COLUMNS
@@ -85,27 +85,27 @@ def statistics_kernel(
         if label == ignore_index:
             store_statistics(to, LOWEST, LOWEST, LOWEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
             return
-    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, top = statistics(
-        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_1, FORWARD,
+    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio = first_pass(
+        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_TEMPERATURE_1, FORWARD,
         DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK,
     )  # fmt: skip
-    top = tl.where(top > LOWEST, top + (m_s - m_t) * c, LOWEST)
-    store_statistics(to, m_s, m_t, top, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, 0.0, 0.0)
+    largest_ratio = tl.where(largest_ratio > LOWEST, largest_ratio + (m_s - m_t) * c, LOWEST)
+    store_statistics(to, m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, 0.0, 0.0)
 
 
 @triton.jit
 def rescale_kernel(own, maxima, merged, c):
-    """One row's ``own`` relative to ``maxima`` ``[N, MAXIMA]``: a summand of ``merged``."""
+    """Rescale one row's ``own`` to ``maxima`` ``[N, MAXIMA]``, which makes it a summand of ``merged``."""
     row = tl.program_id(0).to(tl.int64)
     maxima += row * MAXIMA
     m_s = tl.load(maxima)
     m_t = tl.load(maxima + 1)
-    top = tl.load(maxima + 2)
+    largest_ratio = tl.load(maxima + 2)
     own_s, own_t, _, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(own + row * COLUMNS)
     move_s = move_of(own_s, m_s, c)
     move_t = move_of(own_t, m_t, c)
     store_statistics(
-        merged + row * COLUMNS, m_s, m_t, top,
+        merged + row * COLUMNS, m_s, m_t, largest_ratio,
         tl.exp2(move_s) * d_s, tl.exp2(move_t) * d_t,
         tl.exp2(move_of(own_s, m_s, LOG2_E)) * n_s, tl.exp2(move_of(own_t, m_t, LOG2_E)) * n_t,
         moved_forward(forward, d_t, move_s, move_t), moved_reverse(reverse, d_s, ruled_out, move_s, move_t),
@@ -115,31 +115,33 @@ def rescale_kernel(own, maxima, merged, c):
 
 @triton.jit
 def centre_and_limit(
-    DIVERGENCE: tl.constexpr, c, m_s, m_t, top, d_s, d_t, forward, reverse, ruled_out, sums, HAS_SUMS: tl.constexpr
+    DIVERGENCE: tl.constexpr, c, m_s, m_t, largest_ratio, d_s, d_t, forward, reverse, ruled_out, sums,
+    HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """What the gradient needs of the whole row: from the statistics, or (HAS_SUMS) from the row's ``terms``."""
-    _, _, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, top - (m_s - m_t) * c)
+    """Return what the gradient needs of the whole row: from the statistics, or (HAS_SUMS) from its ``terms``."""
+    largest = largest_ratio - (m_s - m_t) * c
+    _, _, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest)
     if HAS_SUMS:
         centre = centre_of(DIVERGENCE, tl.load(sums + 1), tl.load(sums + 2))
     return centre, limit
 
 
 @triton.jit(do_not_specialize=_GROWING)
-def finish_kernel(
+def second_pass_kernel(
     student, teacher, labels, out, merged, sums, terms, firsts, row_scale,
     student_inner, student_outer_stride, student_inner_stride, student_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride, teacher_stride,
     out_inner, out_outer_stride, out_inner_stride, out_stride, scale_stride,
-    n_ids, ignore_index, c, beta, rest, kd_slope, ce_weight,
+    n_ids, ignore_index, c, beta, one_minus_beta, kd_slope, ce_weight,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
-    HAS_LABELS: tl.constexpr, AT_1: tl.constexpr, METRICS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HAS_LABELS: tl.constexpr, AT_TEMPERATURE_1: tl.constexpr, METRICS: tl.constexpr, HAS_SUMS: tl.constexpr,
     HAS_TERMS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A further walk over this shard of a row; ``out`` as for ``rows_kernel``.
+    """Make a further pass over this shard of a row; ``out`` as for ``rows_kernel``.
 
     Args:
         labels: ``[N]``, ids of this shard; any negative number where the label lies in another.
-        sums: ``[N, TERMS]``, the row's terms from a walk before (if HAS_SUMS).
+        sums: ``[N, TERMS]``, the row's terms from a pass before (if HAS_SUMS).
         terms, firsts: receive the shard's (if HAS_TERMS).
     """
     row = tl.program_id(0)
@@ -160,24 +162,25 @@ def finish_kernel(
                 tl.store(firsts + wide_row * 2 + 1, NO_ID)
             return
         label = id_in(label, n_ids)
-    m_s, m_t, top, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(merged + wide_row * COLUMNS)
-    if not AT_1:
+    merged += wide_row * COLUMNS
+    m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(merged)
+    if not AT_TEMPERATURE_1:
         n_s = d_s
         n_t = d_t
     centre = 0.0
     limit = 0.0
     if HAS_KD:
         centre, limit = centre_and_limit(
-            DIVERGENCE, c, m_s, m_t, top, d_s, d_t, forward, reverse, ruled_out,
+            DIVERGENCE, c, m_s, m_t, largest_ratio, d_s, d_t, forward, reverse, ruled_out,
             sums + wide_row * TERMS, HAS_SUMS,
         )  # fmt: skip
     scale = 1.0
     if GRADIENT:
         scale = tl.load(row_scale + wide_row * scale_stride).to(tl.float32)
-    value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = finish(
-        s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, rest, label,
+    value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = second_pass(
+        s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
         m_s, m_t, d_s, d_t, n_s, n_t, centre, limit, kd_slope * scale, ce_weight * scale,
-        DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_1, METRICS, HAS_TERMS, GRADIENT, False, BLOCK,
+        DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_TEMPERATURE_1, METRICS, HAS_TERMS, GRADIENT, False, BLOCK,
     )  # fmt: skip
     if HAS_TERMS:
         terms += wide_row * TERMS
@@ -194,11 +197,11 @@ def finish_kernel(
 
 @triton.jit
 def results_kernel(
-    merged, sums, firsts, labels, results, ignore_index, c, beta, rest, kd_ratio, kd_scale, ce_weight,
+    merged, sums, firsts, labels, results, ignore_index, c, beta, one_minus_beta, kd_ratio, kd_scale, ce_weight,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_LABELS: tl.constexpr,
-    AT_1: tl.constexpr, HAS_SUMS: tl.constexpr,
+    AT_TEMPERATURE_1: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """``results`` of ``rows_kernel`` for one row: the values from its terms if HAS_SUMS, else from its statistics."""
+    """Make ``results`` of ``rows_kernel`` for one row: from its terms if HAS_SUMS, else from its statistics."""
     row = tl.program_id(0).to(tl.int64)
     results += row * RESULTS
     merged += row * COLUMNS
@@ -212,8 +215,8 @@ def results_kernel(
             return
         label_s = tl.where(label >= 0, tl.load(merged + LABEL_LOGITS), float("nan"))
         label_t = tl.where(label >= 0, tl.load(merged + LABEL_LOGITS + 1), float("nan"))
-    m_s, m_t, top, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(merged)
-    if not AT_1:
+    m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(merged)
+    if not AT_TEMPERATURE_1:
         n_s = d_s
         n_t = d_t
     divergence = 0.0
@@ -230,8 +233,9 @@ def results_kernel(
         acceptance = tl.load(sums + 6)
         agreement = tl.where(tl.load(firsts + row * 2) == tl.load(firsts + row * 2 + 1), 1.0, 0.0)
     elif HAS_KD:
-        forward_kl, reverse_kl, _, _ = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, top - (m_s - m_t) * c)
-        divergence = kl_value(DIVERGENCE, beta, rest, forward_kl, reverse_kl)
+        largest = largest_ratio - (m_s - m_t) * c
+        forward_kl, reverse_kl, _, _ = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest)
+        divergence = kl_value(DIVERGENCE, beta, one_minus_beta, forward_kl, reverse_kl)
     store_results(
         results, kd_ratio, kd_scale, ce_weight, cross_entropy(label_s, m_s, n_s), cross_entropy(label_t, m_t, n_t),
         divergence, kl, agreement, entropy_s, entropy_t, acceptance,

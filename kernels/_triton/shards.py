@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import check_label_values
-from .._plan import Plan, Rows, answers_at_once
+from .._plan import Plan, Rows, host_can_read
 from .launch import rows_of
 from .passes import NO_ID
 from .shard_kernels import LABEL_LOGITS, MAXIMA
@@ -21,7 +21,7 @@ _IGNORED, _NOWHERE = -2, -1
 
 
 class Group(NamedTuple):
-    """A process group, or anything that reduces tensors in place like one."""
+    """Reduce tensors in place over a process group, or anything like one."""
 
     handle: "dist.ProcessGroup"
     rank: int
@@ -29,9 +29,11 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, handle: "dist.ProcessGroup") -> "Group":
+        """Return the group that `handle` stands for."""
         return cls(handle, dist.get_rank(handle), dist.get_world_size(handle))
 
     def reduce(self, tensor: Tensor, operation: "dist.ReduceOp") -> Tensor:
+        """Reduce `tensor` over the processes, in place, and return it."""
         dist.all_reduce(tensor, operation, self.handle)
         return tensor
 
@@ -45,7 +47,7 @@ def parallel_rows(
     row_scale: Tensor | None,
     group: Group,
 ) -> Rows:
-    """``rows.rows`` of logits whose ids lie on the processes of ``group`` in the order of their ranks.
+    """Compute ``rows.rows`` of logits whose ids lie on the processes of ``group`` in the order of their ranks.
 
     One MAX and one SUM all-reduce; jsd, skewed KLs, tvd and metrics one more SUM, top-1 agreement one more MIN. None
     waits for the device, and none is larger than 36 bytes a token.
@@ -65,7 +67,7 @@ def parallel_rows(
     # where a label lies is known after the first exchange; until then it is only ignored or not
     early = None if labels is None else torch.where(valid, _NOWHERE, _IGNORED)
     walk = Walk(student, teacher, early, plan, grad_out, row_scale, _IGNORED)
-    own = walk.statistics(forward=not walk.needs_terms)
+    own = walk.first_pass(forward=not walk.needs_terms)
     maxima, sizes = _merged_maxima(own, plan.vocab, group)
     offset = sizes[: group.rank].sum()
     merged = walk.rescale(own, maxima)
@@ -81,7 +83,7 @@ def parallel_rows(
     sums = firsts = None
     at_once = plan.want_grad and not walk.variant.THREE_PASSES
     if walk.needs_terms:
-        terms, firsts = walk.finish(merged, gradient=at_once)
+        terms, firsts = walk.second_pass(merged, gradient=at_once)
         sums = group.reduce(terms, dist.ReduceOp.SUM)
         if "top1_agreement" in plan.metrics:
             firsts = group.reduce(torch.where(firsts < NO_ID.value, firsts + offset, firsts), dist.ReduceOp.MIN)
@@ -91,7 +93,7 @@ def parallel_rows(
 
 
 def _merged_maxima(own: Tensor, vocab: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Maxima ``[N, MAXIMA]`` over all shards, and the sizes ``[W]`` of these, int32, by the same all-reduce."""
+    """Return the maxima ``[N, MAXIMA]`` over all shards, and these' sizes ``[W]``, int32, by the same all-reduce."""
     n_maxima = len(own) * MAXIMA.value
     both = own.new_zeros(n_maxima + group.size)
     both[:n_maxima] = own[:, : MAXIMA.value].flatten()
@@ -101,8 +103,8 @@ def _merged_maxima(own: Tensor, vocab: int, group: Group) -> tuple[Tensor, Tenso
 
 
 def _placed(labels: Tensor, valid: Tensor, offset: Tensor, total: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Labels ``[N]`` as ids of this shard, and as ids of the whole vocabulary, for the kernels."""
-    if answers_at_once(labels.device):
+    """Return labels ``[N]`` as ids of this shard, and as ids of the whole vocabulary, for the kernels."""
+    if host_can_read(labels.device):
         check_label_values(labels, int(total), plan.objective.ignore_index)
     local = labels - offset
     local = torch.where((local >= 0) & (local < plan.vocab), local, _NOWHERE)
@@ -111,6 +113,6 @@ def _placed(labels: Tensor, valid: Tensor, offset: Tensor, total: Tensor, plan: 
 
 
 def _label_logits(logits: Tensor, local: Tensor) -> Tensor:
-    """The label's logit ``[N]`` in fp32 where it lies in this shard, else 0."""
+    """Return the label's logit ``[N]`` in fp32 where it lies in this shard, else 0."""
     picked = logits.gather(-1, local.clamp(min=0).view(logits.shape[:-1]).unsqueeze(-1))
     return torch.where(local >= 0, picked.flatten().float(), 0.0)

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from .._plan import Plan
-from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on, slope, variant_of
+from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on_device, slope, variant_of
 from .row_kernels import RESULTS
 from .shard_kernels import (
     COLUMNS,
     TERMS,
-    finish_kernel,
+    first_pass_kernel,
     rescale_kernel,
     results_kernel,
-    statistics_kernel,
+    second_pass_kernel,
 )
 
 
 class Walk:
-    """One call's arguments as the kernels take them; arguments as ``rows.rows``.
+    """Launch one call's passes over this process's shard; arguments as ``rows.rows``.
 
     Args:
         ignore_index (int): in place of the plan's.
@@ -49,45 +49,50 @@ class Walk:
         self._blocks = blocks_for(plan.vocab, self.variant.THREE_PASSES, self.variant.METRICS)
         self._c = exponent_scale(plan, self.variant)
 
-    def statistics(self, forward: bool) -> Tensor:
-        """``own`` of the kernels' legend ``[N, COLUMNS]``; `forward` if the forward KL's value is taken from them."""
+    def first_pass(self, forward: bool) -> Tensor:
+        """Return ``own`` of the kernels' legend ``[N, COLUMNS]``.
+
+        Args:
+            forward (bool): the forward KL's value is taken from these.
+        """
         v = self.variant
         own = self._empty(COLUMNS.value)
         forward = forward and v.DIVERGENCE in ("forward_kl", "symmetric_kl")
-        with on(own.device):
-            statistics_kernel[(self._n_tokens,)](
+        with on_device(own.device):
+            first_pass_kernel[(self._n_tokens,)](
                 self.student, self.teacher, own if self.labels is None else self.labels, own,
                 *addresses(self.student), *addresses(self.teacher),
                 self.plan.vocab, self.ignore_index, self._c,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_LABELS, v.AT_1, forward,
+                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_LABELS, v.AT_TEMPERATURE_1, forward,
                 BLOCK=self._blocks.size, **launch_options(self._blocks.warps, self._blocks.registers),
             )  # fmt: skip
         return own
 
     def rescale(self, own: Tensor, maxima: Tensor) -> Tensor:
-        """This shard's part of ``merged`` ``[N, COLUMNS]``, relative to ``maxima`` ``[N, MAXIMA]``."""
+        """Return this shard's part of ``merged`` ``[N, COLUMNS]``, relative to ``maxima`` ``[N, MAXIMA]``."""
         merged = torch.empty_like(own)
-        with on(own.device):
+        with on_device(own.device):
             rescale_kernel[(self._n_tokens,)](own, maxima, merged, self._c, **launch_options(warps=1))
         return merged
 
-    def finish(self, merged: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """``terms`` ``[N, TERMS]`` and ``firsts`` ``[N, 2]``; with ``gradient`` also that."""
+    def second_pass(self, merged: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Return ``terms`` ``[N, TERMS]`` and ``firsts`` ``[N, 2]``; with ``gradient`` write that, too."""
         terms = self._empty(TERMS.value)
         firsts = torch.empty(self._n_tokens, 2, dtype=torch.int32, device=terms.device)
-        self._finish(merged, None, terms, firsts, gradient)
+        self._second_pass(merged, None, terms, firsts, gradient)
         return terms, firsts
 
     def gradient(self, merged: Tensor, sums: Tensor | None) -> None:
-        """The gradient alone; ``sums`` ``[N, TERMS]`` where the divergence needs them."""
-        self._finish(merged, sums if self.variant.THREE_PASSES else None, None, None, True)
+        """Write the gradient alone; ``sums`` ``[N, TERMS]`` where the divergence needs them."""
+        self._second_pass(merged, sums if self.variant.THREE_PASSES else None, None, None, True)
 
-    def _finish(
+    def _second_pass(
         self, merged: Tensor, sums: Tensor | None, terms: Tensor | None, firsts: Tensor | None, gradient: bool
     ) -> None:
+        """Launch a further pass over the shard; arguments as ``second_pass_kernel``."""
         v, objective = self.variant, self.plan.objective
-        with on(merged.device):
-            finish_kernel[(self._n_tokens,)](
+        with on_device(merged.device):
+            second_pass_kernel[(self._n_tokens,)](
                 self.student, self.teacher, merged if self.labels is None else self.labels, self.out, merged,
                 merged if sums is None else sums, merged if terms is None else terms,
                 merged if firsts is None else firsts, self.row_scale,
@@ -95,13 +100,13 @@ class Walk:
                 0 if self.row_scale.dim() == 0 else 1,
                 self.plan.vocab, self.ignore_index, self._c, *betas(objective.beta),
                 slope(self.plan), 1.0 - objective.kd_ratio,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_CE, v.HAS_LABELS, v.AT_1, v.METRICS,
+                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_CE, v.HAS_LABELS, v.AT_TEMPERATURE_1, v.METRICS,
                 sums is not None, terms is not None, gradient,
                 BLOCK=self._blocks.size, **launch_options(self._blocks.warps, self._blocks.registers),
             )  # fmt: skip
 
     def results(self, merged: Tensor, sums: Tensor | None, firsts: Tensor | None, labels: Tensor | None) -> Tensor:
-        """``results`` of the kernels ``[N, RESULTS]``.
+        """Return ``results`` of the kernels ``[N, RESULTS]``.
 
         Args:
             merged (Tensor): ``[N, COLUMNS]``.
@@ -111,16 +116,17 @@ class Walk:
         """
         v, objective = self.variant, self.plan.objective
         results = self._empty(RESULTS.value)
-        with on(merged.device):
+        with on_device(merged.device):
             results_kernel[(self._n_tokens,)](
                 merged, merged if sums is None else sums, merged if firsts is None else firsts,
                 merged if labels is None else labels, results,
                 self.ignore_index, self._c, *betas(objective.beta), objective.kd_ratio,
                 objective.divergence_scale, 1.0 - objective.kd_ratio,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_LABELS, v.AT_1, sums is not None,
+                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_LABELS, v.AT_TEMPERATURE_1, sums is not None,
                 **launch_options(warps=1),
             )  # fmt: skip
         return results
 
     def _empty(self, columns: int) -> Tensor:
+        """Return memory for numbers of each row ``[N, columns]``, in fp32."""
         return torch.empty(self._n_tokens, columns, dtype=torch.float32, device=self.student.device)

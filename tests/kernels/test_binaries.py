@@ -178,7 +178,7 @@ def test_chunks_of_logits_of_an_odd_vocabulary_are_loaded_128_bits_at_a_time():
     code = """
 import torch
 from torchtune_kd.kernels import Objective
-from torchtune_kd.kernels._linear import Heads, Wants, linear_forward
+from torchtune_kd.kernels._linear import Heads, NeededGradients, linear_forward
 vocab, n, width = 50257, 4096, 64
 tensor = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
 heads = Heads(tensor(n, width), tensor(vocab, width), None, tensor(n, width), tensor(vocab, width), None)
@@ -187,7 +187,7 @@ answer = []
 for name in ("forward_kl", "jsd"):
     plan = binaries.Plan(Objective(name, temperature=2.0, kd_ratio=0.5), (), vocab, "mean", True, True)
     with binaries.recorded() as found:
-        linear_forward(heads, labels, plan, 2048, "triton", Wants(True, False, False))
+        linear_forward(heads, labels, plan, 2048, "triton", NeededGradients(True, False, False))
     report = binaries.compile_binary(name, found[0], 90)
     answer.append([len(set(found)), report.narrow, report.loads.get(binaries.WIDE, 0), report.spilled_bytes])
 print(json.dumps(answer))

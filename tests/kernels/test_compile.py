@@ -8,7 +8,7 @@ import torch
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from torchtune_kd.kernels import _linear, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import _plan, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._ops import NAMESPACE
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -108,15 +108,15 @@ def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
 
 
 @pytest.mark.parametrize("wants", [(True, True, True), (False, True, False), (True, False, True)])
-def test_opcheck_linear_late(wants, backend):
+def test_opcheck_linear_recomputed(wants, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
     heads.insert(2, bias)
     arguments = (*heads, None, y, torch.randn(N), *SETTINGS, "none", *wants, 2, backend, False)
-    torch.library.opcheck(OPS.linear_kd_late.default, arguments)
+    torch.library.opcheck(OPS.linear_kd_recomputed.default, arguments)
 
 
 def test_no_operator_is_left_out():
-    tested = {"softmax_kd", "softmax_kd_backward", "linear_kd", "linear_kd_backward", "linear_kd_late"}
+    tested = {"softmax_kd", "softmax_kd_backward", "linear_kd", "linear_kd_backward", "linear_kd_recomputed"}
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
     assert names == {f"{NAMESPACE}::{name}" for name in tested}
 
@@ -184,7 +184,7 @@ def test_a_new_number_of_tokens_does_not_recompile(function, dtype):
 
 def test_only_the_second_chunk_recompiles(monkeypatch):
     """A head's gradient in bf16 is summed in fp32 where there are two chunks: another graph, and only one."""
-    monkeypatch.setitem(_linear._CHUNK_BYTES, "cpu", 128 * V * 2 * 2)  # 128 tokens of both models
+    monkeypatch.setitem(_plan._CHUNK_BYTES, "cpu", 128 * V * 2 * 2)  # 128 tokens of both models
     graphs = Graphs()
     run = compiled(linear, graphs)
     for n, count in ((100, 1), (110, 2), (127, 2), (130, 3), (200, 3), (300, 3)):

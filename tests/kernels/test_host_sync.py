@@ -1,7 +1,7 @@
 """No code that a GPU's tensors go through makes the host wait for their values: read from the source.
 
 A value of a tensor is read by ``.item()`` and its like, by a Python branch on a tensor, and by an index of booleans,
-whose length is its count. Code behind ``answers_at_once``, which is true on the CPU alone, may do all that, and a
+whose length is its count. Code behind ``host_can_read``, which is true on the CPU alone, may do all that, and a
 line of ``linear_kd_loss`` asks for the number of valid tokens. The operations that the calls really make are counted,
 too, with CPU tensors in the place of a GPU's. A run with a GPU that counts what waits is in test_trace_cuda.py.
 """
@@ -19,7 +19,7 @@ from torchtune_kd.kernels import _checks, _linear, _plan, _scaling, _softmax, li
 from torchtune_kd.kernels._plan import is_capturing
 
 FOLDER = Path(kernels.__file__).parent
-GUARD = "answers_at_once"
+GUARD = "host_can_read"
 
 # Methods, or functions of torch, that hand a value to the host.
 READS = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "unique", "masked_select", "is_nonzero", "equal"}
@@ -176,7 +176,7 @@ Function.visit_BoolOp, Function.visit_UnaryOp = _visit_logic, _visit_not
 
 
 def _guard(test: ast.expr) -> str | None:
-    """ "CPU" or "GPU": where the branch is taken, if ``answers_at_once`` decides."""
+    """ "CPU" or "GPU": where the branch is taken, if ``host_can_read`` decides."""
     parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
     for part in parts:
         negated = isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Not)
@@ -220,10 +220,10 @@ def mutated(file: str, old: str, new: str) -> list[str]:
 MUTATIONS = [
     ("_linear.py", "return Tokens(None, labels, (labels != ignore_index).sum())", "labels[labels >= 0]"),
     ("_linear.py", "if len(index) == len(labels):", "if labels.min() >= 0:"),
-    ("_triton/shards.py", "if answers_at_once(labels.device):", "if plan.want_grad:"),
+    ("_triton/shards.py", "if host_can_read(labels.device):", "if plan.want_grad:"),
     ("_triton/shards.py", "everywhere = None", "everywhere = None if valid.any() else labels"),
-    ("_softmax.py", "if valid is not None and answers_at_once(student.device):", "if valid is not None:"),
-    ("_checks.py", "if not answers_at_once(labels.device):", "if labels is None:"),
+    ("_softmax.py", "if valid is not None and host_can_read(student.device):", "if valid is not None:"),
+    ("_checks.py", "if not host_can_read(labels.device):", "if labels is None:"),
     ("_softmax.py", "scale = gradient_scale(", "if grad_loss == 1:\n        return grad\n    scale = gradient_scale("),
     ("_softmax.py", "grad[..., plan.vocab :] = 0", "grad[~valid] = 0"),
     ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / max(1, int(count))"),
@@ -269,8 +269,8 @@ FREE = [
     "z = (x > 0).sum()",
     "keep = x != y\n    z = y.where(keep, 0)",
     "z = int(x.shape[0])",
-    "if not answers_at_once(x.device): return\n    x.item()",
-    "if y is not None and answers_at_once(x.device): x.item()",
+    "if not host_can_read(x.device): return\n    x.item()",
+    "if y is not None and host_can_read(x.device): x.item()",
 ]
 
 
@@ -304,7 +304,7 @@ class Waits(TorchDispatchMode):
 def as_on_a_device(monkeypatch):
     """CPU tensors are taken for a GPU's; the function returned begins or ends the capture of a CUDA graph."""
     for module in (_plan, _checks, _linear, _scaling, _softmax):
-        monkeypatch.setattr(module, "answers_at_once", lambda device: False)
+        monkeypatch.setattr(module, "host_can_read", lambda device: False)
 
     def capture(on: bool) -> None:
         for module in (_plan, _linear):

@@ -299,7 +299,7 @@ def test_every_metric_and_divergence_beside_padding(divergence, backend):
 @pytest.mark.parametrize("label", [40, 63, 64, -1])
 def test_a_label_in_the_padding_is_none(label, monkeypatch):
     """Labels on a device are not looked at by the host: one outside of the vocabulary shows as NaN (Triton)."""
-    monkeypatch.setattr(_checks, "answers_at_once", lambda device: False)
+    monkeypatch.setattr(_checks, "host_can_read", lambda device: False)
     inputs = make_inputs(n=4, v=40, ignored=0)
     inputs["labels"][2] = label
     settings = {"kd_ratio": 0.5, "reduction": "none", "backend": "triton"}

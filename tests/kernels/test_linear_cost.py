@@ -6,7 +6,7 @@ from grid_checks import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtune_kd.kernels import linear_kd_loss
-from torchtune_kd.kernels._linear import chunk_size
+from torchtune_kd.kernels._plan import chunk_size
 
 
 class Recorder(TorchDispatchMode):

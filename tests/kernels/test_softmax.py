@@ -16,7 +16,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 def as_another_device(monkeypatch):
     """Let the CPU be one that the host waits for."""
     for module in (_softmax, _checks, _plan, _scaling, divergences):
-        monkeypatch.setattr(module, "answers_at_once", lambda device: False)
+        monkeypatch.setattr(module, "host_can_read", lambda device: False)
 
 
 @pytest.mark.parametrize(VALUES.keys(), GRID)

@@ -115,7 +115,7 @@ def test_forward_and_backward_are_in_the_graph():
         "softmax mean": [["softmax_kd", True], ["softmax_kd_backward", True]],
         "softmax none": [["softmax_kd", True], ["softmax_kd_backward", True]],
         "linear mean": [["linear_kd", True], ["linear_kd_backward", True]],
-        "linear none": [["linear_kd", True], ["linear_kd_late", True]],
+        "linear none": [["linear_kd", True], ["linear_kd_recomputed", True]],
     }
 
 
