@@ -49,3 +49,11 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The Hugging Face folder of SmolLM2-135M-Instruct."""
+    from assets import smollm2_folder
+
+    return smollm2_folder()

@@ -1,4 +1,4 @@
-"""The memory that configs promise is what ``torchtune_kd/plan`` computes; tests/training/plan holds that to runs."""
+"""The memory that configs promise is what ``torchtune_kd/plan`` computes; tests/plan holds that to runs."""
 
 import importlib.util
 import re

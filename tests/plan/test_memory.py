@@ -21,7 +21,7 @@ from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.recipes.kd import KDRecipe
 from torchtune_kd.training import read_config
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 
 

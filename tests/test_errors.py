@@ -63,7 +63,7 @@ def test_cleaning_up_after_a_good_end_may_fail():
 @pytest.mark.slow
 def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_path):
     start = time.monotonic()
-    run = ForkedRun(make_config(tmp_path), 2, recipe="training.ending_worker")
+    run = ForkedRun(make_config(tmp_path), 2, recipe="ending_worker")
     assert run.join(60) == [3, 2]
     assert time.monotonic() - start < 60
     assert run.output(0) == "error: The memory of cuda:0 ran out.\n"
