@@ -124,13 +124,15 @@ def test_every_key_of_a_config_is_explained():
 
 
 def test_commands_name_what_is_there():
-    """Modules of ``python -m``, recipes and configs of ``tune run`` and ``tune cp``."""
+    """Modules of ``python -m``, tests, configs, components."""
     text = "\n".join(file.read_text() for file in TEXTS)
     modules = set(re.findall(r"python -m ((?:torchtune_kd|benchmarks)[\w.]*)", text))
     assert {"torchtune_kd.tools.prune", "torchtune_kd.tools.gguf", "torchtune_kd.demo"} <= modules
     for module in modules:
         path = ROOT.joinpath(*module.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for path in re.findall(r"pytest (tests/[\w/]+)", text):
+        assert (ROOT / path).exists(), path
     configs = set(re.findall(r"--config torchtune_kd/(\S+)|tune cp torchtune_kd/([\w.]+/\S+_KD_\S+)", text))
     for config in {one or other for one, other in configs}:
         assert (ROOT / "configs" / f"{config.rstrip('`')}.yaml").is_file(), config
