@@ -25,8 +25,7 @@ from ._checks import (
 from ._derivatives import check_transforms
 from ._linear import LinearKD
 from ._objective import Objective, needs_teacher, resolve_metrics
-from ._ops_linear import linear_kd_op
-from ._ops_softmax import softmax_kd_op
+from ._operators import linear_kd_op, softmax_kd_op
 from ._plan import Plan, to_device
 from ._softmax import SoftmaxKD
 

@@ -3,13 +3,17 @@
 Legend: N tokens, V vocabulary, D hidden width. Sizes are tiny: the interpreter takes 10 to 30 ms for a row.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from torchtune_kd.kernels import _plan, linear_kd_loss, softmax_kd_loss
-from torchtune_kd.kernels._ops import NAMESPACE
+from torchtune_kd.kernels import METRICS, Objective, _plan, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels._linear import NeededGradients
+from torchtune_kd.kernels._operators import NAMESPACE, pack, pack_needed, unpack, unpack_needed
+from torchtune_kd.kernels._plan import Plan
 
 BF16, F32 = torch.bfloat16, torch.float32
 OPS = getattr(torch.ops, NAMESPACE)
@@ -67,19 +71,21 @@ def compiled(call, backend: object = "aot_eager", **options: object):
 
 # ---------------------------------------------------------------------------------------------- operators
 
-SETTINGS = ("jsd", 0.5, 2.0, 0.5, -100, True, "kl,kd_loss")
 REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+
+def plan(reduction: str) -> str:
+    """A plan with everything in it, as the operators take it."""
+    return pack(Plan(Objective("jsd", 0.5, 2.0, 0.5), ("kl", "kd_loss"), V, reduction, True, True))
 
 
 @REDUCTION
 def test_opcheck_softmax(backend, reduction):
     student, teacher, y = from_logits(dtype=BF16)
     on_graph = student[:0].flatten()
-    torch.library.opcheck(OPS.softmax_kd.default, (student, teacher, y, *SETTINGS, reduction, True, backend, on_graph))
-    only_ce = ("forward_kl", None, 1.0, 0.0, -100, True, "")
-    torch.library.opcheck(
-        OPS.softmax_kd.default, (student.detach(), None, y, *only_ce, reduction, False, backend, None)
-    )
+    torch.library.opcheck(OPS.softmax_kd.default, (student, teacher, y, plan(reduction), backend, on_graph))
+    only_ce = pack(Plan(Objective(kd_ratio=0.0), (), V, reduction, False, False))
+    torch.library.opcheck(OPS.softmax_kd.default, (student.detach(), None, y, only_ce, backend, None))
     grad_loss = torch.randn(N if reduction == "none" else ())
     arguments = (teacher, grad_loss, torch.tensor(2), reduction, backend, False)
     torch.library.opcheck(OPS.softmax_kd_backward.default, arguments)
@@ -90,28 +96,30 @@ def test_opcheck_softmax(backend, reduction):
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_opcheck_linear(trainable, chunk_tokens, backend, reduction):
     *heads, y, bias = from_hidden(dtype=BF16, trainable=trainable)
-    wants = (True, trainable, trainable)
+    needed = pack_needed(NeededGradients(True, trainable, trainable))
     heads.insert(2, bias)
-    arguments = (*heads, None, y, *SETTINGS, reduction, *wants, chunk_tokens, backend, heads[0][:0].flatten())
+    arguments = (*heads, None, y, plan(reduction), needed, chunk_tokens, backend, heads[0][:0].flatten())
     torch.library.opcheck(OPS.linear_kd.default, arguments)
 
 
 @pytest.mark.parametrize("grad_loss", [1.0, 1.5])
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
-@pytest.mark.parametrize("wants", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_linear_backward(wants, dtype, grad_loss, backend):
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
+def test_opcheck_linear_backward(needed, dtype, grad_loss, backend):
     shapes = (N, D), (V, D), (V,)
     dtypes = dtype, F32, F32  # the sums over chunks are not rounded yet
-    grads = [torch.randn(s if w else 0, dtype=d) for s, w, d in zip(shapes, wants, dtypes, strict=True)]
-    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", *wants, dtype, dtype, backend, False)
+    grads = [torch.randn(s if used else 0, dtype=d) for s, used, d in zip(shapes, needed, dtypes, strict=True)]
+    names = pack_needed(NeededGradients(*needed))
+    arguments = (*grads, torch.tensor(grad_loss), torch.tensor(2), "mean", names, dtype, dtype, backend, False)
     torch.library.opcheck(OPS.linear_kd_backward.default, arguments)
 
 
-@pytest.mark.parametrize("wants", [(True, True, True), (False, True, False), (True, False, True)])
-def test_opcheck_linear_recomputed(wants, backend):
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (True, False, True)])
+def test_opcheck_linear_recomputed(needed, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
     heads.insert(2, bias)
-    arguments = (*heads, None, y, torch.randn(N), *SETTINGS, "none", *wants, 2, backend, False)
+    names = pack_needed(NeededGradients(*needed))
+    arguments = (*heads, None, y, torch.randn(N), plan("none"), names, 2, backend, False)
     torch.library.opcheck(OPS.linear_kd_recomputed.default, arguments)
 
 
@@ -119,6 +127,30 @@ def test_no_operator_is_left_out():
     tested = {"softmax_kd", "softmax_kd_backward", "linear_kd", "linear_kd_backward", "linear_kd_recomputed"}
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
     assert names == {f"{NAMESPACE}::{name}" for name in tested}
+
+
+@pytest.mark.parametrize("metrics", [(), ("kl",), METRICS])
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_plan_comes_back_from_its_text(divergence, metrics, flag):
+    """All but the vocabulary, which the operators' tensors tell; floats to the last bit."""
+    beta = None if Objective(divergence).beta is None else 1e-300
+    objective = Objective(divergence, beta, 1 / 3, 0.1, -1, flag)
+    for reduction in ("mean", "sum", "none"):
+        whole = Plan(objective, metrics, V, reduction, flag, not flag)
+        assert unpack(pack(whole))._replace(vocab=V) == whole
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3)))
+def test_so_do_the_gradients_that_are_needed(needed):
+    needed = NeededGradients(*needed)
+    assert unpack_needed(pack_needed(needed)) == needed
+
+
+def test_a_graph_shows_the_plan():
+    graphs = Graphs()
+    compiled(lambda *x: softmax_kd_loss(*x, divergence="jsd", temperature=2.0, kd_ratio=0.5), graphs)(*from_logits())
+    (node,) = (node for node in graphs[0].graph.nodes if "softmax_kd" in str(node.target))
+    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True"
 
 
 # ------------------------------------------------------------------------------------------ torch.compile
@@ -164,7 +196,7 @@ def test_compiled_with_a_frozen_head(reduction, backend):
     call = lambda *inputs: linear(*inputs, kd_ratio=0.5, reduction=reduction, backend=backend)  # noqa: E731
     same(call, from_hidden(trainable=False), graphs)
     (node,) = (node for graph in graphs for node in graph.graph.nodes if "linear_kd" in str(node.target))
-    assert node.args[15:18] == (True, False, False)  # the head's gradient is not asked for
+    assert node.args[8] == "hidden"  # the head's gradient is not asked for
 
 
 @pytest.mark.parametrize("function", [softmax_kd_loss, linear], ids=["softmax", "linear"])
@@ -180,6 +212,14 @@ def test_a_new_number_of_tokens_does_not_recompile(function, dtype):
         inputs = MAKERS[function](n, dtype)
         torch.testing.assert_close(results(run, inputs), results(call, inputs), rtol=0, atol=0)
     assert len(graphs) == 2
+
+
+@BOTH
+def test_a_temperature_may_be_an_input_of_the_graph(function):
+    inputs, run = MAKERS[function](), compiled(lambda *x: function(*x[:-1], temperature=x[-1], kd_ratio=0.5))
+    for temperature in (1.0, 2.0, 1 / 3):
+        loss = function(*inputs, temperature=temperature, kd_ratio=0.5)
+        torch.testing.assert_close(run(*inputs, temperature), loss, rtol=0, atol=0)
 
 
 def test_only_the_second_chunk_recompiles(monkeypatch):

@@ -17,7 +17,7 @@ import json, torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtune_kd.kernels import _checks, linear_kd_loss, softmax_kd_loss
-from torchtune_kd.kernels._ops import NAMESPACE
+from torchtune_kd.kernels._operators import NAMESPACE
 
 N, V, D = 8, 1000, 16
 ops, seen = getattr(torch.ops, NAMESPACE), []
@@ -123,17 +123,20 @@ def test_forward_and_backward_are_in_the_graph():
 def test_operators_stay_on_the_device():
     """The fake operators with gradients wanted, which autograd does not reach without a CUDA device."""
     code = """
-settings = ("jsd", 0.5, 2.0, 0.5, -100, True, "kl,kd_loss", "mean")
+from torchtune_kd.kernels import Objective
+from torchtune_kd.kernels._operators import pack
+from torchtune_kd.kernels._plan import Plan
+plan = pack(Plan(Objective("jsd", 0.5, 2.0, 0.5), ("kl", "kd_loss"), V, "mean", True, True))
 with FakeTensorMode():
     inputs = make("cuda", False)
     student, teacher, labels = inputs["softmax"]
-    *results, grad = ops.softmax_kd(student, teacher, labels, *settings, True, "triton", None)
+    *results, grad = ops.softmax_kd(student, teacher, labels, plan, "triton", None)
     back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton", True)
     hidden, weight, teacher_hidden, teacher_weight, _ = inputs["linear"]
     heads = hidden, weight, None, teacher_hidden, teacher_weight, None, labels.cpu()
-    more = ops.linear_kd(*heads, *settings, True, True, False, 4, "triton", None)
+    more = ops.linear_kd(*heads, plan, "hidden,weight", 4, "triton", None)
     dtypes = hidden.dtype, weight.dtype
-    last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", True, True, False, *dtypes, "triton", True)
+    last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", "hidden,weight", *dtypes, "triton", True)
     tensors = {"results": results, "grads": [grad, back], "linear": more, "last": last}
     print(json.dumps({k: [[str(t.device), str(t.dtype), list(t.shape)] for t in v] for k, v in tensors.items()}))
 """

@@ -1,0 +1,335 @@
+"""Both functions as registered operators, which ``torch.compile`` and ``torch.export`` keep in their graphs.
+
+Eager calls go by the autograd Functions of ``_softmax.py`` and ``_linear.py``; either way the same functions run.
+Operators take plain values, so that each is handed its plan, and the gradients it needs, as a line of text.
+
+Legend: N tokens, M metrics, V vocabulary, D hidden width.
+"""
+
+import ast
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ._checks import check_label_values
+from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
+from ._linear import (
+    Gradients,
+    Heads,
+    NeededGradients,
+    linear_forward,
+    one_chunk,
+    recomputed_gradients,
+    remaining_scale,
+    scaled_gradients,
+)
+from ._objective import Objective
+from ._plan import Plan, working_dtype
+from ._softmax import softmax_backward, softmax_forward
+from ._torch.head_gradient import head_gradient_dtype
+
+# a copy of this folder under another name registers operators of its own
+NAMESPACE = __package__.replace(".", "_")
+
+
+def pack(plan: Plan) -> str:
+    """Write a plan as text, without the vocabulary, which the tensors tell; ``torch.compile`` traces this."""
+    o = plan.objective
+    numbers = f"{o.beta}, {o.temperature}, {o.kd_ratio}, {o.ignore_index}, {o.scale_by_temperature_squared}"
+    metrics = ",".join(plan.metrics)
+    # by format strings, which make constants of floats that a graph has as its inputs
+    return f"{o.divergence!r}, {numbers}, {metrics!r}, {plan.reduction!r}, {plan.has_teacher}, {plan.want_grad}"
+
+
+@lru_cache(maxsize=64)
+def unpack(text: str) -> Plan:
+    """Read what :func:`pack` wrote; the vocabulary is 0."""
+    *objective, metrics, reduction, has_teacher, want_grad = ast.literal_eval(text)
+    names = tuple(metrics.split(",")) if metrics else ()
+    return Plan(Objective(*objective), names, 0, reduction, has_teacher, want_grad)
+
+
+def pack_needed(needed: NeededGradients) -> str:
+    """Write the names of the gradients that are needed."""
+    names = [("hidden", needed.hidden), ("weight", needed.weight), ("bias", needed.bias)]
+    return ",".join([name for name, is_needed in names if is_needed])
+
+
+def unpack_needed(text: str) -> NeededGradients:
+    """Read what :func:`pack_needed` wrote."""
+    names = text.split(",")
+    return NeededGradients(*(name in names for name in NeededGradients._fields))
+
+
+def nothing(like: Tensor) -> Tensor:
+    """Return what stands for a gradient that is not needed, because operators return tensors only."""
+    return like.new_empty(0)
+
+
+def if_needed(tensor: Tensor, needed: bool) -> Tensor | None:
+    """Return a gradient, or None for what stands for one."""
+    return tensor if needed else None
+
+
+def shared_ids(student: Tensor, teacher: Tensor | None, dim: int) -> int:
+    """Return the size that both models' tensors share along `dim`, the vocabulary."""
+    return student.shape[dim] if teacher is None else min(student.shape[dim], teacher.shape[dim])
+
+
+def fake_results(student: Tensor, teacher: Tensor | None, n_tokens: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, sums of the metrics ``[M]`` and number of tokens without their values."""
+    shape = (n_tokens,) if plan.reduction == "none" else ()
+    return (
+        student.new_empty(shape, dtype=working_dtype(student, teacher)),
+        student.new_empty(len(plan.metrics), dtype=torch.float32),
+        student.new_empty((), dtype=torch.int64),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- from logits
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softmax_kd", mutates_args=())
+def _softmax_kd(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: str, backend: str, inputs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, sums of the metrics, number of valid tokens, gradient; `inputs` is for autograd, see ``anchor``."""
+    settings = unpack(plan)._replace(vocab=shared_ids(student, teacher, -1))
+    if labels is not None:
+        check_label_values(labels, settings.vocab, settings.objective.ignore_index)
+    *results, grad = softmax_forward(student, teacher, labels, settings, backend)
+    return *results, nothing(student) if grad is None else grad
+
+
+@_softmax_kd.register_fake
+def _(student, teacher, labels, plan, backend, inputs):
+    settings = unpack(plan)
+    grad = student.new_empty(student.shape) if settings.want_grad else nothing(student)
+    # Size.numel() would make N a constant of the graph
+    return *fake_results(student, teacher, math.prod(student.shape[:-1]), settings), grad
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softmax_kd_backward", mutates_args=())
+def _softmax_kd_backward(
+    grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str, compiled: bool
+) -> Tensor:
+    if compiled:
+        refuse_graph_of_gradients()
+    return softmax_backward(grad, grad_loss, count, reduction, backend, in_place=False)
+
+
+@_softmax_kd_backward.register_fake
+def _(grad, grad_loss, count, reduction, backend, compiled):
+    return torch.empty_like(grad)
+
+
+def _softmax_context(ctx, inputs, output) -> None:
+    *_, plan, ctx.backend, graph = inputs
+    _, metrics, count, grad = output
+    ctx.reduction = unpack(plan).reduction
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics, count, grad)
+    ctx.save_for_backward(grad, count, graph)
+
+
+def _softmax_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    refuse_transforms(grad_loss)
+    grad, count, graph = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 6
+    with torch.no_grad():
+        out = _softmax_kd_backward(grad, grad_loss, count, ctx.reduction, ctx.backend, is_traced())
+    return *on_graph_of((out,), grad_loss, graph), *(None,) * 5
+
+
+_softmax_kd.register_autograd(_softmax_gradient, setup_context=_softmax_context)
+
+
+def softmax_kd_op(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do in a graph what ``SoftmaxKD.apply`` does eagerly."""
+    inputs = anchor(student) if plan.want_grad else None
+    return _softmax_kd(student, teacher, labels, pack(plan), backend, inputs)[:3]
+
+
+# --------------------------------------------------------------------------------------------- from hidden states
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd", mutates_args=())
+def _linear_kd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    plan: str,
+    needed: str,
+    chunk_tokens: int | None,
+    backend: str,
+    inputs: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, sums of the metrics, number of valid tokens, `Gradients`; `inputs` as for ``softmax_kd``."""
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    settings = unpack(plan)._replace(vocab=shared_ids(weight, teacher_weight, 0))
+    check_label_values(labels, settings.vocab, settings.objective.ignore_index)
+    now = unpack_needed(needed).before_backward(settings.reduction)
+    *results, grads = linear_forward(heads, labels, settings, chunk_tokens, backend, now)
+    return *results, *(nothing(hidden) if grad is None else grad for grad in grads)
+
+
+@_linear_kd.register_fake
+def _(
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, plan, needed, chunk_tokens, backend,
+    inputs,
+):  # fmt: skip
+    settings = unpack(plan)
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    now = unpack_needed(needed).before_backward(settings.reduction)
+    results = fake_results(hidden, teacher_hidden, hidden.shape[0], settings)
+    return *results, *_fake_gradients(heads, chunk_tokens, now)
+
+
+def _fake_gradients(heads: Heads, chunk_tokens: int | None, needed: NeededGradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `Gradients` without their values."""
+    hidden, weight = heads.hidden, heads.weight
+    of_hidden, of_weight, of_bias = (nothing(hidden) for _ in range(3))  # no two outputs are one tensor
+    if needed.hidden:
+        of_hidden = torch.empty_like(hidden)
+    if needed.weight:
+        single = one_chunk(heads, shared_ids(weight, heads.teacher_weight, 0), chunk_tokens)
+        of_weight = torch.empty_like(weight, dtype=head_gradient_dtype(weight.dtype, single))
+    if needed.bias:
+        of_bias = weight.new_empty(weight.shape[0], dtype=working_dtype(hidden, heads.teacher_hidden))
+    return of_hidden, of_weight, of_bias
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd_backward", mutates_args=())
+def _linear_kd_backward(
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_loss: Tensor,
+    count: Tensor,
+    reduction: str,
+    needed: str,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    backend: str,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if compiled:
+        refuse_graph_of_gradients()
+    grads = Gradients(*map(if_needed, (grad_hidden, grad_weight, grad_bias), unpack_needed(needed)))
+    scale = remaining_scale(grad_loss, count, reduction, backend, hidden_dtype)
+    out = scaled_gradients(grads, scale, hidden_dtype, weight_dtype)
+    return tuple(nothing(grad_hidden) if grad is None else grad for grad in out)
+
+
+@_linear_kd_backward.register_fake
+def _(
+    grad_hidden, grad_weight, grad_bias, grad_loss, count, reduction, needed, hidden_dtype, weight_dtype, backend,
+    compiled,
+):  # fmt: skip
+    grads = (grad_hidden, grad_weight, grad_bias)
+    dtypes = (hidden_dtype, weight_dtype, weight_dtype)
+    return tuple(
+        torch.empty_like(grad, dtype=dtype) if is_needed else nothing(grad_hidden)
+        for grad, dtype, is_needed in zip(grads, dtypes, unpack_needed(needed), strict=True)
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_kd_recomputed", mutates_args=())
+def _linear_kd_recomputed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    grad_loss: Tensor,
+    plan: str,
+    needed: str,
+    chunk_tokens: int | None,
+    backend: str,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of Σ grad_loss·loss, by walking the chunks again."""
+    if compiled:
+        refuse_graph_of_gradients()
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    settings = unpack(plan)._replace(vocab=shared_ids(weight, teacher_weight, 0))
+    rows = grad_loss.unsqueeze(-1)
+    grads = recomputed_gradients(heads, labels, settings, chunk_tokens, backend, unpack_needed(needed), rows)
+    out = scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype)
+    return tuple(nothing(hidden) if grad is None else grad for grad in out)
+
+
+@_linear_kd_recomputed.register_fake
+def _(
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, grad_loss, plan, needed, chunk_tokens,
+    backend, compiled,
+):  # fmt: skip
+    of_hidden, of_weight, of_bias = unpack_needed(needed)
+    return (
+        torch.empty_like(hidden) if of_hidden else nothing(hidden),
+        torch.empty_like(weight) if of_weight else nothing(hidden),
+        weight.new_empty(weight.shape[0]) if of_bias else nothing(hidden),
+    )
+
+
+def _linear_context(ctx, inputs, output) -> None:
+    heads, labels = Heads(*inputs[:6]), inputs[6]
+    ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, graph = inputs[7:]
+    ctx.reduction = unpack(ctx.plan).reduction
+    ctx.recomputes = unpack_needed(ctx.needed).wait_for_backward(ctx.reduction)
+    ctx.dtypes = heads.hidden.dtype, heads.weight.dtype
+    _, metrics, count, *grads = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics, count, *grads)
+    ctx.save_for_backward(graph, *((*heads, labels) if ctx.recomputes else (*grads, count)))
+
+
+def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    refuse_transforms(grad_loss)
+    if grad_loss is None:
+        return (None,) * 12
+    with torch.no_grad():
+        if ctx.recomputes:
+            graph, *inputs = ctx.saved_tensors
+            settings = (ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, is_traced())
+            grads = _linear_kd_recomputed(*inputs, grad_loss, *settings)
+        else:
+            graph, *stored, count = ctx.saved_tensors
+            settings = (ctx.reduction, ctx.needed, *ctx.dtypes, ctx.backend, is_traced())
+            grads = _linear_kd_backward(*stored, grad_loss, count, *settings)
+    given = tuple(map(if_needed, grads, unpack_needed(ctx.needed)))
+    return *on_graph_of(given, grad_loss, graph), *(None,) * 9
+
+
+_linear_kd.register_autograd(_linear_gradient, setup_context=_linear_context)
+
+
+def linear_kd_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    plan: Plan,
+    chunk_tokens: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do in a graph what ``LinearKD.apply`` does eagerly."""
+    trained = (hidden, weight, bias)
+    needed = NeededGradients(*[plan.want_grad and t is not None and t.requires_grad for t in trained])
+    heads = (*trained, teacher_hidden, teacher_weight, teacher_bias)
+    inputs = anchor(*trained) if plan.want_grad else None
+    return _linear_kd(*heads, labels, pack(plan), pack_needed(needed), chunk_tokens, backend, inputs)[:3]
