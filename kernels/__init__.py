@@ -9,5 +9,7 @@ from ._objective import DIVERGENCES, METRICS, Objective
 
 __all__ = ["DIVERGENCES", "METRICS", "Objective", "linear_kd_loss", "softmax_kd_loss"]
 
+from ._api import linear_kd_objective as linear_kd_objective
+from ._api import softmax_kd_objective as softmax_kd_objective
 from ._checks import shared_vocab as shared_vocab
 from ._objective import TEMPERATURES as TEMPERATURES

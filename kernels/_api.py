@@ -1,4 +1,6 @@
-"""The public functions.
+"""The public functions, each in two steps: settings become an `Objective`, and the tensors' loss is that of one.
+
+A training loop builds its objective once and calls the second step.
 
 Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
 """
@@ -114,13 +116,38 @@ def softmax_kd_loss(
     Raises:
         ValueError: on unknown or unusable arguments.
     """
+    return softmax_kd_objective(
+        student_logits,
+        teacher_logits,
+        labels,
+        Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared),
+        reduction=reduction,
+        backend=backend,
+        return_metrics=return_metrics,
+        group=group,
+    )
+
+
+def softmax_kd_objective(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    objective: Objective,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+    return_metrics: bool | Sequence[str] = False,
+    group: "dist.ProcessGroup | None" = None,
+) -> Result:
+    """Compute :func:`softmax_kd_loss` of an objective that was built, and so checked, before."""
     check_transforms()
-    objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
     check_rows("student_logits", student_logits, "V", labels)
-    if labels is None and kd_ratio != 1.0:
-        raise ValueError(f"kd_ratio={kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1")
+    if labels is None and objective.kd_ratio != 1.0:
+        raise ValueError(
+            f"kd_ratio={objective.kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1"
+        )
     metrics = resolve_metrics(return_metrics, teacher_logits is not None, labels is not None)
     check_teacher_present("teacher_logits", teacher_logits, objective)
     vocab = student_logits.shape[-1]
@@ -133,7 +160,7 @@ def softmax_kd_loss(
     flat_labels = None
     if labels is not None:
         known = vocab if group is None else None
-        flat_labels = to_device(check_labels(labels, known, ignore_index), student_logits.device)
+        flat_labels = to_device(check_labels(labels, known, objective.ignore_index), student_logits.device)
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
@@ -208,8 +235,39 @@ def linear_kd_loss(
     Raises:
         ValueError: on unknown or unusable arguments.
     """
+    return linear_kd_objective(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        labels,
+        Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared),
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        reduction=reduction,
+        chunk_tokens=chunk_tokens,
+        backend=backend,
+        return_metrics=return_metrics,
+    )
+
+
+def linear_kd_objective(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+    return_metrics: bool | Sequence[str] = False,
+) -> Result:
+    """Compute :func:`linear_kd_loss` of an objective that was built, and so checked, before."""
     check_transforms()
-    objective = Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
     whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
@@ -237,7 +295,7 @@ def linear_kd_loss(
         )
         teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
         vocab = shared_vocab(vocab, teacher_weight.shape[0])
-    flat_labels = check_labels(labels, vocab, ignore_index)
+    flat_labels = check_labels(labels, vocab, objective.ignore_index)
 
     trainable = (t for t in (student_hidden, student_weight, student_bias) if t is not None)
     want_grad = torch.is_grad_enabled() and any(t.requires_grad for t in trainable)

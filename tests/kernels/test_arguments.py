@@ -1,5 +1,6 @@
 """Every unusable argument is refused in one sentence that says what to do."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -8,7 +9,15 @@ import pytest
 import torch
 
 import torchtune_kd.kernels as kernels
-from torchtune_kd.kernels import DIVERGENCES, METRICS, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import (
+    DIVERGENCES,
+    METRICS,
+    Objective,
+    linear_kd_loss,
+    linear_kd_objective,
+    softmax_kd_loss,
+    softmax_kd_objective,
+)
 
 
 def from_logits(**changes):
@@ -174,6 +183,39 @@ def test_the_signatures_are_as_promised():
         assert [(p.name, p.default) for p in found] == parameters
         keyword_only = [p.name for p in found if p.kind is p.KEYWORD_ONLY]
         assert keyword_only[0] in ("divergence", "student_bias")
+
+
+SETTINGS = {"divergence": "jsd", "beta": 0.3, "temperature": 2.0, "kd_ratio": 0.5}
+INPUTS = {
+    softmax_kd_objective: (softmax_kd_loss, (torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 8, -100, 3]))),
+    linear_kd_objective: (
+        linear_kd_loss,
+        (torch.randn(4, 3), torch.randn(9, 3), torch.randn(4, 5), torch.randn(9, 5), torch.tensor([0, 8, -100, 3])),
+    ),
+}
+
+
+@pytest.mark.parametrize("entry", INPUTS)
+def test_an_objective_is_built_once_for_many_calls(entry, monkeypatch):
+    function, inputs = INPUTS[entry]
+    expected = function(*inputs, **SETTINGS, reduction="none", return_metrics=True)
+    objective = Objective(**SETTINGS)
+    built = []
+    monkeypatch.setattr(Objective, "__post_init__", lambda self: built.append(self))
+    for _ in range(2):
+        loss, metrics = entry(*inputs, objective, reduction="none", return_metrics=True)
+        assert torch.equal(loss, expected[0])
+        assert metrics == expected[1]
+    assert not built
+
+
+@pytest.mark.parametrize("entry", INPUTS)
+def test_the_entries_that_take_an_objective_take_all_else(entry):
+    function, _ = INPUTS[entry]
+    settings = {field.name for field in dataclasses.fields(Objective)}
+    theirs = inspect.signature(function).parameters.values()
+    ours = [p for p in inspect.signature(entry).parameters.values() if p.name != "objective"]
+    assert [p.name for p in ours] == [p.name for p in theirs if p.name not in settings]
 
 
 def test_public_names():
