@@ -6,7 +6,8 @@ from omegaconf import OmegaConf
 from tiny import TEACHER, model_section
 from torchtune import config
 
-from torchtune_kd.demo import stages
+from torchtune_kd.demo import text
+from torchtune_kd.evaluation import speed
 from torchtune_kd.generation import engine as generate
 
 
@@ -34,7 +35,7 @@ def test_speed_counts_every_token(model, monkeypatch):
     clock = iter(i / 10 for i in range(1000))
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
     generate.with_caches(model, 16)
-    speeds = generate.tokens_per_second([model, model], [1, 2, 3], 8)
+    speeds = speed.tokens_per_second([model, model], [1, 2, 3], 8)
     assert speeds.per_second == pytest.approx([80.0, 80.0])
     assert (speeds.tokens, speeds.repeats) == (8, 3)
 
@@ -65,7 +66,7 @@ def test_a_text_ends_when_its_seconds_are_over(slow_model):
 )
 def test_speed_is_measured_in_the_time_there_is(slow_model, monkeypatch, seconds, tokens, repeats, passes):
     begin = generate.time.monotonic()
-    speeds = generate.tokens_per_second([slow_model, slow_model], [1, 2, 3], 8, seconds=seconds)
+    speeds = speed.tokens_per_second([slow_model, slow_model], [1, 2, 3], 8, seconds=seconds)
     assert speeds.per_second == pytest.approx([1.0, 1.0])
     assert (speeds.tokens, speeds.repeats, generate.time.monotonic() - begin) == (tokens, repeats, passes)
 
@@ -73,14 +74,14 @@ def test_speed_is_measured_in_the_time_there_is(slow_model, monkeypatch, seconds
 def test_pace_is_seconds_of_the_layers_by_tokens(model, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(generate.time, "perf_counter", lambda: float(next(clock)))
-    assert generate.seconds_per_token(model, 8) == pytest.approx(1 / 8)
+    assert speed.seconds_per_token(model, 8) == pytest.approx(1 / 8)
 
 
 def test_prompts_are_the_beginnings_of_held_out_prose():
     prose = "The {} method returns what it was given, and does so without\nlooking; " + "more words follow. " * 8
     documents = {"long": f"Heading\n=======\n\n{prose.format('first')}\n\n   code\n\n{prose.format('second')}"}
-    one, two = stages.held_out_prompts(documents, 2)
+    one, two = text.held_out_prompts(documents, 2)
     assert one.startswith("The first method returns") and two.startswith("The second method returns")
     documents["short"] = prose.format("third")
-    assert stages.held_out_prompts(documents, 2) == [one, one.replace("first", "third")]
-    assert stages.held_out_prompts({"table": "a b c d e f"}, 2) == ["a b c d e f", "d e f"]
+    assert text.held_out_prompts(documents, 2) == [one, one.replace("first", "third")]
+    assert text.held_out_prompts({"table": "a b c d e f"}, 2) == ["a b c d e f", "d e f"]

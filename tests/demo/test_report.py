@@ -10,6 +10,7 @@ from rich.console import Console
 
 from torchtune_kd.demo import report
 from torchtune_kd.evaluation.distance import Distance, closing, perplexity
+from torchtune_kd.reports.curves import write_curves
 
 BEFORE = Distance(loss=9.95, teacher_loss=2.94, kl=7.1234, top1_agreement=0.06, acceptance_rate=0.09)
 AFTER = Distance(loss=3.33, teacher_loss=2.94, kl=0.8211, top1_agreement=0.571, acceptance_rate=0.66)
@@ -66,7 +67,7 @@ def test_curves_are_a_picture(tmp_path, num_steps):
     steps = [{"step": i, "loss": 9 / i, "kl": 7 / i, "top1_agreement": 1 - 1 / i} for i in range(1, num_steps + 1)]
     validations = [{"step": i, "val_kl": 7 / (i + 1), "val_top1_agreement": 0.5} for i in range(0, num_steps + 1, 10)]
     file = tmp_path / "curves.png"
-    report.write_curves(file, steps, validations, "training loss (ForwardKLLoss, T = 2)")
+    write_curves(file, steps, validations, "training loss (ForwardKLLoss, T = 2)")
     assert file.read_bytes().startswith(b"\x89PNG")
     picture = matplotlib.image.imread(file)
     assert picture.shape[0] > 300 and picture.shape[1] > 800

@@ -10,6 +10,7 @@ import pytest
 
 from torchtune_kd.demo import train
 from torchtune_kd.demo.output import DemoError
+from torchtune_kd.reports.logs import read_log
 
 
 def python(code):
@@ -63,7 +64,7 @@ def test_the_log_of_torchtunes_disk_logger_is_read(tmp_path):
     logger.log_dict({"loss": 9.5, "kl": 7.0, "lr": 1e-05}, step=1)
     logger.log_dict({"val_kl": 6.5}, step=1)
     logger.close()
-    steps, validations = train.read_log(tmp_path)
+    steps, validations = read_log(tmp_path)
     assert steps == [{"step": 1, "loss": 9.5, "kl": 7.0, "lr": 1e-05}]
     assert validations == [{"step": 0, "val_kl": 7.25}, {"step": 1, "val_kl": 6.5}]
 

@@ -80,7 +80,7 @@ def test_rope_is_plain(size: str, base: int) -> None:
     from torchtune_kd.models.smollm2.model_builders import _CONFIGS
 
     config = _CONFIGS[size] | {"num_layers": 1, "vocab_size": 8, "intermediate_dim": 8}
-    model = smollm2_models._model_builders.llama3_2(**config)
+    model = smollm2_models.model_builders.llama3_2(**config)
     rope = model.layers[0].attn.pos_embeddings
     plain = RotaryPositionalEmbeddings(64, max_seq_len=8192, base=base)
     # Llama 3's formula rounds some frequencies differently; 8191 times that stays below 1e-3 radians

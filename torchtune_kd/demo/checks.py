@@ -86,9 +86,9 @@ def _check_overrides(overrides: list[str], *, by_the_clock: bool) -> None:
             f"({one_line(error).rstrip('.')}): correct them."
         ) from error
     try:
-        kd.read_settings(config, distributed=False)
-        kd.build_kd_loss(config)
-        check_optimizer(config, torch.device("cpu"))
+        read = kd.read_config(config, distributed=False)
+        read.kd_loss.build()
+        check_optimizer(read, torch.device("cpu"))
     except (kd.UserError, OmegaConfBaseException) as error:
         raise DemoError(
             f"The overrides {written} cannot be used ({one_line(error).rstrip('.')}): correct them."

@@ -5,10 +5,7 @@ import gc
 import json
 import math
 import platform
-import re
-import resource
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,11 +17,14 @@ from rich.console import Console
 from torchtune.modules import TransformerDecoder
 
 import torchtune_kd
-from torchtune_kd.demo import budget, report, teacher, text, train
+from torchtune_kd.demo import budget, machine, report, teacher, text, train
 from torchtune_kd.demo.output import DemoError, OutputFolder
+from torchtune_kd.evaluation import speed
 from torchtune_kd.evaluation.distance import Distance, closing
-from torchtune_kd.generation import engine as generate
+from torchtune_kd.generation.engine import greedy, with_caches
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
+from torchtune_kd.reports.curves import write_curves
+from torchtune_kd.reports.logs import read_log
 from torchtune_kd.tools import prune_checkpoint, select_layers, text_batches
 from torchtune_kd.tools.layer_choice import MEASURES
 from torchtune_kd.training import UserError
@@ -38,8 +38,6 @@ TIMED_TOKENS, REPEATS = 48, 3
 LEAST_MEASURING = 12  # seconds for texts and speeds, however late it is
 QUESTION = "What is the capital of France?"  # far from the training text
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-_PROSE = re.compile(r"[A-Z][^\n]{40,}\n.{120,}", re.DOTALL)  # a paragraph of several lines, not a heading or code
-_PROMPT_WORDS = 16
 _STRATEGIES = {
     "even": "evenly spaced",
     "influence": "those that change their input most, on training text",
@@ -106,8 +104,8 @@ class Demo:
 
     def make_student(self) -> None:
         strategy, influence = self.args.strategy, None
-        model = generate.load_model(self.teacher_dir, TEACHER_LAYERS, self.dtype)
-        self.pace = generate.seconds_per_token(model, self.row_length)
+        model = teacher.load_model(self.teacher_dir, TEACHER_LAYERS, self.dtype)
+        self.pace = speed.seconds_per_token(model, self.row_length)
         if strategy in MEASURES:
             batches = text_batches(
                 self.tokenizer,
@@ -139,7 +137,7 @@ class Demo:
         command = train.tune_command([*overrides, *self.overrides])
         self._detail(shlex.join(command))
         train.run_training(command, self.output.run / "tune.log")
-        steps, validations = train.read_log(self.output.run / "logs")
+        steps, validations = read_log(self.output.run / "logs")
         before, after = (Distance.from_validation(validations[index]) for index in (0, -1))
         tokens = len(steps) * rows_per_step * self.row_length
         self.results["text"]["passes_over_the_training_text"] = round(
@@ -170,18 +168,18 @@ class Demo:
             "untrained": (self.output.untrained, STUDENT_LAYERS),
             "trained": (self.output.trained, STUDENT_LAYERS),
         }
-        models = {name: generate.load_model(folder, layers, self.dtype) for name, (folder, layers) in folders.items()}
-        prompts = {prompt: prompt for prompt in held_out_prompts(self.split.held_out, 2)} | {
+        models = {name: teacher.load_model(folder, layers, self.dtype) for name, (folder, layers) in folders.items()}
+        prompts = {prompt: prompt for prompt in text.held_out_prompts(self.split.held_out, 2)} | {
             QUESTION: CHAT.format(QUESTION)
         }
         encoded = [self.tokenizer.encode(prompt, add_eos=False) for prompt in prompts.values()]
         for model in models.values():
-            generate.with_caches(model, max(map(len, encoded)) + max(NEW_TOKENS, TIMED_TOKENS))
+            with_caches(model, max(map(len, encoded)) + max(NEW_TOKENS, TIMED_TOKENS))
 
         seconds = max(self.deadline.left(), LEAST_MEASURING) / 2  # for the texts, and as much for the speeds
         self.results["completions"] = self._completions(models, dict(zip(prompts, encoded, strict=True)), seconds)
         names = ("teacher", "trained")
-        speeds = generate.tokens_per_second(
+        speeds = speed.tokens_per_second(
             [models[name] for name in names], encoded[0], TIMED_TOKENS, REPEATS, max(self.deadline.left(), seconds)
         )
         if (speeds.tokens, speeds.repeats) != (TIMED_TOKENS, REPEATS):
@@ -192,13 +190,13 @@ class Demo:
             "repeats": speeds.repeats,
             "batch_size": 1,
         }
-        for name, role, speed in zip(names, ("teacher", "student"), speeds.per_second, strict=True):
+        for name, role, per_second in zip(names, ("teacher", "student"), speeds.per_second, strict=True):
             folder, layers = folders[name]
             self.results[role] = {
                 "layers": layers,
-                "parameters": generate.num_parameters(models[name]),
+                "parameters": speed.num_parameters(models[name]),
                 "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-                "tokens_per_second": speed,
+                "tokens_per_second": per_second,
             }
 
     def _completions(
@@ -212,7 +210,7 @@ class Demo:
             for name, model in models.items():
                 share = (end - self.deadline.elapsed()) / texts
                 begin = self.deadline.elapsed()
-                tokens = generate.greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens, share)
+                tokens = greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens, share)
                 cut += len(tokens) < NEW_TOKENS and self.deadline.elapsed() - begin >= share
                 texts -= 1
                 completions[-1][name] = self.tokenizer.decode(tokens)
@@ -225,7 +223,7 @@ class Demo:
         before, after = (Distance.from_validation(results["validation"][index]) for index in (0, -1))
         loss = config.kd_loss._component_.rpartition(".")[2]
         objective = f"training loss ({loss}, T = {config.kd_loss.temperature:g})"
-        report.write_curves(self.output.curves, results["training"], results["validation"], objective)
+        write_curves(self.output.curves, results["training"], results["validation"], objective)
         tables = [
             report.distance_table(before, after, results["text"]["held_out"], results["settings"]),
             report.size_table(results["teacher"], results["student"], results["speed"]),
@@ -234,7 +232,7 @@ class Demo:
         speeds = [results[role]["tokens_per_second"] for role in ("teacher", "student")]
         results["conclusion"] = closing(before, after, *speeds)
         results["seconds"]["all"] = round(self.deadline.elapsed(), 1)
-        results["peak_memory_bytes"] = peak_memory()
+        results["peak_memory_bytes"] = machine.peak_memory()
         results["versions"] = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -262,7 +260,7 @@ class Demo:
             "teacher_dir": self.teacher_dir,
             "student_dir": self.output.untrained,
             "data_dir": self.output.path,
-            "dtype": faster_dtype(),
+            "dtype": machine.faster_dtype(),
         }
         if self.args.temperature is not None:
             overrides["kd_loss.temperature"] = self.args.temperature
@@ -313,40 +311,6 @@ def _noted(items: Iterable[Any], into: list[Any]) -> Iterator[Any]:
     for item in items:
         into.append(item)
         yield item
-
-
-def held_out_prompts(documents: text.Documents, count: int) -> list[str]:
-    """Beginnings of prose: one of each held-out document, longest first, then more of them, then of any words."""
-    firsts, others = [], []
-    for name in sorted(documents, key=lambda name: (-len(documents[name]), name)):
-        prose = [paragraph for paragraph in documents[name].split("\n\n") if _PROSE.fullmatch(paragraph)]
-        firsts += prose[:1]
-        others += prose[1:]
-    words = text.joined(documents).split()
-    anywhere = [" ".join(words[i * len(words) // count :]) for i in range(count)]
-    prompts = dict.fromkeys(" ".join(found.split()[:_PROMPT_WORDS]) for found in [*firsts, *others, *anywhere])
-    return list(prompts)[:count]
-
-
-def faster_dtype() -> str:
-    """bf16 or fp32, whichever multiplies matrices of this model's size faster: CPUs without bf16 units emulate it."""
-    seconds = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        x, weight = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - start)
-        seconds[name] = min(times)
-    return min(seconds, key=seconds.get)
-
-
-def peak_memory() -> int:
-    """Return the largest resident set, in bytes, that this process or one of its children ever had."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def run(args: argparse.Namespace, output: OutputFolder, deadline: budget.Deadline) -> None:

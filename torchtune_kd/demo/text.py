@@ -16,6 +16,8 @@ from torchtune_kd.demo.output import DemoError
 Documents = dict[str, str]  # name: text
 
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
+_PROSE = re.compile(r"[A-Z][^\n]{40,}\n.{120,}", re.DOTALL)  # a paragraph of several lines, not a heading or code
+_PROMPT_WORDS = 16
 _WORD = re.compile(r"\s*\S+|\s+$")  # with the space in front: no token of a byte-level BPE spans two of them
 _REPEAT_LENGTH = 40  # characters from which an equal paragraph counts as a repeat, not as a phrase
 _NUM_DOCUMENTS = 100  # that a single file is cut into, about
@@ -138,6 +140,19 @@ def training_passages(
         rows += one_pass
         number += 1
     return rows[:num_rows]
+
+
+def held_out_prompts(documents: Documents, count: int) -> list[str]:
+    """Choose beginnings of prose: one of each document, longest first, then more of them, then of any words."""
+    firsts, others = [], []
+    for name in sorted(documents, key=lambda name: (-len(documents[name]), name)):
+        prose = [paragraph for paragraph in documents[name].split("\n\n") if _PROSE.fullmatch(paragraph)]
+        firsts += prose[:1]
+        others += prose[1:]
+    words = joined(documents).split()
+    anywhere = [" ".join(words[i * len(words) // count :]) for i in range(count)]
+    prompts = dict.fromkeys(" ".join(found.split()[:_PROMPT_WORDS]) for found in [*firsts, *others, *anywhere])
+    return list(prompts)[:count]
 
 
 def joined(documents: Mapping[str, str]) -> str:
