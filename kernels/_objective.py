@@ -91,6 +91,18 @@ class Objective:
             object.__setattr__(self, name, None if value is None else float(value))
 
     @property
+    def computed_divergence(self) -> str:
+        """Name the divergence to compute, which at the ends of beta is another one.
+
+        There ``jsd`` vanishes and means a KL, by convention (Agarwal et al. 2024); a skewed KL at 0 is the plain one.
+        """
+        if self.divergence == "jsd" and self.beta in (0.0, 1.0):
+            return "forward_kl" if self.beta == 0.0 else "reverse_kl"
+        if self.divergence in ("skew_forward_kl", "skew_reverse_kl") and self.beta == 0.0:
+            return self.divergence.removeprefix("skew_")
+        return self.divergence
+
+    @property
     def divergence_scale(self) -> float:
         """Factor of D in the printed ``kd_loss``: T² or 1."""
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0

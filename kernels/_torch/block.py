@@ -42,6 +42,7 @@ class BlockLoss:
     ) -> None:
         self.plan, self._factor, self._workspaces = plan, factor, workspaces
         objective, wanted = plan.objective, set(plan.metrics)
+        self._divergence = objective.computed_divergence
         self._has_kd = objective.kd_ratio > 0.0
         self._has_ce = objective.kd_ratio < 1.0
         self._kd_value = self._has_kd or "kd_loss" in wanted
@@ -100,8 +101,8 @@ class BlockLoss:
             if self._undivided:
                 kd_loss = kl_from_exponentials(objective.divergence, objective.beta, dist, r, x)
             else:
-                kd_loss = divergence(objective.divergence, objective.beta, dist, r, x, kd_grad)
-            kl = kd_loss.clone() if at_temperature_1 and objective.divergence == "forward_kl" else None
+                kd_loss = divergence(self._divergence, objective.beta, dist, r, x, kd_grad)
+            kl = kd_loss.clone() if at_temperature_1 and self._divergence == "forward_kl" else None
             kd_loss.mul_(objective.divergence_scale)
             if self._has_kd:
                 loss = kd_loss * objective.kd_ratio

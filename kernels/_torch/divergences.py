@@ -90,7 +90,7 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
     (or above 0): finite, and it points where the limit points.
 
     Args:
-        name (str): the divergence.
+        name (str): what ``Objective.computed_divergence`` says.
         beta (float | None): its parameter.
         dist (Distributions): left as they are.
         r (Tensor): scratch ``[n, V]``.
@@ -100,10 +100,6 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
     Returns:
         Tensor: ``[n]``, never negative.
     """
-    if name == "jsd" and beta in (0.0, 1.0):  # by convention: the divergence itself vanishes there
-        name = "forward_kl" if beta == 0.0 else "reverse_kl"
-    elif name in ("skew_forward_kl", "skew_reverse_kl") and beta == 0.0:
-        name = name.removeprefix("skew_")
     if name in KULLBACK_LEIBLER:
         share = KULLBACK_LEIBLER[name]
         return _kl_mixture(beta if share is None else share, dist, r, x, grad)

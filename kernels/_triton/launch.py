@@ -82,12 +82,7 @@ class Variant(NamedTuple):
 def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant:
     """Return the variant that computes what `plan` needs, and no more."""
     objective, wanted = plan.objective, set(plan.metrics)
-    name, beta = objective.divergence, objective.beta
-    # the ends of beta where the divergence vanishes or is another one, as in _torch/divergences.py
-    if name == "jsd" and beta in (0.0, 1.0):
-        name = "forward_kl" if beta == 0.0 else "reverse_kl"
-    elif name in ("skew_forward_kl", "skew_reverse_kl") and beta == 0.0:
-        name = name.removeprefix("skew_")
+    name = objective.computed_divergence
     has_kd = objective.kd_ratio > 0.0 or "kd_loss" in wanted
     has_ce = objective.kd_ratio < 1.0
     metrics = bool(wanted - {"kd_loss", "class_loss", "teacher_class_loss"})
