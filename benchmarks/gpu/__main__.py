@@ -30,12 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "benchmarks.gpu", *argv])
     names = [section.name for group in wanted for section in group]
     report = Report(args.output, command, started, args.rehearse, names)
-    scale = args.minutes / MINUTES
-    end = time.monotonic()
+    begun = end = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:
             for group in wanted:
-                end += 60 * scale * sum(section.minutes for section in group)
+                if args.rehearse:
+                    end = begun + 60 * args.minutes
+                else:
+                    end += 60 * args.minutes / MINUTES * sum(section.minutes for section in group)
                 outcomes = run_group(
                     group,
                     device=args.device,

@@ -13,7 +13,7 @@ class Section(NamedTuple):
 
     Attributes:
         name (str): of its module here, and in ``--sections``.
-        minutes (float): of :data:`MINUTES`; what one leaves over goes to those after it.
+        minutes (float): of :data:`MINUTES`; what one leaves over goes to those after it. A rehearsal has one limit.
         parallel (bool): its parts, and those of the next section, may run at the same time: nothing is timed.
     """
 
@@ -28,11 +28,11 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("machine", 0.5),
+    Section("machine", 0.6),
     Section("plan", 0.0, parallel=True),
     Section("kernels", 1.9, parallel=True),
     Section("losses", 2.0),
-    Section("steps", 2.6),
+    Section("steps", 2.5),
     Section("waits", 0.8),
 )
 
