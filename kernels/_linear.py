@@ -22,7 +22,7 @@ from ._plan import (
     to_device,
     working_dtype,
 )
-from ._scaling import gradient_scale, mean_factor, mean_is_inside, retains_graph, scaled
+from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.head_gradient import HeadGradient
 
@@ -155,14 +155,6 @@ def recomputed_gradients(
         return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, needed, row_scale)[1]
 
 
-def remaining_scale(
-    grad_loss: Tensor, count: Tensor, reduction: str, backend: str, hidden_dtype: torch.dtype
-) -> Tensor:
-    """Return what the gradients of :func:`linear_forward` have yet to be multiplied by."""
-    inside = mean_is_inside(backend, reduction, hidden_dtype, count.device)
-    return gradient_scale(grad_loss, "sum" if inside else reduction, count)
-
-
 def scaled_gradients(
     grads: Gradients,
     scale: Tensor,
@@ -258,9 +250,7 @@ def _walk(
         labels = _without_padding(labels, vocab, scored, plan.objective.ignore_index)
     block_rows = chunk_tokens if is_triton(backend) else min(chunk_tokens, rows_per_block(vocab, device))
     inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
-    block_loss = _block_loss(
-        backend, plan._replace(vocab=scored), block_rows, dtype, device, mean_factor(count, inside)
-    )
+    block_loss = _block_loss(backend, plan._replace(vocab=scored), block_rows, dtype, count, inside)
     for start in range(0, n_visited, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, n_visited))
         size = chunk.stop - chunk.start
@@ -309,13 +299,13 @@ def _without_padding(labels: Tensor, vocab: int, padded: int, ignore_index: int)
     return labels.masked_fill((labels >= vocab) & (labels < padded) & (labels != ignore_index), _NO_LABEL)
 
 
-def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float):
+def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, count: Tensor, inside: bool):
     """Return the loss arithmetic of `backend`, a function of a block of logits."""
     if is_triton(backend):
         from ._triton.rows import TritonBlockLoss
 
-        return TritonBlockLoss(plan, backend)
-    return BlockLoss(plan, max_rows, dtype, device, factor)
+        return TritonBlockLoss(plan, backend, mean_scale(count, inside))
+    return BlockLoss(plan, max_rows, dtype, count.device, mean_factor(count, inside))
 
 
 def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: int) -> int:

@@ -22,11 +22,11 @@ from ._linear import (
     linear_forward,
     one_chunk,
     recomputed_gradients,
-    remaining_scale,
     scaled_gradients,
 )
 from ._objective import Objective
 from ._plan import Plan, working_dtype
+from ._scaling import remaining_scale
 from ._softmax import softmax_backward, softmax_forward
 from ._torch.head_gradient import head_gradient_dtype
 

@@ -39,23 +39,39 @@ def retains_graph() -> bool:
 
 
 def mean_is_inside(backend: str, reduction: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether PyTorch's stored gradients are the mean's already, so that ``backward()`` only hands them out.
+    """Return whether the stored gradients are those of the mean already, so that ``backward()`` only hands them out.
 
-    That takes the number of valid tokens on the host. In fp16 they are those of the sum: numbers below 6e-8 would be
-    lost.
+    That takes the number of valid tokens: Triton's kernels read it on the device, PyTorch's arithmetic on the host. In
+    fp16 the gradients of the sum are stored, because of the mean's those below 6e-8 would be lost.
     """
-    return reduction == "mean" and dtype != torch.float16 and not is_triton(backend) and host_can_read(device)
+    return reduction == "mean" and dtype != torch.float16 and (is_triton(backend) or host_can_read(device))
 
 
 def mean_factor(count: Tensor, inside: bool) -> float:
-    """Return what the gradients are multiplied by before they are stored; `count` is 0-d."""
+    """Return what PyTorch's arithmetic multiplies the gradients by before they are stored; `count` is 0-d."""
     if inside and host_can_read(count.device):
         return 1.0 / max(1, int(count))
     return 1.0
 
 
-def gradient_scale(grad_loss: Tensor, reduction: str, count: Tensor) -> Tensor:
-    """Return the factor of every token's stored gradient: 0-d, or ``[N, 1]`` for reduction "none"."""
+def mean_scale(count: Tensor, inside: bool) -> Tensor | None:
+    """Return what Triton's kernels multiply the gradients by before they are stored, 0-d on the device."""
+    # 1 / an integer would have the default dtype
+    return count.clamp(min=1).float().reciprocal() if inside else None
+
+
+def remaining_scale(grad_loss: Tensor, count: Tensor, reduction: str, backend: str, dtype: torch.dtype) -> Tensor:
+    """Return what stored gradients have yet to be multiplied by: 0-d, or ``[N, 1]`` for reduction "none".
+
+    Args:
+        grad_loss (Tensor): the incoming gradient, 0-d or ``[N]``.
+        count (Tensor): 0-d, number of valid tokens.
+        reduction (str): of the loss.
+        backend (str): of the loss arithmetic.
+        dtype (torch.dtype): of the logits or hidden states.
+    """
     if reduction == "none":
         return grad_loss.unsqueeze(-1)
-    return grad_loss / count.clamp(min=1) if reduction == "mean" else grad_loss
+    if reduction == "sum" or mean_is_inside(backend, reduction, dtype, count.device):
+        return grad_loss
+    return grad_loss / count.clamp(min=1)

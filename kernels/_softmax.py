@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
 from ._plan import Plan, Rows, host_can_read, is_triton, row_blocks, rows_per_block, working_dtype
-from ._scaling import gradient_scale, mean_factor, mean_is_inside, retains_graph, scaled
+from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.workspaces import WORKSPACES
 
@@ -76,20 +76,17 @@ def softmax_forward(
     if plan.want_grad:
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         grad[..., plan.vocab :] = 0
-    row_scale = None
-    if _mean_is_inside_triton(backend, plan.reduction, student.dtype):
-        row_scale = count.clamp(min=1).float().reciprocal()  # 1 / an integer would have the default dtype
+    inside = mean_is_inside(backend, plan.reduction, student.dtype, student.device)
     if group is not None:
         from ._triton.shards import Group, parallel_rows
 
-        rows = parallel_rows(student, teacher, labels, plan, grad, row_scale, Group.of(group))
+        rows = parallel_rows(student, teacher, labels, plan, grad, mean_scale(count, inside), Group.of(group))
     elif is_triton(backend):
         from ._triton.rows import rows as triton_rows
 
-        rows = triton_rows(student, teacher, labels, plan, grad, row_scale, backend)
+        rows = triton_rows(student, teacher, labels, plan, grad, mean_scale(count, inside), backend)
     else:
-        factor = mean_factor(count, mean_is_inside(backend, plan.reduction, student.dtype, student.device))
-        rows = _torch_rows(student, teacher, labels, valid, plan, grad, factor)
+        rows = _torch_rows(student, teacher, labels, valid, plan, grad, mean_factor(count, inside))
     loss, metrics = rows.reduce(plan.reduction, count)
     return loss, metrics, count, grad
 
@@ -98,22 +95,13 @@ def softmax_backward(
     grad: Tensor, grad_loss: Tensor, count: Tensor, reduction: str, backend: str, in_place: bool
 ) -> Tensor:
     """Multiply the stored gradient ``[N, V]`` or ``[B, S, V]`` by the incoming one (0-d, or ``[N]``)."""
-    if _mean_is_inside_triton(backend, reduction, grad.dtype) or mean_is_inside(
-        backend, reduction, grad.dtype, grad.device
-    ):
-        reduction = "sum"
-    scale = gradient_scale(grad_loss, reduction, count)
+    scale = remaining_scale(grad_loss, count, reduction, backend, grad.dtype)
     rows = grad.view(-1, grad.shape[-1])
     if is_triton(backend):
         from ._triton.rows import scale_
 
         return scale_(rows if in_place else rows.clone(), scale).view(grad.shape)
     return scaled(rows, scale, grad.dtype, in_place).view(grad.shape)
-
-
-def _mean_is_inside_triton(backend: str, reduction: str, dtype: torch.dtype) -> bool:
-    """Apply ``mean_is_inside`` to Triton's kernels, which read the number of valid tokens on the device."""
-    return is_triton(backend) and reduction == "mean" and dtype != torch.float16
 
 
 def _torch_rows(

@@ -59,10 +59,16 @@ def rows(
 
 
 class TritonBlockLoss:
-    """Compute blocks of rows as ``_torch.block.BlockLoss`` does."""
+    """Compute blocks of rows as ``_torch.block.BlockLoss`` does.
 
-    def __init__(self, plan: Plan, backend: str) -> None:
-        self.plan, self.backend = plan, backend
+    Args:
+        plan (Plan): what to compute.
+        backend (str): as for `rows`.
+        scale (Tensor | None): 0-d, multiplies every gradient.
+    """
+
+    def __init__(self, plan: Plan, backend: str, scale: Tensor | None = None) -> None:
+        self.plan, self.backend, self.scale = plan, backend, scale
 
     def __call__(
         self,
@@ -73,7 +79,8 @@ class TritonBlockLoss:
         row_scale: Tensor | None = None,
     ) -> Rows:
         """Compute one block, of any number of rows; arguments as `rows`."""
-        return rows(student, teacher, labels, self.plan, grad_out, row_scale, self.backend)
+        scale = self.scale if row_scale is None else row_scale
+        return rows(student, teacher, labels, self.plan, grad_out, scale, self.backend)
 
     def release(self) -> None:
         """Do nothing: the kernels need no workspaces."""

@@ -224,7 +224,7 @@ MUTATIONS = [
     ("_triton/shards.py", "everywhere = None", "everywhere = None if valid.any() else labels"),
     ("_softmax.py", "if valid is not None and host_can_read(student.device):", "if valid is not None:"),
     ("_checks.py", "if not host_can_read(labels.device):", "if labels is None:"),
-    ("_softmax.py", "scale = gradient_scale(", "if grad_loss == 1:\n        return grad\n    scale = gradient_scale("),
+    ("_softmax.py", "scale = remaining_scale(", "if grad_loss == 1:\n        return grad\n    scale = ("),
     ("_softmax.py", "grad[..., plan.vocab :] = 0", "grad[~valid] = 0"),
     ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / max(1, int(count))"),
     ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / count.item()"),
