@@ -102,23 +102,46 @@ def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant
     )
 
 
-def exponent_scale(plan: Plan, variant: Variant) -> float:
-    """Return c = log2(e)/T; T is 1 where no divergence is computed."""
-    return _LOG2_E / (plan.objective.temperature if variant.HAS_KD else 1.0)
+class Factors(NamedTuple):
+    """Hold the numbers of the objective as the kernels take them; field names are theirs."""
+
+    c: float  # log2(e)/T
+    beta: float
+    one_minus_beta: float
+    kd_ratio: float  # weight of the divergence in the loss
+    kd_scale: float  # factor of the divergence, T² or 1
+    kd_slope: float  # weight of dD/dz in the gradient, z = s/T
+    ce_weight: float  # of the cross-entropy in the loss
 
 
-def slope(plan: Plan) -> float:
-    """Return the weight of dD/dz in the gradient, z = s/T."""
+def factors_of(plan: Plan, variant: Variant) -> Factors:
+    """Return the factors of the plan's objective; T is 1 where no divergence is computed."""
     objective = plan.objective
-    return objective.kd_ratio * objective.divergence_scale / objective.temperature
+    beta = 0.0 if objective.beta is None else objective.beta
+    return Factors(
+        c=_LOG2_E / (objective.temperature if variant.HAS_KD else 1.0),
+        beta=beta,
+        one_minus_beta=1.0 - beta,  # rounded to fp32 by itself, because near 1 a difference from a rounded beta is 0
+        kd_ratio=objective.kd_ratio,
+        kd_scale=objective.divergence_scale,
+        kd_slope=objective.kd_ratio * objective.divergence_scale / objective.temperature,
+        ce_weight=1.0 - objective.kd_ratio,
+    )
 
 
-def betas(beta: float | None) -> tuple[float, float]:
-    """Return β and 1 - β, each rounded to fp32 by itself, because near 1 a difference from a rounded β is 0."""
-    return (0.0, 1.0) if beta is None else (float(beta), 1.0 - beta)
+def addressed(name: str, tensor: Tensor) -> dict[str, Tensor | int]:
+    """Return a tensor of logits and the addresses of its rows, as the keywords that a kernel has for `name`."""
+    inner, outer_stride, inner_stride, stride = _addresses(tensor)
+    return {
+        name: tensor,
+        f"{name}_inner": inner,
+        f"{name}_outer_stride": outer_stride,
+        f"{name}_inner_stride": inner_stride,
+        f"{name}_stride": stride,
+    }
 
 
-def addresses(tensor: Tensor) -> tuple[int, int, int, int]:
+def _addresses(tensor: Tensor) -> tuple[int, int, int, int]:
     """Return inner size, outer and inner stride of the rows, and the stride of the ids."""
     if tensor.dim() == 2:
         return 1, tensor.stride(0), 0, tensor.stride(1)

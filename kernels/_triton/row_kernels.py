@@ -125,9 +125,10 @@ def rows_kernel(
 
     SECOND: tl.constexpr = (GRADIENT or METRICS) or THREE_PASSES  # Triton up to 3.3 takes two at a time
     m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio = first_pass(
-        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_TEMPERATURE_1,
-        (not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
-        DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK,
+        student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
+        HAS_TEACHER=HAS_TEACHER, AT_TEMPERATURE_1=AT_TEMPERATURE_1,
+        FORWARD=(not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
+        REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK=BLOCK,
     )  # fmt: skip
     if not AT_TEMPERATURE_1:
         n_s = d_s
@@ -155,23 +156,30 @@ def rows_kernel(
         scale = tl.load(row_scale + row.to(tl.int64) * scale_stride).to(tl.float32)
     if SECOND:
         value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = second_pass(
-            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
-            m_s, m_t, d_s, d_t, n_s, n_t, centre, limit, kd_slope * scale, ce_weight * scale,
-            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_TEMPERATURE_1, METRICS,
-            True, GRADIENT and not THREE_PASSES, BACKWARDS, BLOCK,
+            student=s, teacher=t, out=o, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride,
+            out_stride=out_stride, c=c, beta=beta, one_minus_beta=one_minus_beta, label=label,
+            m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, centre=centre, limit=limit,
+            kd_weight=kd_slope * scale, ce_weight=ce_weight * scale,
+            DIVERGENCE=DIVERGENCE, HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE,
+            AT_TEMPERATURE_1=AT_TEMPERATURE_1, METRICS=METRICS, TERMS=True, GRADIENT=GRADIENT and not THREE_PASSES,
+            BACKWARDS=BACKWARDS, BLOCK=BLOCK,
         )  # fmt: skip
         divergence = value
         agreement = tl.where(first_s == first_t, 1.0, 0.0)
     if GRADIENT and THREE_PASSES:
         second_pass(
-            s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
-            m_s, m_t, d_s, d_t, n_s, n_t, centre_of(DIVERGENCE, centres, mass), limit,
-            kd_slope * scale, ce_weight * scale,
-            DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_TEMPERATURE_1, METRICS, False, True, False, BLOCK,
+            student=s, teacher=t, out=o, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride,
+            out_stride=out_stride, c=c, beta=beta, one_minus_beta=one_minus_beta, label=label,
+            m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, centre=centre_of(DIVERGENCE, centres, mass),
+            limit=limit, kd_weight=kd_slope * scale, ce_weight=ce_weight * scale,
+            DIVERGENCE=DIVERGENCE, HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE,
+            AT_TEMPERATURE_1=AT_TEMPERATURE_1, METRICS=METRICS, TERMS=False, GRADIENT=True,
+            BACKWARDS=False, BLOCK=BLOCK,
         )  # fmt: skip
     store_results(
-        results, kd_ratio, kd_scale, ce_weight, class_loss, teacher_class_loss, divergence, kl, agreement, entropy_s,
-        entropy_t, acceptance,
+        results=results, kd_ratio=kd_ratio, kd_scale=kd_scale, ce_weight=ce_weight, class_loss=class_loss,
+        teacher_class_loss=teacher_class_loss, divergence=divergence, kl=kl, agreement=agreement,
+        entropy_s=entropy_s, entropy_t=entropy_t, acceptance=acceptance,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .._plan import Plan, Rows
-from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on_device, rows_of, slope, variant_of
+from .launch import addressed, blocks_for, factors_of, launch_options, on_device, rows_of, variant_of
 from .row_kernels import RESULTS, rows_kernel, scale_kernel
 
 
@@ -42,19 +42,26 @@ def rows(
     if n_tokens == 0:
         return Rows.zeros(0, plan, torch.float32, student.device)
     variant = variant_of(plan, labels is not None, backend == "triton-backwards")
-    objective = plan.objective
     blocks = blocks_for(plan.vocab, variant.THREE_PASSES, variant.METRICS)
     teacher = student if teacher is None else teacher
     out = student if grad_out is None else grad_out
     scale = student.new_ones((), dtype=torch.float32) if row_scale is None else row_scale.contiguous()
     with on_device(student.device):
         rows_kernel[(n_tokens,)](
-            student, teacher, results if labels is None else labels, out, results, scale,
-            *addresses(student), *addresses(teacher), *addresses(out), 0 if scale.dim() == 0 else 1,
-            plan.vocab, objective.ignore_index, exponent_scale(plan, variant), *betas(objective.beta),
-            objective.kd_ratio, objective.divergence_scale, slope(plan), 1.0 - objective.kd_ratio,
-            **variant._asdict(), BLOCK=blocks.size, **launch_options(blocks.warps, blocks.registers),
-        )  # fmt: skip
+            **addressed("student", student),
+            **addressed("teacher", teacher),
+            **addressed("out", out),
+            labels=results if labels is None else labels,
+            results=results,
+            row_scale=scale,
+            scale_stride=0 if scale.dim() == 0 else 1,
+            n_ids=plan.vocab,
+            ignore_index=plan.objective.ignore_index,
+            **factors_of(plan, variant)._asdict(),
+            **variant._asdict(),
+            BLOCK=blocks.size,
+            **launch_options(blocks.warps, blocks.registers),
+        )
     return rows_of(results, plan)
 
 
@@ -93,6 +100,6 @@ def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     if n_rows:
         with on_device(grad.device):
             scale_kernel[(n_rows, triton.cdiv(n_ids, block))](
-                grad, scale, n_ids, ROWS=scale.dim() > 0, BLOCK=block, **launch_options(warps=8)
+                grad=grad, scale=scale, n_ids=n_ids, ROWS=scale.dim() > 0, BLOCK=block, **launch_options(warps=8)
             )
     return grad

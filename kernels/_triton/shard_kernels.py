@@ -83,14 +83,21 @@ def first_pass_kernel(
     if HAS_LABELS:
         label = tl.load(labels + row)
         if label == ignore_index:
-            store_statistics(to, LOWEST, LOWEST, LOWEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            store_statistics(
+                to=to, m_s=LOWEST, m_t=LOWEST, largest_ratio=LOWEST, d_s=0.0, d_t=0.0, n_s=0.0, n_t=0.0,
+                forward=0.0, reverse=0.0, ruled_out=0.0, label_s=0.0, label_t=0.0,
+            )  # fmt: skip
             return
     m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio = first_pass(
-        s, t, n_ids, student_stride, teacher_stride, c, HAS_TEACHER, AT_TEMPERATURE_1, FORWARD,
-        DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK,
+        student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
+        HAS_TEACHER=HAS_TEACHER, AT_TEMPERATURE_1=AT_TEMPERATURE_1, FORWARD=FORWARD,
+        REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK=BLOCK,
     )  # fmt: skip
     largest_ratio = tl.where(largest_ratio > LOWEST, largest_ratio + (m_s - m_t) * c, LOWEST)
-    store_statistics(to, m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, 0.0, 0.0)
+    store_statistics(
+        to=to, m_s=m_s, m_t=m_t, largest_ratio=largest_ratio, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t,
+        forward=forward, reverse=reverse, ruled_out=ruled_out, label_s=0.0, label_t=0.0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -105,11 +112,12 @@ def rescale_kernel(own, maxima, merged, c):
     move_s = move_of(own_s, m_s, c)
     move_t = move_of(own_t, m_t, c)
     store_statistics(
-        merged + row * COLUMNS, m_s, m_t, largest_ratio,
-        tl.exp2(move_s) * d_s, tl.exp2(move_t) * d_t,
-        tl.exp2(move_of(own_s, m_s, LOG2_E)) * n_s, tl.exp2(move_of(own_t, m_t, LOG2_E)) * n_t,
-        moved_forward(forward, d_t, move_s, move_t), moved_reverse(reverse, d_s, ruled_out, move_s, move_t),
-        tl.exp2(move_s) * ruled_out, 0.0, 0.0,
+        to=merged + row * COLUMNS, m_s=m_s, m_t=m_t, largest_ratio=largest_ratio,
+        d_s=tl.exp2(move_s) * d_s, d_t=tl.exp2(move_t) * d_t,
+        n_s=tl.exp2(move_of(own_s, m_s, LOG2_E)) * n_s, n_t=tl.exp2(move_of(own_t, m_t, LOG2_E)) * n_t,
+        forward=moved_forward(forward, d_t, move_s, move_t),
+        reverse=moved_reverse(reverse, d_s, ruled_out, move_s, move_t),
+        ruled_out=tl.exp2(move_s) * ruled_out, label_s=0.0, label_t=0.0,
     )  # fmt: skip
 
 
@@ -171,16 +179,20 @@ def second_pass_kernel(
     limit = 0.0
     if HAS_KD:
         centre, limit = centre_and_limit(
-            DIVERGENCE, c, m_s, m_t, largest_ratio, d_s, d_t, forward, reverse, ruled_out,
-            sums + wide_row * TERMS, HAS_SUMS,
+            DIVERGENCE=DIVERGENCE, c=c, m_s=m_s, m_t=m_t, largest_ratio=largest_ratio, d_s=d_s, d_t=d_t,
+            forward=forward, reverse=reverse, ruled_out=ruled_out, sums=sums + wide_row * TERMS, HAS_SUMS=HAS_SUMS,
         )  # fmt: skip
     scale = 1.0
     if GRADIENT:
         scale = tl.load(row_scale + wide_row * scale_stride).to(tl.float32)
     value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = second_pass(
-        s, t, o, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
-        m_s, m_t, d_s, d_t, n_s, n_t, centre, limit, kd_slope * scale, ce_weight * scale,
-        DIVERGENCE, HAS_TEACHER, HAS_KD, HAS_CE, AT_TEMPERATURE_1, METRICS, HAS_TERMS, GRADIENT, False, BLOCK,
+        student=s, teacher=t, out=o, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride,
+        out_stride=out_stride, c=c, beta=beta, one_minus_beta=one_minus_beta, label=label,
+        m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, centre=centre, limit=limit,
+        kd_weight=kd_slope * scale, ce_weight=ce_weight * scale,
+        DIVERGENCE=DIVERGENCE, HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE,
+        AT_TEMPERATURE_1=AT_TEMPERATURE_1, METRICS=METRICS, TERMS=HAS_TERMS, GRADIENT=GRADIENT, BACKWARDS=False,
+        BLOCK=BLOCK,
     )  # fmt: skip
     if HAS_TERMS:
         terms += wide_row * TERMS
@@ -237,6 +249,8 @@ def results_kernel(
         forward_kl, reverse_kl, _, _ = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest)
         divergence = kl_value(DIVERGENCE, beta, one_minus_beta, forward_kl, reverse_kl)
     store_results(
-        results, kd_ratio, kd_scale, ce_weight, cross_entropy(label_s, m_s, n_s), cross_entropy(label_t, m_t, n_t),
-        divergence, kl, agreement, entropy_s, entropy_t, acceptance,
+        results=results, kd_ratio=kd_ratio, kd_scale=kd_scale, ce_weight=ce_weight,
+        class_loss=cross_entropy(label_s, m_s, n_s), teacher_class_loss=cross_entropy(label_t, m_t, n_t),
+        divergence=divergence, kl=kl, agreement=agreement, entropy_s=entropy_s, entropy_t=entropy_t,
+        acceptance=acceptance,
     )  # fmt: skip

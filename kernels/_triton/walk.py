@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._plan import Plan
-from .launch import addresses, betas, blocks_for, exponent_scale, launch_options, on_device, slope, variant_of
+from .launch import addressed, blocks_for, factors_of, launch_options, on_device, variant_of
 from .row_kernels import RESULTS
 from .shard_kernels import (
     COLUMNS,
@@ -47,7 +47,7 @@ class Walk:
         self.needs_terms = self.variant.METRICS or self.variant.THREE_PASSES
         self._n_tokens = student.shape[:-1].numel()
         self._blocks = blocks_for(plan.vocab, self.variant.THREE_PASSES, self.variant.METRICS)
-        self._c = exponent_scale(plan, self.variant)
+        self._factors = factors_of(plan, self.variant)
 
     def first_pass(self, forward: bool) -> Tensor:
         """Return ``own`` of the kernels' legend ``[N, COLUMNS]``.
@@ -60,19 +60,30 @@ class Walk:
         forward = forward and v.DIVERGENCE in ("forward_kl", "symmetric_kl")
         with on_device(own.device):
             first_pass_kernel[(self._n_tokens,)](
-                self.student, self.teacher, own if self.labels is None else self.labels, own,
-                *addresses(self.student), *addresses(self.teacher),
-                self.plan.vocab, self.ignore_index, self._c,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_LABELS, v.AT_TEMPERATURE_1, forward,
-                BLOCK=self._blocks.size, **launch_options(self._blocks.warps, self._blocks.registers),
-            )  # fmt: skip
+                **addressed("student", self.student),
+                **addressed("teacher", self.teacher),
+                labels=own if self.labels is None else self.labels,
+                own=own,
+                n_ids=self.plan.vocab,
+                ignore_index=self.ignore_index,
+                c=self._factors.c,
+                DIVERGENCE=v.DIVERGENCE,
+                HAS_TEACHER=v.HAS_TEACHER,
+                HAS_LABELS=v.HAS_LABELS,
+                AT_TEMPERATURE_1=v.AT_TEMPERATURE_1,
+                FORWARD=forward,
+                BLOCK=self._blocks.size,
+                **launch_options(self._blocks.warps, self._blocks.registers),
+            )
         return own
 
     def rescale(self, own: Tensor, maxima: Tensor) -> Tensor:
         """Return this shard's part of ``merged`` ``[N, COLUMNS]``, relative to ``maxima`` ``[N, MAXIMA]``."""
         merged = torch.empty_like(own)
         with on_device(own.device):
-            rescale_kernel[(self._n_tokens,)](own, maxima, merged, self._c, **launch_options(warps=1))
+            rescale_kernel[(self._n_tokens,)](
+                own=own, maxima=maxima, merged=merged, c=self._factors.c, **launch_options(warps=1)
+            )
         return merged
 
     def second_pass(self, merged: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -90,20 +101,39 @@ class Walk:
         self, merged: Tensor, sums: Tensor | None, terms: Tensor | None, firsts: Tensor | None, gradient: bool
     ) -> None:
         """Launch a further pass over the shard; arguments as ``second_pass_kernel``."""
-        v, objective = self.variant, self.plan.objective
+        v, factors = self.variant, self._factors
         with on_device(merged.device):
             second_pass_kernel[(self._n_tokens,)](
-                self.student, self.teacher, merged if self.labels is None else self.labels, self.out, merged,
-                merged if sums is None else sums, merged if terms is None else terms,
-                merged if firsts is None else firsts, self.row_scale,
-                *addresses(self.student), *addresses(self.teacher), *addresses(self.out),
-                0 if self.row_scale.dim() == 0 else 1,
-                self.plan.vocab, self.ignore_index, self._c, *betas(objective.beta),
-                slope(self.plan), 1.0 - objective.kd_ratio,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_CE, v.HAS_LABELS, v.AT_TEMPERATURE_1, v.METRICS,
-                sums is not None, terms is not None, gradient,
-                BLOCK=self._blocks.size, **launch_options(self._blocks.warps, self._blocks.registers),
-            )  # fmt: skip
+                **addressed("student", self.student),
+                **addressed("teacher", self.teacher),
+                **addressed("out", self.out),
+                labels=merged if self.labels is None else self.labels,
+                merged=merged,
+                sums=merged if sums is None else sums,
+                terms=merged if terms is None else terms,
+                firsts=merged if firsts is None else firsts,
+                row_scale=self.row_scale,
+                scale_stride=0 if self.row_scale.dim() == 0 else 1,
+                n_ids=self.plan.vocab,
+                ignore_index=self.ignore_index,
+                c=factors.c,
+                beta=factors.beta,
+                one_minus_beta=factors.one_minus_beta,
+                kd_slope=factors.kd_slope,
+                ce_weight=factors.ce_weight,
+                DIVERGENCE=v.DIVERGENCE,
+                HAS_TEACHER=v.HAS_TEACHER,
+                HAS_KD=v.HAS_KD,
+                HAS_CE=v.HAS_CE,
+                HAS_LABELS=v.HAS_LABELS,
+                AT_TEMPERATURE_1=v.AT_TEMPERATURE_1,
+                METRICS=v.METRICS,
+                HAS_SUMS=sums is not None,
+                HAS_TERMS=terms is not None,
+                GRADIENT=gradient,
+                BLOCK=self._blocks.size,
+                **launch_options(self._blocks.warps, self._blocks.registers),
+            )
 
     def results(self, merged: Tensor, sums: Tensor | None, firsts: Tensor | None, labels: Tensor | None) -> Tensor:
         """Return ``results`` of the kernels ``[N, RESULTS]``.
@@ -114,17 +144,30 @@ class Walk:
             firsts (Tensor | None): ``[N, 2]``, first ids at the maxima.
             labels (Tensor | None): ``[N]``, ids of the whole vocabulary, negative where they are none.
         """
-        v, objective = self.variant, self.plan.objective
+        v, factors = self.variant, self._factors
         results = self._empty(RESULTS.value)
         with on_device(merged.device):
             results_kernel[(self._n_tokens,)](
-                merged, merged if sums is None else sums, merged if firsts is None else firsts,
-                merged if labels is None else labels, results,
-                self.ignore_index, self._c, *betas(objective.beta), objective.kd_ratio,
-                objective.divergence_scale, 1.0 - objective.kd_ratio,
-                v.DIVERGENCE, v.HAS_TEACHER, v.HAS_KD, v.HAS_LABELS, v.AT_TEMPERATURE_1, sums is not None,
+                merged=merged,
+                sums=merged if sums is None else sums,
+                firsts=merged if firsts is None else firsts,
+                labels=merged if labels is None else labels,
+                results=results,
+                ignore_index=self.ignore_index,
+                c=factors.c,
+                beta=factors.beta,
+                one_minus_beta=factors.one_minus_beta,
+                kd_ratio=factors.kd_ratio,
+                kd_scale=factors.kd_scale,
+                ce_weight=factors.ce_weight,
+                DIVERGENCE=v.DIVERGENCE,
+                HAS_TEACHER=v.HAS_TEACHER,
+                HAS_KD=v.HAS_KD,
+                HAS_LABELS=v.HAS_LABELS,
+                AT_TEMPERATURE_1=v.AT_TEMPERATURE_1,
+                HAS_SUMS=sums is not None,
                 **launch_options(warps=1),
-            )  # fmt: skip
+            )
         return results
 
     def _empty(self, columns: int) -> Tensor:
