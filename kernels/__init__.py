@@ -12,4 +12,5 @@ __all__ = ["DIVERGENCES", "METRICS", "Objective", "linear_kd_loss", "softmax_kd_
 from ._api import linear_kd_objective as linear_kd_objective
 from ._api import softmax_kd_objective as softmax_kd_objective
 from ._checks import shared_vocab as shared_vocab
+from ._meta import on_meta as on_meta
 from ._objective import TEMPERATURES as TEMPERATURES

@@ -26,9 +26,10 @@ from ._checks import (
 )
 from ._derivatives import check_transforms
 from ._linear import LinearKD
+from ._meta import META
 from ._objective import Objective, needs_teacher, resolve_metrics
 from ._operators import linear_kd_op, softmax_kd_op
-from ._plan import Plan, to_device
+from ._plan import Plan, autocast_type, to_device
 from ._softmax import SoftmaxKD
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -165,6 +166,8 @@ def softmax_kd_objective(
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
     backend = resolve_backend(backend, student_logits, teacher_logits)
+    if backend == META:
+        raise ValueError("on_meta knows the loss from hidden states alone; call linear_kd_loss inside of it")
     if group is not None:
         outputs = _sharded(student_logits, teacher_logits, flat_labels, plan, backend, group)
     else:
@@ -302,7 +305,7 @@ def linear_kd_objective(
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
     backend = resolve_backend(backend, student_hidden, teacher_hidden)
     apply = linear_kd_op if torch.compiler.is_compiling() else LinearKD.apply
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with torch.autocast(autocast_type(student_hidden.device), enabled=False):
         outputs = apply(
             student_hidden.reshape(-1, student_hidden.shape[-1]),
             student_weight,

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._meta import META, stands_for
 from ._objective import Objective
-from ._plan import host_can_read
+from ._plan import autocast_type, host_can_read
 
 BACKENDS = ("auto", "torch", "triton", "triton-backwards")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -32,7 +33,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
-    """Return one of `BACKENDS` but "auto"; `tensors` are what the loss arithmetic reads.
+    """Return one of `BACKENDS` but "auto", or inside of ``on_meta`` its backend.
+
+    Args:
+        backend (str): what was asked for.
+        *tensors (Tensor | None): what the loss arithmetic reads.
 
     Raises:
         ValueError: if `backend` cannot run on these tensors.
@@ -40,6 +45,13 @@ def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
     check_choice("backend", backend, BACKENDS)
     given = [t for t in tensors if t is not None]
     device, has_fp64 = given[0].device, any(t.dtype == torch.float64 for t in given)
+    if device.type == "meta":
+        if backend != "auto" or stands_for(device) == device:
+            raise ValueError(
+                f"backend={backend!r} needs values, but got tensors on the meta device; move them, or leave backend "
+                f"out inside of `with on_meta(device):`, which only allocates what the loss would on that device"
+            )
+        return META
     if backend == "auto":
         fits = device.type == "cuda" and torch.version.hip is None and TRITON_IS_INSTALLED and not has_fp64
         return "triton" if fits else "torch"
@@ -183,7 +195,7 @@ def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def _autocast(tensor: Tensor) -> Tensor:
     """Cast as autocast does the operands of a linear layer: fp64 stays what it is."""
-    device = tensor.device.type
+    device = autocast_type(tensor.device)
     if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor

@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
+from ._meta import META
 from ._plan import (
     Plan,
     Rows,
+    Tokens,
+    autocast_type,
     chunk_size,
-    host_can_read,
-    is_capturing,
     is_triton,
     rows_per_block,
     slices,
-    to_device,
+    valid_tokens,
     working_dtype,
 )
 from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.head_gradient import HeadGradient
+from ._torch.meta import MetaBlockLoss, uses_kernel
 
 # Ids that the rows of a chunk of logits are padded to a multiple of: 128 bytes of bf16. Rows of an odd length start
 # anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
@@ -134,7 +136,7 @@ def linear_forward(
     heads: Heads, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, needed: NeededGradients
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Return loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradients to scale."""
-    tokens = _tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
+    tokens = valid_tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
     rows, grads = _walk(heads, tokens, plan, chunk_tokens, backend, needed)
     loss, metrics = rows.reduce(plan.reduction, tokens.count)
     return loss, metrics, tokens.count, grads
@@ -150,8 +152,8 @@ def recomputed_gradients(
     row_scale: Tensor,
 ) -> Gradients:
     """Return the gradients of Σ row_scale·loss, final, by walking the chunks again; `row_scale` ``[N, 1]``."""
-    tokens = _tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
-    with torch.autocast(heads.hidden.device.type, enabled=False):
+    tokens = valid_tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
+    with torch.autocast(autocast_type(heads.hidden.device), enabled=False):
         return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, needed, row_scale)[1]
 
 
@@ -168,36 +170,6 @@ def scaled_gradients(
         None if grads.weight is None else scaled(grads.weight, scale, weight_dtype, in_place),
         None if grads.bias is None else scaled(grads.bias, scale, weight_dtype, in_place),
     )
-
-
-class Tokens(NamedTuple):
-    """Hold the tokens to work through."""
-
-    index: Tensor | None  # [n], their positions among the N; None if all N are visited
-    labels: Tensor  # [n]
-    count: Tensor  # 0-d, number of valid ones
-
-
-def _tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: str) -> Tokens:
-    """Return the valid tokens, on `device`.
-
-    With labels on a device the host waits once, for the number of valid ones: they take a small part of the time that
-    the products of ignored tokens would. Where it cannot wait, in a CUDA graph that is being captured, and where there
-    are no values, on the meta device, all tokens are visited, and the Triton kernel gives ignored ones zeros.
-    """
-    if labels.is_meta or (is_capturing(device) and not host_can_read(labels.device)):
-        if not is_triton(backend):
-            raise ValueError(
-                f"backend={backend!r} has to wait for the number of valid tokens, which a CUDA graph that is being "
-                f"captured cannot do; use backend='triton' or leave linear_kd_loss out of the graph"
-            )
-        labels = labels.to(device, non_blocking=True)
-        return Tokens(None, labels, (labels != ignore_index).sum())
-    index = (labels != ignore_index).nonzero().squeeze(-1)
-    count = torch.full((), len(index), device=device)
-    if len(index) == len(labels):
-        return Tokens(None, to_device(labels, device), count)
-    return Tokens(to_device(index, device), to_device(labels[index], device), count)
 
 
 def _walk(
@@ -222,9 +194,6 @@ def _walk(
     """
     index, labels, count = tokens
     hidden, device, vocab, n_visited = heads.hidden, heads.hidden.device, plan.vocab, len(labels)
-    weight, bias = heads.weight[:vocab], None if heads.bias is None else heads.bias[:vocab]
-    teacher_weight = None if heads.teacher_weight is None else heads.teacher_weight[:vocab]
-    teacher_bias = None if heads.teacher_bias is None else heads.teacher_bias[:vocab]
     dtype = working_dtype(hidden, heads.teacher_hidden)
     plan = plan._replace(want_grad=any(needed))
     rows = Rows.zeros(hidden.shape[0], plan, dtype, device)
@@ -238,37 +207,24 @@ def _walk(
         return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
     chunk_tokens = min(_chunk_tokens(heads, vocab, chunk_tokens, n_visited), n_visited)
-    student_buffer = _buffer(hidden, chunk_tokens, vocab)
-    teacher_buffer = None if teacher_weight is None else _buffer(teacher_weight, chunk_tokens, vocab)
-    scored = vocab  # ids that the loss arithmetic visits
-    if is_triton(backend) and student_buffer.shape[1] > vocab:
-        # The kernel loads 128 bits at a time only if the row that it visits has a round length. So it visits the
-        # padding, too, where both models are -inf, which adds nothing to value or gradient.
-        scored = student_buffer.shape[1]
-        if teacher_buffer is not None:
-            teacher_buffer[:, vocab:] = -math.inf
-        labels = _without_padding(labels, vocab, scored, plan.objective.ignore_index)
-    block_rows = chunk_tokens if is_triton(backend) else min(chunk_tokens, rows_per_block(vocab, device))
+    in_kernel = is_triton(backend) or (backend == META and uses_kernel(device, dtype))
+    chunks = _Chunks(heads, vocab, chunk_tokens, in_kernel)
+    if chunks.scored > vocab:
+        labels = _without_padding(labels, vocab, chunks.scored, plan.objective.ignore_index)
+    block_rows = min(chunk_tokens, rows_per_block(vocab, device)) if backend == "torch" else chunk_tokens
     inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
-    block_loss = _block_loss(backend, plan._replace(vocab=scored), block_rows, dtype, count, inside)
-    for start in range(0, n_visited, chunk_tokens):
-        chunk = slice(start, min(start + chunk_tokens, n_visited))
-        size = chunk.stop - chunk.start
+    block_loss = _block_loss(backend, plan._replace(vocab=chunks.scored), block_rows, dtype, count, inside)
+    for chunk in slices(n_visited, chunk_tokens):
         pick = chunk if index is None else index[chunk]  # positions among the N tokens
         h = hidden[pick]
-        student_logits = _logits(h, weight, bias, student_buffer[:size, :vocab])
-        if teacher_buffer is not None:
-            _logits(heads.teacher_hidden[pick], teacher_weight, teacher_bias, teacher_buffer[:size, :vocab])
-        if scored > vocab:
-            student_buffer[:size, vocab:] = -math.inf  # the last chunk's gradient is there
-
-        for block in slices(size, block_rows):
-            where = slice(start + block.start, start + block.stop)  # positions among the n tokens
+        student, teacher = chunks.fill(h, None if heads.teacher_hidden is None else heads.teacher_hidden[pick])
+        for block in slices(len(student), block_rows):
+            where = slice(chunk.start + block.start, chunk.start + block.stop)  # positions among the n tokens
             at = where if index is None else index[where]
-            s = student_buffer[block, :scored]
+            s = student[block]
             loss, metrics = block_loss(
                 s,
-                None if teacher_buffer is None else teacher_buffer[block, :scored],
+                None if teacher is None else teacher[block],
                 labels[where],
                 s if plan.want_grad else None,
                 None if row_scale is None else row_scale[at],
@@ -277,21 +233,59 @@ def _walk(
             for into, metric in zip(rows.metrics, metrics, strict=True):
                 into[at] = metric.to(into.dtype)
 
+        grad = student[:, :vocab]  # of the chunk's logits, which it was written over
         if needed.hidden and index is None:
-            torch.mm(student_logits, weight, out=grads.hidden[pick])
+            torch.mm(grad, chunks.weight, out=grads.hidden[pick])
         elif needed.hidden:
-            grads.hidden[pick] = student_logits @ weight
+            grads.hidden[pick] = grad @ chunks.weight
         if needed.weight:
-            head_grad.add(student_logits, h)
+            head_grad.add(grad, h)
         if needed.bias:
-            grads.bias[:vocab] += student_logits.sum(0, dtype=dtype)
+            grads.bias[:vocab] += grad.sum(0, dtype=dtype)
     block_loss.release()
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
 
-def _buffer(like: Tensor, rows: int, vocab: int) -> Tensor:
-    """Return memory for a chunk of logits ``[C, V]``, as wide as its padded rows."""
-    return like.new_empty(rows, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+class _Chunks:
+    """Make the logits of chunks of tokens, one after another in the same memory.
+
+    Rows are padded to `_ROW_MULTIPLE` ids. A kernel loads 128 bits at a time only if the row that it visits has a round
+    length, so that it visits the padding too, where both models are -inf, which adds nothing to value or gradient.
+
+    Args:
+        heads (Heads): inputs of the matrix products.
+        vocab (int): V, ids that both models score.
+        size (int): the largest chunk.
+        in_kernel (bool): the loss arithmetic is one kernel.
+
+    Attributes:
+        weight (Tensor): ``[V, D]`` of the student.
+        scored (int): ids that the loss arithmetic visits.
+    """
+
+    def __init__(self, heads: Heads, vocab: int, size: int, in_kernel: bool) -> None:
+        def cut(head: Tensor | None) -> Tensor | None:
+            return None if head is None else head[:vocab]
+
+        self._vocab, width = vocab, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.weight, self._bias = heads.weight[:vocab], cut(heads.bias)
+        self._teacher_weight, self._teacher_bias = cut(heads.teacher_weight), cut(heads.teacher_bias)
+        self.scored = width if in_kernel else vocab
+        self._student = heads.hidden.new_empty(size, width)
+        self._teacher = None if heads.teacher_weight is None else heads.teacher_weight.new_empty(size, width)
+        if self.scored > vocab and self._teacher is not None:
+            self._teacher[:, vocab:] = -math.inf
+
+    def fill(self, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute a chunk's logits ``[C, scored]`` of both models from their hidden states ``[C, D]``."""
+        size, vocab, scored = len(hidden), self._vocab, self.scored
+        _logits(hidden, self.weight, self._bias, self._student[:size, :vocab])
+        if scored > vocab:
+            self._student[:size, vocab:] = -math.inf  # the last chunk's gradient is there
+        if self._teacher is None:
+            return self._student[:size, :scored], None
+        _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, self._teacher[:size, :vocab])
+        return self._student[:size, :scored], self._teacher[:size, :scored]
 
 
 def _without_padding(labels: Tensor, vocab: int, padded: int, ignore_index: int) -> Tensor:
@@ -305,6 +299,8 @@ def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, cou
         from ._triton.rows import TritonBlockLoss
 
         return TritonBlockLoss(plan, backend, mean_scale(count, inside))
+    if backend == META:
+        return MetaBlockLoss(plan, max_rows, dtype)
     return BlockLoss(plan, max_rows, dtype, count.device, mean_factor(count, inside))
 
 

@@ -1,6 +1,6 @@
 """What one call computes, and how tokens are cut into pieces: shared by both functions and both backends.
 
-Legend: N tokens, V vocabulary, M metrics.
+Legend: N tokens, n valid tokens, V vocabulary, M metrics.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._meta import stands_for
 from ._objective import Objective
 
 # Elements of one temporary. CPU: 2 MiB of fp32 each, seven of them, which a last-level cache holds, and few enough
@@ -53,6 +54,14 @@ class Rows(NamedTuple):
         return loss, self.metrics.sum(-1).float()
 
 
+class Tokens(NamedTuple):
+    """Hold the tokens to work through."""
+
+    index: Tensor | None  # [n], their positions among the N; None if all N are visited
+    labels: Tensor  # [n]
+    count: Tensor  # 0-d, number of valid ones
+
+
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return fp64 if any tensor is fp64, else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -76,6 +85,28 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def valid_tokens(labels: Tensor, ignore_index: int, device: torch.device, backend: str) -> Tokens:
+    """Return the valid tokens, on `device`.
+
+    With labels on a device the host waits once, for the number of valid ones: they take a small part of the time that
+    the products of ignored tokens would. Where it cannot wait, in a CUDA graph that is being captured, and where there
+    are no values, with labels on the meta device, all tokens are visited, and the kernel gives ignored ones zeros.
+    """
+    if labels.is_meta or (is_capturing(device) and not host_can_read(labels.device)):
+        if backend == "torch":
+            raise ValueError(
+                f"backend={backend!r} has to wait for the number of valid tokens, which a CUDA graph that is being "
+                f"captured cannot do; use backend='triton' or leave linear_kd_loss out of the graph"
+            )
+        labels = labels.to(device, non_blocking=True)
+        return Tokens(None, labels, (labels != ignore_index).sum())
+    index = (labels != ignore_index).nonzero().squeeze(-1)
+    count = torch.full((), len(index), device=device)
+    if len(index) == len(labels):
+        return Tokens(None, to_device(labels, device), count)
+    return Tokens(to_device(index, device), to_device(labels[index], device), count)
+
+
 def is_triton(backend: str) -> bool:
     """Return whether one of the Triton backends was chosen."""
     return backend.startswith("triton")
@@ -94,15 +125,20 @@ def slices(n_rows: int, step: int) -> Iterator[slice]:
 
 def rows_per_block(vocab: int, device: torch.device) -> int:
     """Return how many rows of `vocab` elements a temporary holds."""
-    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE) // vocab)
+    return max(1, _BLOCK_ELEMENTS.get(stands_for(device).type, _BLOCK_ELEMENTS_ELSEWHERE) // vocab)
 
 
 def chunk_size(n_tokens: int, vocab: int, element_bytes: int, device: torch.device) -> int:
     """Return the tokens per chunk: as few equal chunks as the byte budget allows, in multiples of 128 tokens."""
-    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+    budget = _CHUNK_BYTES.get(stands_for(device).type, _CHUNK_BYTES_ELSEWHERE)
     most = max(128, budget // (vocab * element_bytes) // 128 * 128)
     n_chunks = -(-n_tokens // most)
     return min(most, -(-n_tokens // max(1, n_chunks) // 128) * 128) or 128
+
+
+def autocast_type(device: torch.device) -> str:
+    """Return the type of device whose autocast has to do with tensors on `device`; the meta device has none."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 def host_can_read(device: torch.device) -> bool:
