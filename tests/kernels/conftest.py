@@ -1,4 +1,11 @@
-"""Which divergences and backends the tests run for."""
+"""Which divergences, backends and devices the tests run for.
+
+``pytest tests/kernels --device cuda`` runs the tests that take `device` on a GPU, where nothing is interpreted: those
+that compare with the formula in fp64, in value and gradient. Without the option all tests run, on the CPU.
+"""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +13,7 @@ from interpreter import patch_language_once_a_launch
 
 from torchtune_kd.kernels import DIVERGENCES, Objective, _api, _checks
 
-patch_language_once_a_launch()
+HERE = Path(__file__).parent
 
 # Every divergence at its default, at a lopsided beta, at the ends where formulas change, and near them.
 VARIANTS = [
@@ -18,6 +25,45 @@ VARIANTS = [
     *(("skew_reverse_kl", beta) for beta in (0.0, 1e-6, 1e-3, 0.1, 0.5, 1 - 1e-3, 1 - 1e-6, 1.0)),
     ("tvd", None),
 ]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests that take `device` compute")
+
+
+def device_of(config):
+    return config.getoption("--device", "cpu")  # unknown where pytest was started above this folder
+
+
+def pytest_configure(config):
+    if device_of(config) == "cpu":
+        patch_language_once_a_launch()
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a CUDA GPU, and PyTorch finds none; leave it out to use the CPU")
+    os.environ["TRITON_INTERPRET"] = "0"  # looked at when Triton is imported, which was not yet
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out tests that are about a CPU, where another device was asked for."""
+    here = [item for item in items if item.path.parent == HERE]
+    if device_of(config) == "cpu":
+        return
+    left_out = [item for item in here if "device" not in item.fixturenames]
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def device(request):
+    """Type of the device that a test's tensors are made on; here functions of torch make them there by themselves."""
+    name = device_of(request.config)
+    if name == "cpu":
+        yield name
+        return
+    torch.set_default_device(name)
+    yield name
+    torch.set_default_device(None)
 
 
 def pytest_generate_tests(metafunc):
@@ -41,13 +87,12 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """What ``backend="auto"`` stands for in a test on a CPU; Triton is interpreted and leaves fp64 to torch."""
+    """What ``backend="auto"`` stands for in a test; Triton is interpreted on a CPU, and leaves fp64 to torch."""
 
     def resolve(backend, *tensors):
         if backend == "auto" and not any(t is not None and t.dtype == torch.float64 for t in tensors):
-            backend = "triton"
+            backend = request.param
         return _checks.resolve_backend(backend, *tensors)
 
-    if request.param == "triton":
-        monkeypatch.setattr(_api, "resolve_backend", resolve)
+    monkeypatch.setattr(_api, "resolve_backend", resolve)
     return request.param

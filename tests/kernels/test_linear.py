@@ -22,13 +22,13 @@ def gradients(loss, inputs):
 
 # A third of the cases each: chunks chosen, of 50 tokens (which do not divide 129), of one token.
 @pytest.mark.parametrize((*VALUES, "chunk_tokens"), [(*case, (None, 50, 1)[i % 3]) for i, case in enumerate(GRID)])
-def test_grid(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens):
+def test_grid(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens, device):
     check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens)
 
 
 @pytest.mark.parametrize("t", [0.5, 1.0, 8.0])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype, backend):
+def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype, backend, device):
     inputs = make_inputs(v=300, dtype=dtype)
     for name in ("hidden", "weight", "bias"):
         inputs[f"teacher_{name}"] = inputs[f"student_{name}"].detach().clone()
@@ -64,7 +64,7 @@ def test_an_fp16_head_gradient_that_leaves_the_range_before_it_is_divided(chunk_
 @pytest.mark.parametrize(
     ("chunk_tokens", "t", "kd_ratio"), [(None, 1.0, 1.0), (4, 2.0, 0.3), (1, 0.5, 0.5), (5, 8.0, 0.0)]
 )
-def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio, backend):
+def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio, backend, device):
     inputs = make_inputs()
     truth = oracle.mean(*logits(inputs, F64), inputs["labels"], divergence, beta, t, kd_ratio)
     loss = linear_kd_loss(
@@ -80,7 +80,7 @@ def test_value_and_gradients(divergence, beta, chunk_tokens, t, kd_ratio, backen
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
-def test_low_precision_is_as_right_as_plain_torch(divergence, chunk_tokens, dtype, backend):
+def test_low_precision_is_as_right_as_plain_torch(divergence, chunk_tokens, dtype, backend, device):
     inputs = make_inputs(n=48, v=1000, d=64, teacher_d=96, dtype=dtype)
     beta = Objective(divergence).beta
     kwargs = {"divergence": divergence, "beta": beta, "temperature": 2.0, "kd_ratio": 0.5}
@@ -109,7 +109,7 @@ def test_gradcheck(divergence, reduction):
     assert torch.autograd.gradcheck(loss, leaves(inputs))
 
 
-def test_equals_the_loss_of_logits(divergence):
+def test_equals_the_loss_of_logits(divergence, device):
     inputs = make_inputs(dtype=F64)
     kwargs = {"divergence": divergence, "temperature": 2.0, "kd_ratio": 0.5}
     from_hidden = linear_kd_loss(**inputs, chunk_tokens=5, return_metrics=True, **kwargs)
@@ -157,7 +157,7 @@ def test_weight_trains_while_hidden_does_not(backend):
 
 @pytest.mark.parametrize("n", [0, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_valid_token_gives_a_connected_zero(n, reduction, backend):
+def test_no_valid_token_gives_a_connected_zero(n, reduction, backend, device):
     inputs = make_inputs(n=n, ignored=1)
     loss = linear_kd_loss(**inputs, kd_ratio=0.5, reduction=reduction)
     assert not loss.any()
@@ -285,7 +285,7 @@ def test_rows_of_logits_lie_at_multiples_of_64(v, backend, monkeypatch):
         assert (ours - right).abs().max() <= 1e-5 * right.abs().max() + 1e-8
 
 
-def test_every_metric_and_divergence_beside_padding(divergence, backend):
+def test_every_metric_and_divergence_beside_padding(divergence, backend, device):
     """The padding of the rows, 24 ids beside 40, adds to no value."""
     inputs = make_inputs(n=6, v=40, ignored=3)
     settings = {"divergence": divergence, "temperature": 2.0, "kd_ratio": 0.5}

@@ -30,6 +30,8 @@ def expected(student, teacher, labels, kd_loss):
 @pytest.fixture
 def tensors(request):
     """Models that agree on about half of the tokens; a third of the tokens is ignored."""
+    if "device" in request.fixturenames:
+        request.getfixturevalue("device")
     interpreted = "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton"
     n = 6 if interpreted else 30
     student = torch.randn(n, 50, requires_grad=True)
@@ -44,7 +46,7 @@ def tensors(request):
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("t", "scale"), [(0.5, True), (1.0, True), (4.0, True), (4.0, False)])
-def test_values(tensors, divergence, t, scale, kd_ratio, backend):
+def test_values(tensors, divergence, t, scale, kd_ratio, backend, device):
     student, teacher, labels = tensors
     kwargs = {"divergence": divergence, "temperature": t, "scale_by_temperature_squared": scale}
     beta = {"symmetric_kl": 0.5, "jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}.get(divergence)
@@ -68,7 +70,7 @@ def test_values(tensors, divergence, t, scale, kd_ratio, backend):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_each_alone_equals_itself_among_all(tensors, name, backend):
+def test_each_alone_equals_itself_among_all(tensors, name, backend, device):
     student, teacher, labels = tensors
     _, all_of_them = softmax_kd_loss(student, teacher, labels, temperature=3.0, return_metrics=True)
     _, alone = softmax_kd_loss(student, teacher, labels, temperature=3.0, return_metrics=[name])
@@ -131,7 +133,7 @@ def test_nan_logits_are_not_hidden(tensors, model, name, backend):
 @pytest.mark.parametrize("v", [1, 7, 256, 257, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("t", "kd_ratio"), [(1.0, 1.0), (3.0, 0.5), (2.0, 0.0)])
-def test_of_ties_the_first_id_counts(v, dtype, t, kd_ratio, backend):
+def test_of_ties_the_first_id_counts(v, dtype, t, kd_ratio, backend, device):
     """Few distinct values, so that most rows of either model have several largest ids."""
     n = 200 if backend == "torch" else 20
     student, teacher = torch.randint(0, 4, (2, n, v)).to(dtype).unbind()

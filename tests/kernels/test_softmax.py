@@ -20,7 +20,7 @@ def as_another_device(monkeypatch):
 
 
 @pytest.mark.parametrize(VALUES.keys(), GRID)
-def test_value_and_gradient(divergence, beta, v, n, t, kd_ratio, labels, dtypes, kind):
+def test_value_and_gradient(divergence, beta, v, n, t, kd_ratio, labels, dtypes, kind, device):
     check_logits(divergence, beta, v, n, t, kd_ratio, labels, dtypes, kind)
 
 
@@ -75,7 +75,7 @@ def test_masks_do_not_wait_for_the_device(monkeypatch, divergence):
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize("t", [0.5, 1.0, 8.0])
-def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype, backend):
+def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, dtype, backend, device):
     student = (3 * torch.randn(5, 1000)).to(dtype).requires_grad_()
     loss = softmax_kd_loss(student, student.detach().clone(), divergence=divergence, beta=beta, temperature=t)
     (grad,) = gradient(loss, student)
@@ -83,7 +83,7 @@ def test_equal_models_have_no_loss_and_exactly_no_gradient(divergence, beta, t, 
     assert not grad.any()
 
 
-def test_small_divergence_from_bf16_is_right(divergence, backend):
+def test_small_divergence_from_bf16_is_right(divergence, backend, device):
     """A KL of about 0.002; one peer is 36 % off here."""
     n = 64 if backend == "torch" else 8
     teacher = (3 * torch.randn(n, 4096)).bfloat16()
@@ -102,7 +102,7 @@ def test_small_divergence_from_bf16_is_right(divergence, backend):
         assert 0.001 < truth < 0.003
 
 
-def test_small_divergence_in_fp32_keeps_its_digits(divergence, backend):
+def test_small_divergence_in_fp32_keeps_its_digits(divergence, backend, device):
     """KL of about 1e-6: a difference of rounded log-sums would have no digit left."""
     n = 256 if backend == "torch" else 8  # the error of a row is 1e-8, either way
     teacher = 3 * torch.randn(n, 4096)
@@ -129,7 +129,7 @@ def test_the_default_dtype_changes_nothing(divergence, backend):
 @pytest.mark.parametrize("near_0", [True, False])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("divergence_of_two", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
-def test_every_beta_is_right(divergence_of_two, spread, near_0, from_end, backend):
+def test_every_beta_is_right(divergence_of_two, spread, near_0, from_end, backend, device):
     beta = from_end if near_0 else 1 - from_end
     n = 6 if backend == "triton" and spread < 30 else 32  # far apart a few rows may all be at the limit
     student, teacher = (spread * torch.randn(2, n, 50)).unbind()
@@ -146,7 +146,7 @@ def test_every_beta_is_right(divergence_of_two, spread, near_0, from_end, backen
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("beta_of_two", [1e-300, 1e-40, 1 - 1e-16])
 @pytest.mark.parametrize("divergence_of_two", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
-def test_no_beta_gives_infinity_where_the_mixture_has_all_ids(divergence_of_two, beta_of_two, backend):
+def test_no_beta_gives_infinity_where_the_mixture_has_all_ids(divergence_of_two, beta_of_two, backend, device):
     student, teacher = (100 * torch.randn(2, 32, 50)).unbind()
     student.requires_grad_()
     loss = softmax_kd_loss(student, teacher, divergence=divergence_of_two, beta=beta_of_two)
@@ -155,7 +155,7 @@ def test_no_beta_gives_infinity_where_the_mixture_has_all_ids(divergence_of_two,
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_gradients_of_distant_models_are_as_right_as_those_of_plain_torch(divergence, beta, dtype, backend):
+def test_gradients_of_distant_models_are_as_right_as_those_of_plain_torch(divergence, beta, dtype, backend, device):
     """Where the student is sure of an id that the teacher rules out, terms of h near a constant would cancel."""
     n = 64 if backend == "torch" else 8
     student, teacher = (12 * torch.randn(2, n, 200)).to(dtype).unbind()
@@ -186,7 +186,7 @@ def test_gradcheck(divergence, beta):
         assert torch.autograd.gradcheck(loss, student)
 
 
-def test_id_masked_in_the_student_only(divergence, beta, backend):
+def test_id_masked_in_the_student_only(divergence, beta, backend, device):
     """+inf where D needs log(p/0); else the limit, which a logit of -1000 reaches in fp64."""
     student, teacher = torch.randn(2, 6, 50)
     student[:, 7] = -torch.inf
@@ -206,7 +206,7 @@ def test_id_masked_in_the_student_only(divergence, beta, backend):
         assert not grad[:, 7].any()
 
 
-def test_id_masked_in_the_teacher_only(divergence, beta, backend):
+def test_id_masked_in_the_teacher_only(divergence, beta, backend, device):
     student = torch.randn(6, 50, requires_grad=True)
     teacher = torch.randn(6, 50)
     teacher[:, 7] = -torch.inf
@@ -227,7 +227,7 @@ def test_id_masked_in_the_teacher_only(divergence, beta, backend):
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
-def test_an_id_the_teacher_forbids_is_pushed_off_harder_than_one_it_finds_unlikely(dtype, backend):
+def test_an_id_the_teacher_forbids_is_pushed_off_harder_than_one_it_finds_unlikely(dtype, backend, device):
     student = torch.zeros(1, 3, dtype=dtype, requires_grad=True)
     for unlikely in (-10.0, -1e3, -3e4):
         teacher = torch.tensor([[0.0, unlikely, -torch.inf]], dtype=dtype)
@@ -239,7 +239,7 @@ def test_an_id_the_teacher_forbids_is_pushed_off_harder_than_one_it_finds_unlike
         assert grad[0, 1] < grad[0, 2] or (unlikely == -3e4 and grad[0, 1] == grad[0, 2])  # rounded
 
 
-def test_label_without_probability_has_infinite_cross_entropy(backend):
+def test_label_without_probability_has_infinite_cross_entropy(backend, device):
     student = torch.randn(2, 9)
     student[0, 4] = -torch.inf
     student.requires_grad_()
@@ -249,7 +249,7 @@ def test_label_without_probability_has_infinite_cross_entropy(backend):
 
 
 @pytest.mark.parametrize("n", [0, 5])
-def test_no_valid_token_gives_a_connected_zero(divergence, n, backend):
+def test_no_valid_token_gives_a_connected_zero(divergence, n, backend, device):
     student = torch.randn(n, 11, requires_grad=True)
     teacher = torch.full((n, 11), torch.nan)  # ignored tokens are not even read
     labels = torch.full((n,), -100)
@@ -260,7 +260,7 @@ def test_no_valid_token_gives_a_connected_zero(divergence, n, backend):
     assert not student.grad.any()
 
 
-def test_ignored_rows_do_not_leak_nan(backend):
+def test_ignored_rows_do_not_leak_nan(backend, device):
     student, teacher = torch.randn(2, 4, 11)
     student[1] = torch.nan
     student.requires_grad_()
@@ -272,7 +272,7 @@ def test_ignored_rows_do_not_leak_nan(backend):
     assert not grad[1].any()
 
 
-def test_nan_logits_are_not_hidden(divergence, backend):
+def test_nan_logits_are_not_hidden(divergence, backend, device):
     student, teacher = torch.randn(2, 4, 11)
     student[1, 3] = torch.nan
     assert softmax_kd_loss(student, teacher, divergence=divergence).isnan()
@@ -293,7 +293,7 @@ def test_reduction_none_has_the_shape_of_the_labels_and_weighs_rows(backend):
             assert torch.allclose(gradient(one, student)[0][b, s] * weights[b, s], grad[b, s], atol=1e-7)
 
 
-def test_temperature_squared_scales_value_and_gradient(divergence, backend):
+def test_temperature_squared_scales_value_and_gradient(divergence, backend, device):
     """One peer scales the printed number only: its gradient is 4 times too small at T = 2."""
     student, teacher = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40)
     kwargs = {"divergence": divergence, "temperature": 2.0}
@@ -303,7 +303,7 @@ def test_temperature_squared_scales_value_and_gradient(divergence, backend):
     assert torch.allclose(gradient(scaled, student)[0], 4 * gradient(bare, student)[0])
 
 
-def test_sequences_cut_from_longer_ones_are_not_copied(backend):
+def test_sequences_cut_from_longer_ones_are_not_copied(backend, device):
     """[B, S, V] that no view flattens, as ``logits[:, :-1]``."""
     student, teacher = torch.randn(2, 3, 6, 50)
     student.requires_grad_()

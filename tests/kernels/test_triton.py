@@ -10,7 +10,7 @@ import torch
 from grid import GRID, VALUES
 from grid_checks import check_hidden, check_logits
 
-from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._plan import Plan
 
 pytest.importorskip("triton")
@@ -27,16 +27,18 @@ CASES = [(v, ROWS[n], *rest) for v, n, *rest in GRID if F64 not in rest[3]]
 
 
 @pytest.mark.parametrize(VALUES.keys(), CASES)
-def test_value_and_gradient_from_logits(divergence, v, n, t, kd_ratio, labels, dtypes, kind):
+def test_value_and_gradient_from_logits(divergence, v, n, t, kd_ratio, labels, dtypes, kind, device):
     check_logits(divergence, Objective(divergence).beta, v, n, t, kd_ratio, labels, dtypes, kind, "triton")
 
 
 @pytest.mark.parametrize((*VALUES, "chunk_tokens"), [(*case, (None, 2, 1)[i % 3]) for i, case in enumerate(CASES)])
-def test_value_and_gradient_from_hidden_states(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens):
+def test_value_and_gradient_from_hidden_states(
+    divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens, device
+):
     check_hidden(divergence, v, n, t, kd_ratio, labels, dtypes, kind, chunk_tokens, "triton")
 
 
-def test_walking_backwards_changes_nothing(divergence):
+def test_walking_backwards_changes_nothing(divergence, device):
     student, teacher = torch.randn(2, 5, 5000)
     teacher[3] = student[3]
     labels = torch.tensor([4999, -100, 0, 17, 2500])
@@ -56,7 +58,7 @@ def test_walking_backwards_changes_nothing(divergence):
         assert torch.allclose(*values, rtol=1e-5, atol=1e-6)
 
 
-def test_the_linear_function_walks_backwards_too():
+def test_the_linear_function_walks_backwards_too(device):
     hidden, head, teacher_hidden, teacher_head = (torch.randn(*shape) for shape in ((3, 4), (50, 4), (3, 6), (50, 6)))
     results = []
     for backend in ("triton", "triton-backwards"):
@@ -83,17 +85,32 @@ LARGE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "v", "t", "labels", "dtypes", "kind"), LARGE)
-def test_vocabularies_of_real_models(name, v, t, labels, dtypes, kind, backend):
+def test_vocabularies_of_real_models(name, v, t, labels, dtypes, kind, backend, device):
     check_logits(name, Objective(name).beta, v, 2, t, 0.3, labels, dtypes, kind, backend)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "v"), [("forward_kl", 128256), ("jsd", 151936), ("reverse_kl", 49152)])
-def test_heads_of_real_models(name, v, backend):
+def test_heads_of_real_models(name, v, backend, device):
     check_hidden(name, v, 2, 2.0, 0.3, "some", (BF16, BF16), "normal", 1, backend)
 
 
-def test_labels_outside_of_the_vocabulary_give_nan():
+def test_in_place_and_again_give_the_same_bits(divergence, device):
+    """The gradient written over the logits, as ``linear_kd_loss`` does it, in several blocks."""
+    student, teacher = (3 * torch.randn(2, 2, 2100)).to(BF16)
+    labels = torch.tensor([2099, 0])
+    plan = Plan(Objective(divergence, temperature=2.0, kd_ratio=0.5), METRICS, 2100, "none", True, True)
+    results = []
+    for in_place in (False, True, False, True):
+        logits = student.clone()
+        grad = logits if in_place else torch.full_like(logits, torch.nan)
+        results.append((*rows(logits, teacher, labels, plan, grad), grad))
+    for found in results[1:]:
+        for ours, first in zip(found, results[0], strict=True):
+            assert torch.equal(ours, first)
+
+
+def test_labels_outside_of_the_vocabulary_give_nan(device):
     """As a device sees them, whose labels the host does not look at."""
     student, teacher = torch.randn(2, 6, 20)
     labels = torch.tensor([3, -100, 20, -1, 2**32 + 3, 19])
@@ -103,7 +120,7 @@ def test_labels_outside_of_the_vocabulary_give_nan():
 
 
 @pytest.mark.parametrize("ruled_out", [slice(0, 2048), slice(5, 6)])
-def test_ids_that_the_teacher_rules_out_in_one_of_several_blocks(divergence, ruled_out):
+def test_ids_that_the_teacher_rules_out_in_one_of_several_blocks(divergence, ruled_out, device):
     """A whole block without a finite logit, and maxima that move after an id was ruled out."""
     student, teacher = torch.randn(2, 3, 5000) + torch.arange(5000) / 1000
     teacher[:, ruled_out] = -torch.inf
