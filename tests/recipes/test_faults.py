@@ -187,7 +187,7 @@ def test_all_processes_skip_the_same_step(tmp_path):
 PHASES = {
     "teacher": (LiveTeacher, "forward"),
     "student forward": (TransformerDecoder, "forward"),
-    "loss": (models_module, "linear_kd_loss"),
+    "loss": (models_module, "linear_kd_objective"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
 }

@@ -12,7 +12,7 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.errors import phase
-from torchtune_kd.kernels import linear_kd_loss
+from torchtune_kd.kernels import Objective, linear_kd_objective
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.losses.signals import Signal
 from torchtune_kd.models.output_head import output_head, skip_output_head
@@ -28,8 +28,7 @@ class Student(nn.Module):
     def __init__(self, decoder: TransformerDecoder, kd_loss: KDLoss, kd_ratio: float) -> None:
         super().__init__()
         self.decoder = skip_output_head(decoder)
-        self.kd_ratio = kd_ratio
-        self._objective = kd_loss.settings()
+        self._objective = Objective(kd_ratio=kd_ratio, **kd_loss.settings())
         self.offload_activations = contextlib.nullcontext()
         self.keeps_layers_gathered = False  # between the microbatches of a step, under FSDP2
 
@@ -61,16 +60,15 @@ class Student(nn.Module):
         states, (teacher_weight, teacher_bias) = signal or (None, (None, None))
         with phase("loss"):
             weight, bias = output_head(self.decoder)
-            return linear_kd_loss(
+            return linear_kd_objective(
                 hidden,
                 weight,
                 states,
                 teacher_weight,
                 batch.labels,
+                self._objective,
                 student_bias=bias,
                 teacher_bias=teacher_bias,
-                kd_ratio=self.kd_ratio,
                 reduction="sum",
                 return_metrics=metrics,
-                **self._objective,
             )

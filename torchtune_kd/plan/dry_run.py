@@ -1,16 +1,17 @@
 """One microbatch of the real training step, or of a validation, on the meta device: its memory and its FLOPs.
 
 The models, the step and the loss are those of the recipe. Two things are stood in for: the loss arithmetic on one
-chunk of logits, which needs values (its workspace is allocated as on the device), and the offloading of activations.
+chunk of logits, which needs values (``kernels.on_meta`` allocates its workspace as on the device), and the offloading
+of activations.
 
 Legend: B sequences, S their length, N = B x S tokens, V vocabulary, D hidden width.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,8 @@ from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.world import World
-from torchtune_kd.kernels import Objective, _linear, _plan
-from torchtune_kd.kernels._plan import Plan, rows_per_block
-from torchtune_kd.kernels._torch.block import BlockLoss
+from torchtune_kd.kernels import on_meta
 from torchtune_kd.losses import KDLoss
-from torchtune_kd.models import student as training_models
 from torchtune_kd.models.student import Student
 from torchtune_kd.plan.meta_models import Models
 from torchtune_kd.plan.tracker import Operation, Tracker
@@ -131,7 +129,7 @@ def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> 
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, student, "offload_activations", contextlib.nullcontext())
         sizes = stack.enter_context(_phases(tracker, student, teacher))
-        stack.enter_context(_loss_on_meta(tracker, settings.torch_device))
+        stack.enter_context(on_meta(settings.torch_device, account=functools.partial(tracker.account, 0)))
         yield _DryRun(tracker, student, teacher, kd_loss, Batch(labels, labels), sizes)
 
 
@@ -218,81 +216,6 @@ def gradients_counted(
             handle.remove()
         for parameter in models.trainable:
             parameter.grad = None
-
-
-@contextlib.contextmanager
-def _loss_on_meta(tracker: Tracker, device: torch.device) -> Iterator[None]:
-    """Let :class:`Student` compute its loss from meta tensors as on ``device``.
-
-    The kernels' public functions refuse meta tensors, rightly; what is replaced here is put back at the end.
-    """
-
-    def linear_kd_loss(
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        labels: Tensor,
-        *,
-        student_bias: Tensor | None,
-        teacher_bias: Tensor | None,
-        kd_ratio: float,
-        reduction: str,
-        return_metrics: tuple[str, ...],
-        **objective: Any,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens, has_teacher = labels.numel(), teacher_weight is not None
-        vocab = min(w.shape[0] for w in (weight, teacher_weight) if w is not None)
-        logit = sum(w.element_size() for w in (weight, teacher_weight) if w is not None)
-        terms, want_grad = Objective(kd_ratio=kd_ratio, **objective), torch.is_grad_enabled()
-        plan = Plan(terms, return_metrics, vocab, reduction, has_teacher, want_grad)
-        loss, metrics, count = _linear.LinearKD.apply(
-            hidden.flatten(0, 1),
-            weight,
-            student_bias,
-            teacher_hidden.flatten(0, 1) if has_teacher else None,
-            teacher_weight,
-            teacher_bias,
-            labels.flatten(),
-            plan,
-            _linear.chunk_size(tokens, vocab, logit, device),
-            "triton",  # which loops over whole chunks
-        )
-        return loss, {**dict(zip(return_metrics, metrics, strict=True)), "num_tokens": count}
-
-    def block_loss(_: str, plan: Plan, max_rows: int, *__: Any) -> "_BlockLossOnMeta":
-        return _BlockLossOnMeta(tracker, plan, max_rows, device)
-
-    # the size of the blocks in which gradients are scaled and summed
-    blocks = {"meta": _plan._BLOCK_ELEMENTS.get(device.type, _plan._BLOCK_ELEMENTS_ELSEWHERE)}
-    with (
-        mock.patch.dict(_plan._BLOCK_ELEMENTS, blocks),
-        mock.patch.object(training_models, "linear_kd_loss", linear_kd_loss),
-        mock.patch.object(_linear, "_block_loss", block_loss),
-    ):
-        yield
-
-
-class _BlockLossOnMeta:
-    """Stands for the arithmetic on a chunk of logits: PyTorch's workspace on a CPU, none with Triton on CUDA."""
-
-    def __init__(self, tracker: Tracker, plan: Plan, max_rows: int, device: torch.device) -> None:
-        self._tracker, self._plan, self._is_eager = tracker, plan, device.type != "cuda"
-        if self._is_eager:
-            rows = min(max_rows, rows_per_block(plan.vocab, device))
-            self._workspace = BlockLoss(plan, rows, torch.float32, torch.device("meta"))
-
-    def __call__(self, student: Tensor, teacher: Tensor | None, *_: Any) -> tuple[Tensor, list[Tensor]]:
-        # kernels/README.md: the kernel reads each model's logits twice and writes the gradient once; eagerly they pass
-        # through some twenty fp32 operations that stay in cache
-        logits = [t for t in (student, teacher) if t is not None]
-        moved = sum(t.numel() * t.element_size() for t in logits) * 2 + student.numel() * student.element_size()
-        self._tracker.account(0, moved)
-        values = [student.new_empty(len(student), dtype=torch.float32) for _ in range(1 + len(self._plan.metrics))]
-        return values[0], values[1:]
-
-    def release(self) -> None:
-        """The run's workspace stays, too, where it is small."""
 
 
 def _offloaded() -> Any:
