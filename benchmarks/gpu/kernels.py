@@ -5,7 +5,6 @@ Legend: N tokens, V vocabulary.
 
 import importlib.util
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,7 +28,9 @@ def run(job: Job, emit: Emit) -> None:
     """Run the checks of one divergence, or of ``more``, until the time is up; a row for each."""
     from ._more import checks as more_checks
 
-    backend = backend_of(job)
+    backend, why = backend_of(job)
+    if why:
+        emit({"what": "Triton", "of": "more", "case": job.part, "left_out": f"{why}; PyTorch's backend is checked"})
     poison_unwritten_memory()
     clock = Clock(job.seconds)
     checks = more_checks(job, backend) if job.part == "more" else _checks(job, backend)
@@ -49,13 +50,20 @@ def run(job: Job, emit: Emit) -> None:
             emit(row | {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
 
-def backend_of(job: Job) -> str:
-    """Return the backend to check: Triton's kernels, and in a rehearsal PyTorch's where Triton is missing."""
+def backend_of(job: Job) -> tuple[str, str]:
+    """Return the backend to check, and why it is not Triton's, which happens in a rehearsal alone."""
     if importlib.util.find_spec("triton") is None:
         if job.device == "cuda":
             raise Skip("Triton is not installed")
-        return "torch"
-    return "triton" if job.device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+        return "torch", "Triton is not installed"
+    if job.device == "cpu":
+        from torchtune_kd.kernels import softmax_kd_loss
+
+        try:
+            softmax_kd_loss(torch.zeros(1, 2), torch.zeros(1, 2), backend="triton")
+        except Exception as error:  # some versions of Triton do not get on with some of NumPy
+            return "torch", f"its interpreter fails here, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "triton", ""
 
 
 def poison_unwritten_memory() -> None:

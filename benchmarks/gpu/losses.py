@@ -8,6 +8,7 @@ from ..losses._counts import Rates
 from ..losses._report import case_table, footnotes, target_table
 from ..losses._run import Clock, Result, run_case
 from ._job import Emit, Job, Row, Skip
+from .kernels import backend_of
 
 TITLE = "The losses and their peers"
 PARTS = ("",)
@@ -25,7 +26,7 @@ def run(job: Job, emit: Emit) -> None:
         raise Skip("the rates of the device are not known, see the first section")
     clock = Clock(job.seconds)
     cases = list(_REHEARSED if job.rehearse else plan(job.device))
-    words = ["ours-torch", "ours-triton"] if job.rehearse else None
+    words = ["ours-torch", f"ours-{backend_of(job)[0]}"] if job.rehearse else None
     for index, case in enumerate(cases):
         if clock.left() <= 0:
             emit({"left_out": len(cases) - index})

@@ -59,7 +59,7 @@ def loss_calls(job: Job) -> list[tuple[str, int, Callable[[], Any]]]:
     from torchtune_kd.kernels import linear_kd_loss, softmax_kd_loss
 
     (tokens, vocab, *widths), device = SMALL if job.rehearse else SHAPE, job.device
-    settings = {"kd_ratio": 0.5, "temperature": 2.0, "backend": backend_of(job)}
+    settings = {"kd_ratio": 0.5, "temperature": 2.0, "backend": backend_of(job)[0]}
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).bfloat16()

@@ -14,7 +14,7 @@ from checkout import benchmarks as part
 
 import torchtune_kd.kernels
 
-sections, runner, report_file = part("gpu._sections"), part("gpu._runner"), part("gpu._report")
+sections, runner, report_file, jobs = (part(f"gpu.{name}") for name in ("_sections", "_runner", "_report", "_job"))
 kernels, more, cases, formulas = part("gpu.kernels"), part("gpu._more"), part("gpu._cases"), part("gpu._formulas")
 steps, waits, counter, standins = part("gpu.steps"), part("gpu.waits"), part("gpu._counter"), part("gpu._standins")
 Outcome = runner.Outcome
@@ -40,7 +40,7 @@ def test_the_rehearsal_finds_nothing_wrong(tmp_path):
     checks = found["sections"]["kernels"]["rows"]
     assert {row["of"] for row in checks} == set(kernels.PARTS)
     left_out = {row["what"] for row in checks if "left_out" in row}
-    assert left_out <= {"CUDA graph", "beyond 2^31 elements", "process group of 1"}
+    assert left_out <= {"CUDA graph", "beyond 2^31 elements", "process group of 1", "Triton"}
     for what in ("logits", "hidden states", "equal models", "in place", "3 repeats"):
         assert {row["of"] for row in checks if row["what"] == what and row["ok"]} == set(formulas.DIVERGENCES)
 
@@ -130,6 +130,17 @@ def test_a_wrong_metric_is_noticed(monkeypatch):
 
     monkeypatch.setattr(torchtune_kd.kernels, "softmax_kd_loss", changed)
     assert CHECKS["metrics"]() > 1
+
+
+def test_an_interpreter_that_fails_is_named(monkeypatch):
+    def fail(*args, **kwargs):
+        raise TypeError("only 0-dimensional arrays")
+
+    monkeypatch.setattr(torchtune_kd.kernels, "softmax_kd_loss", fail)
+    job = jobs.Job("kernels", "jsd", "cpu", True, 9.0, "", {})
+    backend, why = kernels.backend_of(job)
+    assert backend == "torch"
+    assert "TypeError: only 0-dimensional arrays" in why
 
 
 def test_unwritten_memory_is_not_a_number():
