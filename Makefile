@@ -17,6 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
 JOBS ?= 2
 test test-fast test-oldest: export OMP_NUM_THREADS ?= 1
+CHECKED := tests/test_package.py tests/test_versions.py $(addprefix tests/,checkpoints config configs data distributed losses models storage)
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
 # PyTorch 2.6 and what was new when it was: what pyproject.toml promises to work with
 OLDEST := .venv-oldest
@@ -24,7 +25,7 @@ OLDEST := .venv-oldest
 EXPORTS := .venv-exports
 
 .DEFAULT_GOAL := install
-.PHONY: install exports demo docs test test-fast test-oldest lint types format build clean
+.PHONY: install exports demo docs check test test-fast test-oldest lint types format build clean
 
 install: $(INSTALLED)
 
@@ -38,6 +39,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python -m torchtune_kd.demo
+
+# Lint, types, and what can be tested within this process in half a minute: no compiler, process, recipe or kernel runs.
+check: lint types
+	$(PYTEST) -m 'not slow and not heavy' $(CHECKED)
 
 test: lint exports
 	$(PYTEST)

@@ -151,6 +151,7 @@ def test_kernels_stand_alone(file):
     assert names <= {"torch", "triton"} | sys.stdlib_module_names
 
 
+@pytest.mark.heavy
 def test_kernels_work_without_torchtune(tmp_path):
     code = "import sys, torchtune_kd.kernels; sys.exit('torchtune' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
@@ -242,6 +243,7 @@ def wheel(tmp_path_factory):
     return file
 
 
+@pytest.mark.heavy
 def test_wheel_holds_the_tree(wheel):
     """Every module, every YAML and the licence; nothing of the tests and benchmarks."""
     assert wheel.name == f"torchtune_kd-{torchtune_kd.__version__}-py3-none-any.whl"

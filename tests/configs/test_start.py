@@ -83,6 +83,7 @@ def small(path: Path, folder: Path) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "student_dir"])  # which no key reads any more
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_a_shipped_config_trains_two_steps_with_its_tokenizer(path, tmp_path):
     cfg = small(path, tmp_path)
@@ -114,6 +115,7 @@ def test_tune_run_starts_llama_with_its_tokenizer(recipe, tmp_path):
     assert [step["step"] for step in read_log(tmp_path / "out")] == [1, 2]
 
 
+@pytest.mark.heavy  # the tokenizer is downloaded
 def test_text_gives_no_id_beyond_llamas_rows():
     tokenizer = config.instantiate(
         OmegaConf.create({"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(llama3_tokenizer())})
@@ -130,6 +132,7 @@ def test_text_gives_no_id_beyond_llamas_rows():
         check_tokenizer(tokenizer, 49152)
 
 
+@pytest.mark.heavy
 def test_a_row_with_an_image_is_named_before_models_load(tmp_path):
     cfg = small(CONFIGS / "llama3_2" / "8B_to_1B_KD_full_single_device.yaml", tmp_path)
     cfg.dataset = {"_component_": "tiny.image_dataset"}
@@ -138,6 +141,7 @@ def test_a_row_with_an_image_is_named_before_models_load(tmp_path):
     assert "row 1 of `dataset` holds 128256" in run.output()
 
 
+@pytest.mark.heavy
 def test_plan_checks_the_tokenizer_where_its_file_is_there(tmp_path):
     path = CONFIGS / "llama3_2" / "8B_to_1B_KD_lora_single_device.yaml"
     missing = "the tokenizer fits the models: /tmp/Llama-3.2-1B-Instruct/original/tokenizer.model is not there"

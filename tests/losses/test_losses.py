@@ -240,6 +240,7 @@ def test_padded_vocabularies_in_chunks():
     assert torch.equal(loss(student.chunk(4, 1), wide.chunk(4, 1), labels), expected)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("make", [whole, chunked])
 def test_compiled_by_torchtune_it_computes_the_same(make):
     from torchtune.training import compile_loss
@@ -258,6 +259,7 @@ def test_compiled_by_torchtune_it_computes_the_same(make):
         assert torch.equal(grad_of(compiled(*inputs), student), grad_of(loss(*inputs), student))
 
 
+@pytest.mark.heavy
 def test_importing_the_losses_does_not_import_torchtune():
     code = "import sys, torchtune_kd.losses; print('torchtune' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")

@@ -81,6 +81,7 @@ def test_nothing_is_drawn_that_will_be_overwritten():
     assert not torch.equal(torch.get_rng_state(), state) and layer.weight.abs().sum() > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", "dora", "qlora"])
 def test_a_run_without_files_trains_and_exports_nothing(tmp_path, kind, capsys):
     cfg = make_config(tmp_path, kind, dtype="bf16", optimizer__lr=5e-3, **WITHOUT_FILES)
