@@ -25,7 +25,7 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
     """
     config = kd.read_config(cfg, distributed=False)
     settings = config.settings
-    run = kd.set_up(config, kd.join_world(settings))
+    run = kd.set_up(config, kd.World(settings.torch_device))
     batch = next(iter(run.loader))
     tokens, labels, decoder = batch.tokens, batch.labels, run.student.decoder
     with torch.no_grad():

@@ -154,6 +154,7 @@ def test_a_program_of_the_users_is_left_as_it_is(fresh, caplog, monkeypatch):
         ("python -u /site/torchtune_kd/recipes/kd.py --config my.yaml", True),
         ("python -m torchtune_kd run torchtune_kd/plan --config my.yaml", True),
         ("python -m torchtune_kd.tools.prune --help", True),
+        ("python -m torchtune_kd ls", True),
         ("python /bin/tune run full_finetune_single_device --config my.yaml", False),
         ("python /bin/tune run knowledge_distillation_single_device --config torchtune_kd/x", False),
         ("python -m pytest tests/torchtune_kd.py", False),

@@ -36,7 +36,7 @@ def is_our_program(command: Sequence[str]) -> bool:
     named = {f"torchtune_kd/{recipe}" for recipe in _RECIPES}
     files = {("recipes", f"{file}.py") for file in _FILES}  # torchrun starts its workers so
     return any(
-        word in named or PurePath(word).parts[-2:] in files or (before == "-m" and word.startswith("torchtune_kd."))
+        word in named or PurePath(word).parts[-2:] in files or (before == "-m" and word.split(".")[0] == "torchtune_kd")
         for before, word in zip(["", *command], command, strict=False)
     )
 

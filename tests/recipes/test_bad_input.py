@@ -68,6 +68,7 @@ def refuse(cfg) -> str:
         ("optimizer._component_", "torch.optim.LBFGS", "LBFGS, whose `step` wants `closure`"),
         ("optimizer.lr", "1e-4x", "`optimizer` cannot be built from lr='1e-4x'"),
         ("checkpointer.model_type", "LLAMA3_3", "'LLAMA3_3' under `checkpointer.model_type`.*did you mean `LLAMA3"),
+        ("dataset_val", [], "at least one section under `dataset_val`, got an empty list"),
         ("checkpointer.checkpoint_files", [], "`checkpointer.checkpoint_files`.*empty"),
         ("teacher_checkpointer.checkpoint_files", [], "`teacher_checkpointer.checkpoint_files`.*empty"),
         ("model.embed_dim", -4, "`model` cannot be built"),

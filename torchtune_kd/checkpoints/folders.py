@@ -48,9 +48,6 @@ def clean_up(output: Path) -> None:
             shutil.rmtree(path)
 
 
-RUN_FOLDER = re.compile(r"(epoch|step)_\d+")
-
-
 def check_output_folder(config: Config) -> None:
     """Refuse a folder with epochs or checkpoints of an earlier run, unless ``overwrite_output_dir`` is set."""
     folder, settings = output_folder(config), config.settings
@@ -113,4 +110,4 @@ def run_folders(folder: Path) -> list[Path]:
     """Return the epochs and checkpoints that a run has written into ``folder``."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if RUN_FOLDER.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if _OF_A_RUN.fullmatch(path.name))

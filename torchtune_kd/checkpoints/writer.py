@@ -62,7 +62,7 @@ class SnapshotWriter:
         say: Callable[[str], None],
         announce: Callable[[str], None],
     ) -> None:
-        self._output, self._world, self._stale = output, world, previous_run
+        self._output, self._world, self._previous_run = output, world, previous_run
         self._say, self._announce = say, announce
         self._keep_last_n, self._is_better = keep_last_n, is_better
         self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
@@ -119,7 +119,7 @@ class SnapshotWriter:
                     self._announce("manifest")
                     manifest.write(partial)
                     self._announce("rename")
-                    atomic.publish(partial, folder, self._stale)
+                    atomic.publish(partial, folder, self._previous_run)
             except OSError as error:
                 problem = _cause(error)
             if problem is None:

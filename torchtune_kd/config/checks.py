@@ -1,4 +1,4 @@
-"""What can be known to fail before a weight is read: files, folders, vocabularies, shapes, lengths."""
+"""What can be known to fail from a config and the files that it names: sections, checkpoints, tokenizers."""
 
 import inspect
 import json
@@ -23,7 +23,7 @@ def check_tokenizer(tokenizer: Any, vocab: int) -> None:
     """Refuse a tokenizer whose ordinary tokens, or whose padding, lie beyond the ``vocab`` ids of the models.
 
     Special tokens may lie beyond: text never gives torchtune's ``<|image|>`` of Llama 3, which is id 128256 where text
-    models have 128256 rows. Whether the data holds one is seen row by row (``data.check_ids``).
+    models have 128256 rows. Whether the data holds one is seen row by row (``data.batches.check_ids``).
     """
     size = getattr(tokenizer, "vocab_size", None)
     special = getattr(tokenizer, "special_tokens", None)

@@ -1,6 +1,7 @@
 """A run's config, read once: after it nobody touches the YAML."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +33,7 @@ class Config:
         kd_loss (Section): one of ``torchtune_kd.losses``.
         metric_logger (Section): one of torchtune's.
         checkpointer (Section | None): the student's files; None with ``random_weights: True``.
-        teacher_model (Section | None): None at ``kd_ratio: 0``, like the next.
+        teacher_model (Section | None): may be None at ``kd_ratio: 0``, like the next.
         teacher_checkpointer (Section | None): None with ``random_weights: True`` as well.
         dataset_val (tuple[Section, ...]): validation data; empty where there is none.
         lr_scheduler (Section | None): None for a constant rate.
@@ -95,8 +96,11 @@ def read_config(written: DictConfig, *, distributed: bool | None = None) -> Conf
 
 
 def started_by_launcher() -> bool:
-    """Return whether torchrun, or another launcher that speaks its variables, started this process."""
-    return {"RANK", "WORLD_SIZE"} <= set(os.environ)
+    """Return whether torchrun, or another launcher that speaks its variables, started one of several processes.
+
+    Some clusters set the variables in every container, so the name of the single-device recipe counts more.
+    """
+    return "torchtune_kd/kd_single_device" not in sys.orig_argv and {"RANK", "WORLD_SIZE"} <= set(os.environ)
 
 
 def _assembled(written: DictConfig, settings: Settings) -> Config:

@@ -112,6 +112,10 @@ def sections_of(path: str, node: Any) -> tuple[Section, ...]:
     if node is None:
         return ()
     if isinstance(node, ListConfig | list):
+        if not node:
+            raise UserError(
+                f"Expected at least one section under `{path}`, got an empty list: add one or delete the key."
+            )
         return tuple(section_of(f"{path}[{index}]", part) for index, part in enumerate(node))
     return (section_of(path, node),)
 

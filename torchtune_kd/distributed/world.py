@@ -149,7 +149,7 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
         shard_dim (int): number of processes that share one copy; -1: as many as there are for each.
 
     Raises:
-        UserError: if the process was not started by ``torchrun`` / ``tune run --nproc_per_node``, there are fewer
+        UserError: if a part of the launcher's environment is missing, there are fewer
             devices than processes on this host, the processes do not divide as asked, or PyTorch is too old for FSDP2
             on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Decoders for distillation: SmolLM2, access to the output head, checks for NF4, loading and sharding."""
+"""Decoders for distillation: SmolLM2, access to the output head, checks for NF4, building and loading."""
 
 from torchtune_kd._versions import check_versions
 from torchtune_kd._warnings import silence_known_warnings

@@ -89,9 +89,11 @@ def out_of_memory_explained(run: Run) -> Iterator[None]:
         world, shards = run.world, run.world.num_shards
         layout = Layout(shards=shards, replicas=world.size // shards, sharded=world.sharded)
         case = Case(run.config, layout, Shape(batch_size, sequence, validation=step is None))
+        with run.stop_requests:  # a signal must not hide what is to be explained
+            said = advice(case, error.phase)
         raise RunError(
             f"The memory of {world.device} ran out {where}, phase: {error.phase} ({_in_use(world)}"
-            f"microbatches of up to {batch_size} x {sequence} tokens); {advice(case, error.phase)}"
+            f"microbatches of up to {batch_size} x {sequence} tokens); {said}"
         ) from error
 
 

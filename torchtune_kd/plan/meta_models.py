@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
@@ -85,10 +84,6 @@ def weight_bytes(model: nn.Module) -> int:
 def table_bytes(model: nn.Module) -> int:
     """Rotary tables, each once: buffers that every process holds whole."""
     return sum(map(tensor_bytes, {id(buffer): buffer for buffer in model.buffers()}.values()))
-
-
-def is_quantised(model: nn.Module) -> bool:
-    return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
 
 
 def heads(models: Models) -> list[Tensor]:
