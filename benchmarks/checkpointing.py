@@ -59,7 +59,7 @@ def checkpoint_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in newest.iterdir())
 
 
-@exit_with_message
+@exit_with_message()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpointing", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="rounds, in each every side runs once (default 3)")

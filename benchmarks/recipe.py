@@ -147,7 +147,7 @@ def run(side: str, folder: Path, cfg: DictConfig) -> dict:
     }
 
 
-@exit_with_message
+@exit_with_message()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default 3)")

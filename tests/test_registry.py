@@ -126,8 +126,6 @@ def test_installed_files_are_all_listed(registry):
     recipes, configs = _registry._folder("recipes", None), _registry._folder("configs", None)
     there = {file for file in recipes.glob("*.py") if file.name != "__init__.py"}
     there |= set(configs.rglob("*.yaml"))
-    launch = _registry._folder("launch", None)
-    there |= {file for file in launch.iterdir() if file.suffix in (".slurm", ".yaml")}
     assert listed == there
     assert len({entry.name for entry in entries}) == len(entries)
 

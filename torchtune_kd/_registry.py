@@ -13,8 +13,7 @@ joining a path with an absolute one keeps the absolute one, so absolute paths ar
 import sys
 from functools import cache
 
-from torchtune_kd._torchtune import REGISTRY as _REGISTRY
-
+_REGISTRY = "torchtune._recipe_registry"  # a name alone: nothing of ours or torchtune's is imported for it
 _PREFIX = "torchtune_kd/"
 # each recipe's file, and how the names of its configs end; plan has none of its own and takes those of the others,
 # which `tune run` finds for it

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-REGISTRY = "torchtune._recipe_registry"  # the list in which `tune` looks names up
-
 
 def component_from_path(dotted: str) -> Any:
     """Return the class or function that a ``_component_`` names.

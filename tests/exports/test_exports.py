@@ -164,7 +164,7 @@ def train(tmp_path: Path, name: str, kind: str, base: Path, weights: dict[str, t
     )
     cfg.model = section(builder, arguments, kind)
     with torch.enable_grad():
-        run = run_in_process(cfg)._run
+        run = run_in_process(cfg)
     decoder, tokens = run.student.decoder.eval(), torch.tensor([TOKENS])
     trained = decoder.output(decoder(tokens))[0]
     export = folder / "out" / "epoch_0"

@@ -129,7 +129,7 @@ def join_world(settings: Settings) -> World:
     Raises:
         UserError: as :func:`join_process_group`.
     """
-    if not started_by_launcher():
+    if not started_by_launcher() and "torchtune_kd/kd_distributed" not in sys.orig_argv:
         return World(device=_device(settings.device))
     return join_process_group(
         settings.device,
