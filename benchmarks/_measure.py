@@ -61,7 +61,7 @@ def describe_machine() -> str:
 
 
 def _bf16_instructions() -> str:
-    """What decides the speed of bf16 matrix products on an x86 CPU."""
+    """Name what decides the speed of bf16 matrix products on an x86 CPU."""
     flags = _cpu_info("flags").split()
     return " and ".join(name for name in ("amx_bf16", "avx512_bf16") if name in flags) or "none"
 

@@ -75,7 +75,7 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
 
 
 def product_flops(counter: FlopCounterMode) -> int:
-    """Of matrix products; newer PyTorch also counts a CPU's attention."""
+    """Count those of matrix products; newer PyTorch also counts a CPU's attention."""
     aten = torch.ops.aten
     counts = counter.get_flop_counts()["Global"]
     return sum(counts.get(product, 0) for product in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm))

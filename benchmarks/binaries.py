@@ -98,7 +98,7 @@ def all_cases() -> list[Case]:
 
 
 class NoGroup(Group):
-    """Of processes that are not there."""
+    """Stand for a group of processes that are not there."""
 
     def reduce(self, tensor: Tensor, operation: object) -> Tensor:
         return tensor
@@ -117,7 +117,7 @@ class Binary(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What one binary holds."""
+    """Hold what was read from one binary."""
 
     case: str
     kernel: str
@@ -275,7 +275,7 @@ def _widths(instruction: str, ptx: str) -> dict[int, int]:
 
 
 def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
-    """How many programs an SM holds at a time, by the limits of the CUDA programming guide."""
+    """Return how many programs an SM holds at a time, by the limits of the CUDA programming guide."""
     most_warps, most_programs, shared = {80: (64, 32, 164), 90: (64, 32, 228), 100: (64, 32, 228)}[arch]
     per_warp = -(-registers * 32 // 256) * 256  # registers come in pieces of 256 a warp, for 4 warps at a time
     by_registers = 2**16 // per_warp // 4 * 4

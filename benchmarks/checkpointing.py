@@ -54,7 +54,7 @@ def run(side: str, folder: Path, cfg: DictConfig) -> dict[str, float]:
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Of the newest checkpoint that a run has left."""
+    """Return the bytes of the newest checkpoint that a run has left."""
     newest = max((folder / "out-with").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     return sum(path.stat().st_size for path in newest.iterdir())
 

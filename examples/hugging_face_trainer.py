@@ -82,7 +82,7 @@ class DistillationTrainer(Trainer):
 
 
 def last_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-    """What the output head would be given ``[B, S, D]``.
+    """Return what the output head would be given ``[B, S, D]``.
 
     The model is called as a whole, so that DDP sees the call; the logits of the last position alone are made.
     """

@@ -39,7 +39,7 @@ def sized_config(folder: Path, size: int, kind: str, sequence: int = 128, **over
 
 
 def weight_bytes(run: Any) -> int:
-    """What the two models of a run hold on this process, tables included."""
+    """Return what the two models of a run hold on this process, tables included."""
     models: list[nn.Module] = [run.teacher.decoder, run.student.decoder]
     tensors = [tensor for model in models for tensor in (*model.parameters(), *_buffers(model))]
     return sum(tensor_bytes(t.to_local() if isinstance(t, DTensor) else t) for t in tensors)

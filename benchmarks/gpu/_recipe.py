@@ -14,7 +14,7 @@ OURS = {"lora": "8B_to_1B_KD_lora_single_device.yaml", "full": "8B_to_1B_KD_full
 
 
 class Shape(NamedTuple):
-    """What a step works on."""
+    """Describe what a step works on."""
 
     batch: int  # sequences of a microbatch
     sequence: int  # S
@@ -23,7 +23,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Return the tokens of a step."""
         return self.batch * self.sequence * self.microbatches
 
 

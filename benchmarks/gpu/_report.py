@@ -13,7 +13,7 @@ from ._sections import find
 
 
 class Report:
-    """What a run has found so far, in two files that are replaced whole.
+    """Keep what a run has found so far, in two files that are replaced whole.
 
     Args:
         folder (Path): for the files; made if it is not there.
@@ -33,7 +33,7 @@ class Report:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What later sections and the tables need of earlier ones."""
+        """Return what later sections and the tables need of earlier ones."""
         machine = self._outcomes.get("machine")
         found = find("machine").module.facts(machine.rows) if machine else {}
         plan = self._outcomes.get("plan")

@@ -20,7 +20,7 @@ PROGRESS = 10.0  # seconds between two reports of what a running part has found
 
 
 class Outcome(NamedTuple):
-    """What became of one section.
+    """Hold what became of one section.
 
     Attributes:
         state (str): done, skipped, failed, cut where the time ended it, or running.

@@ -188,7 +188,7 @@ def check_hidden(divergence: str, case: Case, trained: bool, device: str, backen
 
 
 def check_equal(divergence: str, case: Case, device: str, backend: str) -> Share:
-    """Of equal models every divergence is exactly 0, and so is its gradient, from logits and from hidden states."""
+    """Check that equal models give a divergence and a gradient of exactly 0, from logits and from hidden states."""
     from torchtune_kd.kernels import linear_kd_loss, softmax_kd_loss
 
     settings = _settings(divergence, case, backend)

@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What `--only` searches and the report prints."""
+        """Return what `--only` searches and the report prints."""
         loss = self.divergence + (f" + {1 - self.kd_ratio:g} CE" if self.kd_ratio < 1 else "")
         parts = [self.op, loss, f"N={self.tokens}", f"V={self.vocab}", f"T={self.temperature:g}"]
         parts += [f"{self.ignored:.0%} ignored"]

@@ -17,7 +17,7 @@ from ._inputs import SLICE, Inputs, Truth
 
 
 class Cell(NamedTuple):
-    """What one implementation did on one case; `missing` says why there are no numbers."""
+    """Hold what one implementation did on one case; `missing` says why there are no numbers."""
 
     key: str
     missing: str | None = None

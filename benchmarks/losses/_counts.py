@@ -16,21 +16,21 @@ _ONE_PASS = ("forward_kl", "reverse_kl", "symmetric_kl")
 
 
 class Work(NamedTuple):
-    """What a case moves and computes at least."""
+    """Hold what a case moves and computes at least."""
 
     bytes: int
     flops: int  # of matrix products
 
 
 class Rates(NamedTuple):
-    """What the device does per second."""
+    """Hold what the device does per second."""
 
     copy_bytes: float  # bytes read plus bytes written by a large copy
     matrix_flops: float  # bf16 matrix products
 
 
 def passes(divergence: str, gradient: bool) -> int:
-    """How often both logit tensors are read from memory where a row does not fit on chip."""
+    """Return how often both logit tensors are read from memory where a row does not fit on chip."""
     return (1 if divergence in _ONE_PASS else 2) + gradient
 
 

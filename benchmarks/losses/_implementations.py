@@ -52,7 +52,7 @@ class Implementation(NamedTuple):
     slow: bool = False  # on a GPU another entry of the same peer is faster, so that variations go without this one
 
     def fits(self, case: Case) -> bool:
-        """Whether the case asks for something this one is made for."""
+        """Return whether the case asks for something this one is made for."""
         wanted = case.peers != "none" or self.key.startswith("ours")
         return wanted and case.op in self.ops and case.divergence in self.divergences
 
@@ -90,7 +90,7 @@ class Implementation(NamedTuple):
         return [name for name in self.lacks if asked.get(name, True)]
 
     def entropy_share(self, case: Case) -> float:
-        """How much of the teacher's entropy its value holds on top of the divergence."""
+        """Return how much of the teacher's entropy its value holds on top of the divergence."""
         if "entropy" not in self.lacks:
             return 0.0
         share = {"forward_kl": 1.0, "symmetric_kl": 0.5}.get(case.divergence, 0.0)

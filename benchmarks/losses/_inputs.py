@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Of one objective on one set of inputs."""
+    """Hold the exact results of one objective on one set of inputs."""
 
     loss: float
     teacher_entropy: float  # mean over the valid tokens, at the case's temperature
@@ -80,7 +80,7 @@ def fp64_truths(inputs: Inputs, cases: list[Case]) -> list[Truth]:
 
 
 def _gradient(inputs: Inputs, case: Case) -> Tensor:
-    """Of the first tokens' logits or hidden states."""
+    """Return the gradient of the first tokens' logits or hidden states."""
     piece = slice(0, SLICE)
     student, teacher = _logits(inputs, piece)
     student.requires_grad_()

@@ -97,7 +97,7 @@ def summarise(runs: list[dict]) -> dict:
 
 
 def least_seconds(inputs: dict, vocab: int, rate: float) -> float:
-    """What the three matrix products of the valid tokens take at ``rate`` operations per second."""
+    """Return what the three matrix products of the valid tokens take at ``rate`` operations per second."""
     valid = int((inputs["labels"] != IGNORE).sum())
     return 2 * valid * vocab * (2 * STUDENT_WIDTH + TEACHER_WIDTH) / rate
 

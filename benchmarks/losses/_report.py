@@ -111,7 +111,7 @@ def _time(seconds: float) -> str:
 
 
 def footnotes(results: list[Result]) -> str:
-    """What the letters of the notes mean, those in use."""
+    """Explain the letters of the notes, those in use."""
     used = {name for result in results for cell in result.cells for name in cell.notes}
     return "\n".join(f"- {letter(name)}: {text}" for name, text in LACKS.items() if name in used)
 

@@ -94,7 +94,7 @@ def run_case(
 def _measurer(
     case: Case, device: str, implementations: list[Implementation], budget: float, clock: Clock, apart: bool
 ) -> Iterator[Callable[[Implementation], Cell]]:
-    """What measures one implementation after another on the same inputs."""
+    """Return what measures one implementation after another on the same inputs."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

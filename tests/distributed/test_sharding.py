@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
 def run_worker(folder: Path, cfg, *, nodes: int, processes: int) -> list[dict]:
-    """What each rank wrote."""
+    """Run the worker and return what each rank wrote."""
     OmegaConf.save(cfg, folder / "config.yaml")
     command = [str(WORKER), str(folder / "config.yaml"), str(folder)]
     benchmarks("_agents").run_agents(command, nodes=nodes, processes=processes, timeout=300)

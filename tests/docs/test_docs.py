@@ -142,7 +142,7 @@ def test_commands_name_what_is_there():
 
 
 def importable(name):
-    """Whether the dotted name is a module, or an attribute of one."""
+    """Return whether the dotted name is a module, or an attribute of one."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:

@@ -87,7 +87,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """What ``backend="auto"`` stands for in a test; Triton is interpreted on a CPU, and leaves fp64 to torch."""
+    """Return what ``backend="auto"`` stands for in a test; Triton is interpreted on a CPU, and leaves fp64 to torch."""
 
     def resolve(backend, *tensors):
         if backend == "auto" and not any(t is not None and t.dtype == torch.float64 for t in tensors):

@@ -39,7 +39,7 @@ SUBSET = (
 
 
 def compiling(code: str, *args: str) -> object:
-    """What `code` prints as JSON, in a process that compiles; it may use `binaries`, the benchmark's module."""
+    """Return what `code` prints as JSON, in a process that compiles; it may use `binaries`, the benchmark's module."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     start = f"import json, sys; sys.path.append({str(CHECKOUT)!r}); from benchmarks import binaries\n"
     command = [sys.executable, "-W", "ignore", "-c", start + code, *args]

@@ -68,7 +68,7 @@ class Function(ast.NodeVisitor):
             self.visit(statement)
 
     def is_tensor(self, node: ast.AST) -> bool:
-        """Whether the expression is or holds a tensor, as far as names tell."""
+        """Return whether the expression is or holds a tensor, as far as names tell."""
         if isinstance(node, ast.Name):
             return node.id in self.tensors
         if isinstance(node, ast.Attribute):

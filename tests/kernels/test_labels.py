@@ -21,7 +21,7 @@ def every_second(labels):
 
 
 def column(labels):
-    """Of ``[B, S, 2]``: the flat view keeps its stride."""
+    """Take a column of ``[B, S, 2]``: the flat view keeps its stride."""
     memory = torch.full((2, N // 2, 2), V - 1)
     memory[..., 0] = labels.view(2, N // 2)
     return memory[..., 0]

@@ -55,7 +55,7 @@ boxed = aot_autograd(fw_compiler=keep, bw_compiler=keep)
 
 
 def trace(code: str) -> object:
-    """What `code` prints as JSON, with the names of `PRELUDE`."""
+    """Return what `code` prints as JSON, with the names of `PRELUDE`."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", PRELUDE + code]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")

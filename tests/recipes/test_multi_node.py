@@ -140,7 +140,7 @@ def config(folder: Path, name: str, **more) -> DictConfig:
 
 
 def has_reached(cfg: DictConfig, step: int) -> bool:
-    """Whether a checkpoint of ``step`` or later is there."""
+    """Return whether a checkpoint of ``step`` or later is there."""
     return any(int(folder.name.removeprefix("step_")) >= step for folder in step_folders(Path(cfg.output_dir)))
 
 

@@ -43,7 +43,7 @@ class Meeting:
 
 
 def save_on_two(monkeypatch, outputs, steps):
-    """Whether each rank's saves succeed, and what is said; each writes one file into its ``outputs``."""
+    """Return whether each rank's saves succeed, and what is said; each writes one file into its ``outputs``."""
     meeting, said, good = Meeting(), [], [[], []]
     monkeypatch.setattr(SnapshotWriter, "_gather", lambda writer, value: meeting.gather(writer, value))
 

@@ -51,7 +51,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What the training is told.
+    """Hold what the training is told.
 
     Attributes:
         minutes (float): The run's ``max_minutes``.

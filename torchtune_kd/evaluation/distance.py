@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a student is from its teacher, and both from the text; means per token of the held-out text.
+    """Hold how far a student is from its teacher, and both from the text; means per token of the held-out text.
 
     Attributes:
         loss (float): Next-token loss of the student, nats.

@@ -18,7 +18,7 @@ def num_parameters(model: TransformerDecoder) -> int:
 
 
 class Speeds(NamedTuple):
-    """What :func:`tokens_per_second` measured."""
+    """Hold what :func:`tokens_per_second` measured."""
 
     per_second: list[float]  # of each model
     tokens: int  # of the shortest text

@@ -20,7 +20,7 @@ _BLOCK = 1_000_003
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """What a checkpoint of ``decoder`` would hold (no adapters), made on demand: nothing is kept but one block.
+    """Make what a checkpoint of ``decoder`` would hold (no adapters), on demand: nothing is kept but one block.
 
     Matrices are normal with standard deviation 0.02, biases 0, scales 1. Values depend on ``seed``, the model's
     ``section`` and the parameter's name alone, not on device, number of processes, or the order of reading.

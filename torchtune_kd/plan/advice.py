@@ -30,7 +30,7 @@ ADAM_8BIT = "torchao.optim.AdamW8bit"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the microbatches that ran out of memory."""
+    """Hold the shape of the microbatches that ran out of memory."""
 
     batch_size: int
     sequence: int

@@ -16,7 +16,7 @@ from torchtune_kd.plan.tracker import tensor_bytes
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processes of a run are laid out; P x R of them."""
+    """Describe how the processes of a run are laid out; P x R of them."""
 
     shards: int = 1
     replicas: int = 1

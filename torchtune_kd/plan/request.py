@@ -18,7 +18,7 @@ SEQUENCE = 512  # where the tokenizer has no max_seq_len
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """Hold what is asked for.
 
     Attributes:
         devices (int | None): processes of the run, one per device; None takes 2 for a config of ``kd_distributed``

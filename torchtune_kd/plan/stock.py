@@ -27,7 +27,7 @@ _CHUNKS = 8  # its default, and that of its configs
 
 
 def why_stock_cannot(settings: Settings, models: Models) -> str | None:
-    """What keeps the stock recipe from running this config, in a few words; None if nothing does."""
+    """Say in a few words what keeps the stock recipe from running this config; None if nothing does."""
     if models.teacher is None:
         return "it always runs a teacher"
     sizes = [head.shape[0] for head in heads(models)]

@@ -9,7 +9,7 @@ from torchtune_kd.losses.signals import Signal
 
 
 class Teacher(Protocol):
-    """What a student is measured against. A teacher knows no student; one that needs it is handed it."""
+    """Give what a student is measured against. A teacher knows no student; one that needs it is handed it."""
 
     def signal(self, batch: Batch) -> Signal | None:
         """Return what the loss is measured against, on the batch's device and without a graph."""

@@ -28,7 +28,7 @@ from torchtune_kd.training.time_limit import TimeLimit
 
 @dataclass
 class Run:
-    """What ``set_up`` has built, and where the run stands."""
+    """Hold what ``set_up`` has built, and where the run stands."""
 
     config: Config
     world: World

@@ -29,7 +29,7 @@ from torchtune_kd.training.time_limit import TimeLimit
 
 
 class DataLimits(NamedTuple):
-    """What the data may hold, so that teacher and student can both read it."""
+    """Bound what the data may hold, so that teacher and student can both read it."""
 
     max_seq_len: int  # tokens of the longest sequence
     vocab: int  # ids from 0 to vocab - 1

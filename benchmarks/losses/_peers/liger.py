@@ -62,7 +62,7 @@ def _scaled(value: Tensor, case: Case) -> Tensor:
 
 
 def _log_probabilities(inputs: Inputs, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of student and teacher ``[N, V]``."""
+    """Return those of student and teacher ``[N, V]``."""
 
     def log_softmax(logits: Tensor) -> Tensor:
         if case.temperature != 1:

@@ -82,7 +82,7 @@ def _chunked_losses(divergence: str) -> tuple[Callable[..., Tensor], Callable[..
 
 @functools.cache
 def _compiled_chunked_losses(divergence: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """What `torchtune.training.compile_loss` compiles, for shapes that are fixed."""
+    """Compile what `torchtune.training.compile_loss` compiles, for shapes that are fixed."""
     class_loss, kd_loss = _chunked_losses.__wrapped__(divergence)
     class_loss.compute_cross_entropy = torch.compile(class_loss.compute_cross_entropy, dynamic=False)
     inner = {"forward_kl": "fkl_loss", "reverse_kl": "rkl_loss", "symmetric_kl": "sym_kl_loss"}[divergence]
