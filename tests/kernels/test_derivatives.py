@@ -136,7 +136,7 @@ def test_gradients_without_a_graph_have_none(name):
 
 
 def test_logits_are_not_kept_alive():
-    """What hangs on the logits' graph holds none of their memory."""
+    """Check that what hangs on the logits' graph holds none of their memory."""
     x = torch.randn(N, V, requires_grad=True)
     logits = x + 1
     memory = weakref.ref(logits.untyped_storage())
@@ -247,7 +247,7 @@ INSIDE = {"grad": TRANSFORMED, "vmap": TRANSFORMED, "jvp": TRANSFORMED, "forward
 @pytest.mark.parametrize("transform", INSIDE)
 @pytest.mark.parametrize("order", ["compiled outside", "compiled inside"])
 def test_and_in_compiled_functions(name, transform, order):
-    """Of which a graph would drop the tangents: the derivative would be 0."""
+    """Check the derivatives whose tangents a graph might drop, which would make them 0."""
     apply, (loss, x) = TRANSFORMS[transform][0], direct(name)
     if order == "compiled outside":
         call = torch.compile(lambda x: apply(loss, x), backend="aot_eager")

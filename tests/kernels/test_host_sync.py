@@ -340,7 +340,7 @@ def test_the_host_waits_once_and_never_while_a_graph_is_captured(reduction, trai
 
 
 def test_ignored_tokens_are_not_multiplied(as_on_a_device, monkeypatch):
-    """Of 8 tokens with labels on the device 4 are ignored; a captured graph multiplies all."""
+    """Multiply all 8 tokens in a captured graph, though 4 are ignored: their labels are on the device."""
     inputs = make_inputs(n=8, v=40, ignored=2)
     rows, plain = [], _linear._logits
     monkeypatch.setattr(_linear, "_logits", lambda hidden, *rest: rows.append(len(hidden)) or plain(hidden, *rest))

@@ -78,7 +78,7 @@ def test_threads_do_not_share_one():
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_graph_that_is_kept_gives_its_gradients_again(reduction, dtype):
-    """What backward hands out is nobody else's: sums into ``.grad`` do not reach what the graph has stored."""
+    """Check that backward hands out memory of its own: sums into ``.grad`` do not reach what the graph has stored."""
     student = torch.randn(5, 40).to(dtype).requires_grad_()
     loss = softmax_kd_loss(student, torch.randn(5, 40).to(dtype), reduction=reduction)
     loss.backward(retain_graph=True)
