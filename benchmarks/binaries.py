@@ -342,14 +342,13 @@ def compile_binary(
     used = usage(text)
     warps, shared, ttir = code.metadata.num_warps, code.metadata.shared, code.asm["ttir"]
     programs = programs_per_sm(arch, used["REG"], warps, shared)
-    block, read = constants.get("BLOCK", 0), _bytes_read(binary)
     return Report(
         case=case,
         kernel=binary.kernel,
         arch=arch,
         vocabs=tuple(vocabs),
         dtype=dtype,
-        block=block,
+        block=constants.get("BLOCK", 0),
         warps=warps,
         registers=used["REG"],
         most_registers=options.get("maxnreg") or 0,
@@ -357,12 +356,23 @@ def compile_binary(
         shared_bytes=shared,
         programs_per_sm=programs,
         warps_per_sm=programs * warps,
-        passes=passes(text, read, block / (32 * warps)) if block and read else (),
+        passes=_passes(binary, text, warps),
         loads=_widths("ld", code.asm["ptx"]),
         stores=_widths("st", code.asm["ptx"]),
         scalar_loads=len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ttir)),
         scalar_stores=len(re.findall(r"tt\.store [^\n]*: !tt\.ptr", ttir)),
     )
+
+
+def passes_of(binary: Binary, arch: int) -> tuple[Pass, ...]:
+    """Return what each pass over a row costs on ``sm_<arch>``, whichever that is."""
+    code = compiled(binary, arch)
+    return _passes(binary, disassemble(code.asm["cubin"], _BIN), code.metadata.num_warps)
+
+
+def _passes(binary: Binary, text: str, warps: int) -> tuple[Pass, ...]:
+    block, read = dict(binary.constants).get("BLOCK", 0), _bytes_read(binary)
+    return passes(text, read, block / (32 * warps)) if block and read else ()
 
 
 def _bytes_read(binary: Binary) -> int:

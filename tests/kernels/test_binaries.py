@@ -416,6 +416,24 @@ def test_refuses_to_interpret():
     assert not done.stdout
 
 
+def test_the_benchmark_of_losses_finds_the_instructions_of_its_cases():
+    code = """
+import torch
+from benchmarks.losses._case import Case
+from benchmarks.losses._compiled import instructions_per_logit
+torch.cuda.get_device_capability = lambda: (9, 0)
+trained = Case(op="linear", trainable_head=True)
+found = [instructions_per_logit(case) for case in (Case(), Case(temperature=2.0, metrics="all"), trained)]
+cases = [case for case in binaries.all_cases() if case.name in sys.argv[1:]]
+counted = {report.case: report.instructions for report in binaries.reports(cases, [90])}
+print(json.dumps([found, [counted[name] for name in sys.argv[1:]]]))
+"""
+    names = ("forward_kl T=1 ce gradient", "forward_kl T=2 ce gradient all-metrics")
+    (plain, metrics, trained), counted = compiling(code, *names)
+    assert [plain, metrics] == counted
+    assert trained > 0
+
+
 def test_the_command_prints_both_bounds_and_what_they_stand_for():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.binaries", "ce", "student-metrics", "gradient"]
