@@ -326,6 +326,28 @@ print(json.dumps(answer))
         assert spilled <= SPILLED
 
 
+def test_what_the_gpu_compares_to_the_bit_is_one_binary():
+    """``benchmarks.gpu`` expects equal bits of both functions, which only one and the same kernel promises."""
+    code = """
+import torch
+from torchtune_kd.kernels import Objective
+from torchtune_kd.kernels._linear import Heads, NeededGradients, linear_forward
+from torchtune_kd.kernels._softmax import softmax_forward
+answer = []
+for vocab, dtype in ((4096, torch.bfloat16), (1008, torch.float32), (1000, torch.float32)):
+    tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+    heads = Heads(tensor(129, vocab), tensor(vocab, vocab), None, tensor(129, vocab), tensor(vocab, vocab), None)
+    labels = torch.empty(129, dtype=torch.int64, device="meta")
+    plan = binaries.Plan(Objective("jsd", temperature=2.0, kd_ratio=0.5), (), vocab, "none", True, True)
+    with binaries.recorded() as found:
+        softmax_forward(tensor(129, vocab), tensor(129, vocab), labels, plan, "triton")
+        linear_forward(heads, labels, plan, 48, "triton", NeededGradients(True, False, False))
+    answer.append(len(set(found)))
+print(json.dumps(answer))
+"""
+    assert compiling(code) == [1, 1, 2]
+
+
 # registers of a thread, warps, bytes of shared memory -> programs, as NVIDIA's occupancy calculator has them
 OCCUPANCY = [
     (80, 32, 8, 0, 8),  # by warps: 64
