@@ -9,12 +9,15 @@ Which loops are passes, and how many ids a turn has, is read off the code:
   Loops without a shuffle or barrier between them are one pass: its main loop, the rest of one that the compiler has
   unrolled, and the masked tail where that is a loop. The one with most ids a turn counts, the first of equal ones. A
   tail in straight code is no loop. So whole blocks are counted, and the tail is left out: of a row at most one block.
+- A pass within a branch of the source is left out beside others that are not, since it is for few rows, such as those
+  with ids at -inf. Triton's intermediate code (TTIR) tells: it has the same passes in the same order, and its branches
+  are nested.
 - A turn has as many ids as its loads hold: the bytes that it loads over those of one id in all tensors that are read.
   That holds for any factor of unrolling, and for loops that load the next turn's ids. The factor is this number over
   the ids of one step, and has to be whole.
 
-Instructions whose predicate is false are issued like others. Those outside of the loops, some hundreds a row, are not
-counted.
+Instructions whose predicate is false are issued like others, and what a branch within a loop may skip is counted as
+if it never did. Instructions outside of the loops, some hundreds a row, are not counted.
 """
 
 import re
@@ -28,6 +31,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*
 _TARGET = re.compile(r"0x([0-9a-f]+)$")
 _LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _EXCHANGES = ("BAR", "SHFL", "REDUX")
+_REGIONS = ("scf.for", "scf.while", "scf.if", "tt.reduce")
 _ENDS = ("EXIT", "RET")
 
 
@@ -92,16 +96,60 @@ def usage(text: str) -> dict[str, int]:
     return {name: int(text.split(f" {name}:")[1].split()[0]) for name in ("REG", "STACK", "LOCAL")}
 
 
-def passes(text: str, bytes_per_id: int, ids_per_step: float) -> tuple[Pass, ...]:
+def passes(text: str, ttir: str, bytes_per_id: int, ids_per_step: float) -> tuple[Pass, ...]:
     """Count what each pass over the row issues; none where no loop loads.
 
     Args:
         text (str): of `disassemble`.
+        ttir (str): the intermediate code of the same kernel.
         bytes_per_id (int): that one id takes in all the tensors that a pass reads.
         ids_per_step (float): that a thread handles in one step of the walk, BLOCK over the program's threads.
     """
     code = [_Instruction(int(found[1], 16), found[2], found[3]) for found in _INSTRUCTION.finditer(text)]
-    return tuple(_count(loops, bytes_per_id, ids_per_step) for loops in _by_pass(code))
+    compiled, written = _by_pass(code), passes_of_source(ttir)
+    stores = [any(loop.bytes(_STORES) for loop in loops) for loops in compiled]
+    if stores != [one.stores for one in written]:
+        raise ValueError(
+            f"the code has {len(compiled)} passes and its source {len(written)}, or they do not store alike, so that "
+            "one cannot tell which of them few rows take"
+        )
+    everyone = all(one.branch for one in written)
+    usual = (loops for loops, one in zip(compiled, written, strict=True) if everyone or not one.branch)
+    return tuple(_count(loops, bytes_per_id, ids_per_step) for loops in usual)
+
+
+class SourcePass(NamedTuple):
+    """Hold what the intermediate code tells of a pass."""
+
+    branch: bool  # taken by some rows
+    stores: bool  # parts of a row
+
+
+def passes_of_source(ttir: str) -> list[SourcePass]:
+    """Return the passes over a row in Triton's intermediate code: loops that load blocks, parted by reductions."""
+    found: list[SourcePass] = []
+    regions: list[str] = []  # what each open brace belongs to
+    loads = stores = parted = False
+    for line in map(str.strip, ttir.splitlines()):
+        if line.startswith("}") and regions:
+            closed = regions.pop()
+            if closed in _REGIONS[:2] and loads:
+                one = SourcePass("scf.if" in regions, stores)
+                if found and not parted:  # a tail, or what is left of an unrolled loop
+                    one = SourcePass(one.branch and found[-1].branch, one.stores or found.pop().stores)
+                found.append(one)
+                loads = parted = False
+        in_loop = any(region in _REGIONS[:2] for region in regions)
+        if in_loop and "tensor<" in line:
+            loads, stores = loads or "tt.load " in line, stores or "tt.store " in line
+        if line.endswith("{"):
+            kind = next((region for region in _REGIONS if region in line), "")
+            kind = closed if line.startswith("}") and "else" in line else kind
+            parted = parted or (kind == "tt.reduce" and not in_loop)
+            if kind in _REGIONS[:2]:
+                loads = stores = False
+            regions.append(kind)
+    return found
 
 
 def _by_pass(code: list[_Instruction]) -> list[list[_Loop]]:
