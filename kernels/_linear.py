@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
+from ._float8 import Float8Product, padded
 from ._meta import META
 from ._plan import (
     Plan,
@@ -28,9 +29,6 @@ from ._torch.block import BlockLoss
 from ._torch.head_gradient import HeadGradient
 from ._torch.meta import MetaBlockLoss, uses_kernel
 
-# Ids that the rows of a chunk of logits are padded to a multiple of: 128 bytes of bf16. Rows of an odd length start
-# anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
-_ROW_MULTIPLE = 64
 _NO_LABEL = torch.iinfo(torch.int64).max
 
 
@@ -43,6 +41,7 @@ class Heads(NamedTuple):
     teacher_hidden: Tensor | None  # [N, D]
     teacher_weight: Tensor | None  # [V', D]
     teacher_bias: Tensor | None  # [V']
+    teacher_scale: Tensor | None = None  # [V'], of a teacher_weight in 8-bit floats
 
 
 class NeededGradients(NamedTuple):
@@ -85,13 +84,14 @@ class LinearKD(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
+        teacher_scale: Tensor | None,
         labels: Tensor,
         plan: Plan,
         chunk_tokens: int | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
-        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
         ctx.needed = NeededGradients(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
         ctx.recomputes = ctx.needed.wait_for_backward(plan.reduction)
         needed_now = ctx.needed.before_backward(plan.reduction)
@@ -115,7 +115,7 @@ class LinearKD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         refuse_transforms(grad_loss)
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if grad_loss is None:
             return None, None, None, *nothing
         with torch.no_grad():
@@ -249,8 +249,9 @@ def _walk(
 class _Chunks:
     """Make the logits of chunks of tokens, one after another in the same memory.
 
-    Rows are padded to `_ROW_MULTIPLE` ids. A kernel loads 128 bits at a time only if the row that it visits has a round
-    length, so that it visits the padding too, where both models are -inf, which adds nothing to value or gradient.
+    Rows are padded to a multiple of 64 ids. A kernel loads 128 bits at a time only if the row that it visits has a
+    round length, so that it visits the padding too, where both models are -inf, which adds nothing to value or
+    gradient.
 
     Args:
         heads (Heads): inputs of the matrix products.
@@ -267,12 +268,18 @@ class _Chunks:
         def cut(head: Tensor | None) -> Tensor | None:
             return None if head is None else head[:vocab]
 
-        self._vocab, width = vocab, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self._vocab, width = vocab, padded(vocab)
         self.weight, self._bias = heads.weight[:vocab], cut(heads.bias)
         self._teacher_weight, self._teacher_bias = cut(heads.teacher_weight), cut(heads.teacher_bias)
         self.scored = width if in_kernel else vocab
         self._student = heads.hidden.new_empty(size, width)
-        self._teacher = None if heads.teacher_weight is None else heads.teacher_weight.new_empty(size, width)
+        self._teacher = self._float8 = None
+        if heads.teacher_weight is not None:
+            self._teacher = heads.teacher_hidden.new_empty(size, width)
+        if heads.teacher_scale is not None:
+            dtype = self._teacher.dtype
+            quantised = heads.teacher_weight, heads.teacher_scale
+            self._float8 = Float8Product(*quantised, self._teacher_bias, vocab, dtype)
         if self.scored > vocab and self._teacher is not None:
             self._teacher[:, vocab:] = -math.inf
 
@@ -284,7 +291,11 @@ class _Chunks:
             self._student[:size, vocab:] = -math.inf  # the last chunk's gradient is there
         if self._teacher is None:
             return self._student[:size, :scored], None
-        _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, self._teacher[:size, :vocab])
+        if self._float8 is None:
+            _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, self._teacher[:size, :vocab])
+        else:
+            self._float8(teacher_hidden, self._teacher[:size])
+            self._teacher[:size, vocab:scored] = -math.inf
         return self._student[:size, :scored], self._teacher[:size, :scored]
 
 
@@ -309,8 +320,8 @@ def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: 
     if chunk_tokens is not None:
         return chunk_tokens
     element_bytes = heads.hidden.element_size()
-    if heads.teacher_weight is not None:
-        element_bytes += heads.teacher_weight.element_size()
+    if heads.teacher_hidden is not None:
+        element_bytes += heads.teacher_hidden.element_size()
     return chunk_size(n_tokens, vocab, element_bytes, heads.hidden.device)
 
 
