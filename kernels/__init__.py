@@ -13,5 +13,6 @@ __all__ = ["DIVERGENCES", "METRICS", "Float8Weight", "Objective", "float8_weight
 from ._api import linear_kd_objective as linear_kd_objective
 from ._api import softmax_kd_objective as softmax_kd_objective
 from ._checks import shared_vocab as shared_vocab
+from ._float8 import has_float8_product as has_float8_product
 from ._meta import on_meta as on_meta
 from ._objective import TEMPERATURES as TEMPERATURES

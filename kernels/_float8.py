@@ -67,7 +67,7 @@ def padded(vocab: int) -> int:
     return -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def has_product(device: torch.device, dtype: torch.dtype) -> bool:
+def has_float8_product(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `device` multiplies 8-bit floats with a scale for each row into logits of `dtype`.
 
     That is NVIDIA's from compute capability 8.9 on, into bf16. PyTorch had it for 9.x first.
@@ -85,7 +85,7 @@ def has_product(device: torch.device, dtype: torch.dtype) -> bool:
 class Float8Product:
     """Compute a teacher's logits from its head in 8-bit floats.
 
-    A device with a product of them (:func:`has_product`) does it in one; anywhere else it is emulated: the same
+    A device with a product of them (:func:`has_float8_product`) does it in one; anywhere else it is emulated: the same
     numbers are multiplied in fp32, a few rows of the head at a time, which is exact but for the order of the sum.
     Either way the result is rounded once.
 
@@ -99,7 +99,7 @@ class Float8Product:
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, vocab: int, dtype: torch.dtype) -> None:
         width = padded(vocab)
-        self._vocab, self._in_one = vocab, has_product(weight.device, dtype)
+        self._vocab, self._in_one = vocab, has_float8_product(weight.device, dtype)
         self._weight, self._scale, self._bias = weight[:vocab], scale[:vocab], None if bias is None else bias[:vocab]
         if self._in_one:
             # its numbers of columns are multiples of 16; what it computes of the padding is written over

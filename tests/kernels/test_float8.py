@@ -212,7 +212,7 @@ def test_the_product_of_a_gpu_is_the_emulation(with_bias, chunk_tokens, v, teach
         return [loss.detach(), *metrics.values(), *torch.autograd.grad(loss, leaves)]
 
     emulated = run()
-    monkeypatch.setattr(_float8, "has_product", lambda device, dtype: True)
+    monkeypatch.setattr(_float8, "has_float8_product", lambda device, dtype: True)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     for found, right in zip(run(), emulated, strict=True):
         # bf16 logits at a boundary between two numbers fall to the one side or the other
@@ -235,8 +235,8 @@ def test_which_gpus_have_the_product(capability, version, dtype, hip, expected, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert _float8.has_product(torch.device("cuda"), dtype) == expected
-    assert not _float8.has_product(torch.device("cpu"), dtype)
+    assert _float8.has_float8_product(torch.device("cuda"), dtype) == expected
+    assert not _float8.has_float8_product(torch.device("cpu"), dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- the loss
