@@ -85,7 +85,7 @@ def has_float8_product(device: torch.device, dtype: torch.dtype) -> bool:
 class Float8Product:
     """Compute a teacher's logits from its head in 8-bit floats.
 
-    A device with a product of them (:func:`has_float8_product`) does it in one; anywhere else it is emulated: the same
+    A device with a product of them (:func:`has_float8_product`) does it in one. Anywhere else it is emulated: the same
     numbers are multiplied in fp32, a few rows of the head at a time, which is exact but for the order of the sum.
     Either way the result is rounded once.
 
@@ -124,7 +124,7 @@ class Float8Product:
                 scale_b=self._scale,
                 bias=self._bias,
                 out_dtype=out.dtype,
-                use_fast_accum=False,  # sums in 14 bits otherwise
+                use_fast_accum=False,  # else Hopper's tensor cores keep some 14 bits of the whole sum
                 out=out,
             )
 
