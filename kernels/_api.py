@@ -103,9 +103,7 @@ def softmax_kd_loss(
         reduction (str): "mean" over valid tokens, "sum", or "none" (the labels' shape, 0 at ignored tokens).
         scale_by_temperature_squared (bool): multiply D by T², which keeps gradients comparable across T.
         backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
-            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise. "triton-backwards" gives
-            the same results with fewer reads of memory, if the cache plays along: see README.md beside this file. It
-            was not yet measured on a GPU.
+            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
         return_metrics (bool | Sequence[str]): True for all of :data:`METRICS` that the inputs define, or the
             names of some.
         group (dist.ProcessGroup | None): vocabulary-parallel: each process of the group holds a shard of the ids of

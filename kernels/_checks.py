@@ -18,7 +18,7 @@ from ._meta import META, stands_for
 from ._objective import Objective
 from ._plan import autocast_type, host_can_read
 
-BACKENDS = ("auto", "torch", "triton", "triton-backwards")
+BACKENDS = ("auto", "torch", "triton")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Embedding tables of one tokenizer are padded to different multiples (Qwen2.5: 151936 and 152064).

@@ -20,7 +20,7 @@ FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max  # 448
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of rows of zeros, which stay zeros
 
-# Ids that the rows of a chunk of logits are padded to a multiple of: 128 bytes of bf16. Rows of an odd length start
+# Ids that the rows of a chunk of logits are apart, a multiple of 128 bytes of bf16. Rows of an odd length would start
 # anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
 ROW_MULTIPLE = 64
 WIDTH_MULTIPLE = 16  # of D: the products of 8-bit floats take no other on a GPU, so that no device does

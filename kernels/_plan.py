@@ -107,11 +107,6 @@ def valid_tokens(labels: Tensor, ignore_index: int, device: torch.device, backen
     return Tokens(to_device(index, device), to_device(labels[index], device), count)
 
 
-def is_triton(backend: str) -> bool:
-    """Return whether one of the Triton backends was chosen."""
-    return backend.startswith("triton")
-
-
 def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
     """Cut rows into slices of at most `rows_per_block`."""
     return slices(n_rows, rows_per_block(vocab, device))
