@@ -33,6 +33,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
 
 
+def check_scale(scale: float) -> None:
+    """Check that `scale` is a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be a finite number, but got {scale!r}")
+
+
 def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
     """Return one of `BACKENDS` but "auto", or inside of ``on_meta`` its backend.
 

@@ -91,6 +91,8 @@ def test_refused_by_both(call, changes, message):
         ({"teacher_logits": torch.randn(4, 9, requires_grad=True)}, r"pass teacher_logits.detach\(\)"),
         ({"teacher_logits": None}, "needs a teacher, but teacher_logits is None"),
         ({"labels": None, "kd_ratio": 0.5}, "needs labels"),
+        ({"scale": float("inf")}, "scale must be a finite number, but got inf"),
+        ({"scale": "0.5"}, "scale must be a finite number, but got '0.5'"),
     ],
 )
 def test_refused_from_logits(changes, message):
