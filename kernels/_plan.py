@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     reduction: str  # "mean", "sum" or "none"
     has_teacher: bool  # the objective or a metric reads it
     want_grad: bool
+    scale: float = 1.0  # of the loss and its gradient, not of the metrics
 
 
 class Rows(NamedTuple):

@@ -55,10 +55,12 @@ def mean_factor(count: Tensor, inside: bool) -> float:
     return 1.0
 
 
-def mean_scale(count: Tensor, inside: bool) -> Tensor | None:
-    """Return what Triton's kernels multiply the gradients by before they are stored, 0-d on the device."""
+def mean_scale(count: Tensor, inside: bool, scale: float = 1.0) -> Tensor | None:
+    """Return what Triton's kernels multiply the gradients by before they are stored, 0-d on the device; None for 1."""
+    if not inside:
+        return None if scale == 1.0 else torch.full((), scale, dtype=torch.float32, device=count.device)
     # 1 / an integer would have the default dtype
-    return count.clamp(min=1).float().reciprocal() if inside else None
+    return count.clamp(min=1).float().reciprocal() * scale
 
 
 def remaining_scale(grad_loss: Tensor, count: Tensor, reduction: str, backend: str, dtype: torch.dtype) -> Tensor:

@@ -80,15 +80,17 @@ def softmax_forward(
     if group is not None:
         from ._triton.shards import Group, parallel_rows
 
-        rows = parallel_rows(student, teacher, labels, plan, grad, mean_scale(count, inside), Group.of(group))
+        rows = parallel_rows(
+            student, teacher, labels, plan, grad, mean_scale(count, inside, plan.scale), Group.of(group)
+        )
     elif backend == "triton":
         from ._triton.rows import rows as triton_rows
 
-        rows = triton_rows(student, teacher, labels, plan, grad, mean_scale(count, inside))
+        rows = triton_rows(student, teacher, labels, plan, grad, mean_scale(count, inside, plan.scale))
     else:
-        rows = _torch_rows(student, teacher, labels, valid, plan, grad, mean_factor(count, inside))
+        rows = _torch_rows(student, teacher, labels, valid, plan, grad, plan.scale * mean_factor(count, inside))
     loss, metrics = rows.reduce(plan.reduction, count)
-    return loss, metrics, count, grad
+    return loss if plan.scale == 1.0 else loss * plan.scale, metrics, count, grad
 
 
 def softmax_backward(

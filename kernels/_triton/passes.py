@@ -56,15 +56,13 @@ def above(x, of_groups):
 
 
 @triton.jit
-def load_ids(row, offsets, stride, mask, MASKED: tl.constexpr):
-    """Load logits, -inf where masked out. A stride of 1 is a constant here and leaves offsets 32 bits wide."""
+def load_ids(row, offsets, stride, mask):
+    """Load logits in fp32, -inf where masked out. A stride of 1 is a constant here and leaves offsets 32 bits wide."""
     if stride == 1:
-        places = row + offsets
+        logits = tl.load(row + offsets, mask=mask, other=-float("inf"))
     else:
-        places = row + offsets.to(tl.int64) * stride
-    if MASKED:
-        return tl.load(places, mask=mask, other=-float("inf"))
-    return tl.load(places)
+        logits = tl.load(row + offsets.to(tl.int64) * stride, mask=mask, other=-float("inf"))
+    return logits.to(tl.float32)
 
 
 @triton.jit
@@ -196,10 +194,10 @@ def first_pass(
     if full < n_ids:
         offsets = full + ids
         inside = offsets < n_ids
-        s = load_ids(student, offsets, student_stride, inside, MASKED=True)
+        s = load_ids(student, offsets, student_stride, inside)
         t = s
         if HAS_TEACHER:
-            t = load_ids(teacher, offsets, teacher_stride, inside, MASKED=True)
+            t = load_ids(teacher, offsets, teacher_stride, inside)
         m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t = first_step(
             s=s, t=t, start=full, inside=inside, m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, forward=forward,
             reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, c=c, HAS_TEACHER=HAS_TEACHER,
@@ -258,8 +256,8 @@ def ruled_out_pass(
     for start in range(0, n_ids, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < n_ids
-        us = groups(load_ids(student, offsets, student_stride, inside, MASKED=True).to(tl.float32), WIDTH) - m_s
-        t = groups(load_ids(teacher, offsets, teacher_stride, inside, MASKED=True).to(tl.float32), WIDTH)
+        us = groups(load_ids(student, offsets, student_stride, inside), WIDTH) - m_s
+        t = groups(load_ids(teacher, offsets, teacher_stride, inside), WIDTH)
         e_s = tl.exp2(us * c)
         allowed = t > LOWEST
         ratio = us - (t - m_t)
@@ -274,7 +272,7 @@ def first_id(row, largest, of_groups, steps, n_ids, stride, BLOCK: tl.constexpr)
     """Find the first id at `largest`, in the first block in which a group's maximum ``[G]`` has come to it."""
     step = tl.min(tl.where(of_groups == largest, steps, NO_ID), 0)
     offsets = tl.minimum(step, n_ids) + tl.arange(0, BLOCK)
-    logits = load_ids(row, offsets, stride, offsets < n_ids, MASKED=True).to(tl.float32)
+    logits = load_ids(row, offsets, stride, offsets < n_ids)
     return tl.min(tl.where(logits == largest, offsets, NO_ID), 0)
 
 
@@ -436,10 +434,10 @@ def second_pass(
     if full < n_ids:
         offsets = full + ids
         inside = offsets < n_ids
-        s = load_ids(student, offsets, student_stride, inside, MASKED=True)
+        s = load_ids(student, offsets, student_stride, inside)
         t = s
         if HAS_TEACHER:
-            t = load_ids(teacher, offsets, teacher_stride, inside, MASKED=True)
+            t = load_ids(teacher, offsets, teacher_stride, inside)
         value, centres, mass, kl, entropy_s, entropy_t, acceptance = second_step(
             s=s, t=t, start=full, ids=ids, inside=inside, out=out, out_stride=out_stride, c=c, beta=beta,
             one_minus_beta=one_minus_beta, label=label, m_s=m_s, m_t=m_t, log2_d_s=log2_d_s, log2_d_t=log2_d_t,

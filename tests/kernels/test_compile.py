@@ -98,7 +98,7 @@ def test_opcheck_linear(trainable, chunk_tokens, backend, reduction):
     *heads, y, bias = from_hidden(dtype=BF16, trainable=trainable)
     needed = pack_needed(NeededGradients(True, trainable, trainable))
     heads.insert(2, bias)
-    arguments = (*heads, None, y, plan(reduction), needed, chunk_tokens, backend, heads[0][:0].flatten())
+    arguments = (*heads, None, None, y, plan(reduction), needed, chunk_tokens, backend, heads[0][:0].flatten())
     torch.library.opcheck(OPS.linear_kd.default, arguments)
 
 
@@ -119,12 +119,13 @@ def test_opcheck_linear_recomputed(needed, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
     heads.insert(2, bias)
     names = pack_needed(NeededGradients(*needed))
-    arguments = (*heads, None, y, torch.randn(N), plan("none"), names, 2, backend, False)
+    arguments = (*heads, None, None, y, torch.randn(N), plan("none"), names, 2, backend, False)
     torch.library.opcheck(OPS.linear_kd_recomputed.default, arguments)
 
 
 def test_no_operator_is_left_out():
     tested = {"softmax_kd", "softmax_kd_backward", "linear_kd", "linear_kd_backward", "linear_kd_recomputed"}
+    tested |= {"float8_weight"}  # in test_float8.py
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
     assert names == {f"{NAMESPACE}::{name}" for name in tested}
 
@@ -150,7 +151,7 @@ def test_a_graph_shows_the_plan():
     graphs = Graphs()
     compiled(lambda *x: softmax_kd_loss(*x, divergence="jsd", temperature=2.0, kd_ratio=0.5), graphs)(*from_logits())
     (node,) = (node for node in graphs[0].graph.nodes if "softmax_kd" in str(node.target))
-    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True"
+    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True, 1.0"
 
 
 # ------------------------------------------------------------------------------------------ torch.compile
@@ -196,7 +197,7 @@ def test_compiled_with_a_frozen_head(reduction, backend):
     call = lambda *inputs: linear(*inputs, kd_ratio=0.5, reduction=reduction, backend=backend)  # noqa: E731
     same(call, from_hidden(trainable=False), graphs)
     (node,) = (node for graph in graphs for node in graph.graph.nodes if "linear_kd" in str(node.target))
-    assert node.args[8] == "hidden"  # the head's gradient is not asked for
+    assert node.args[9] == "hidden"  # the head's gradient is not asked for
 
 
 @pytest.mark.parametrize("function", [softmax_kd_loss, linear], ids=["softmax", "linear"])
@@ -274,6 +275,10 @@ def test_scaled_gradients_in_a_graph(function, backend):
     scaled, plain = (results(lambda *x, f=f: call(*x, factor=f), inputs) for f in (scale, 1.0))
     for big, small in zip(scaled, plain, strict=True):
         torch.testing.assert_close(big, small * scale, rtol=2e-3, atol=2e-7 * scale)
+
+
+def test_scale_in_a_graph(backend):
+    same(lambda *inputs: softmax_kd_loss(*inputs, kd_ratio=0.5, scale=0.25, backend=backend), MAKERS[softmax_kd_loss]())
 
 
 @BOTH

@@ -12,7 +12,7 @@ from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import DryStep, dry_step
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
-from torchtune_kd.plan.meta_models import Models, Parameters, build_models, count_parameters
+from torchtune_kd.plan.meta_models import Models, Parameters, as_run, build_models, count_parameters
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.request import SEQUENCE, Request
 from torchtune_kd.plan.stock import dry_stock_step, why_stock_cannot
@@ -48,6 +48,7 @@ class RunPlan:
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
         divergence (str): of the run's loss.
+        teacher_head (str | None): as in the config.
         missing_tokenizer (tuple[str, ...]): files of the tokenizer that are not there, so that it is not checked.
         parameters (Parameters): of both models.
         devices (tuple[Device, ...]): that times are given for.
@@ -62,6 +63,7 @@ class RunPlan:
     layout: Layout
     sequence: int
     divergence: str
+    teacher_head: str | None
     missing_tokenizer: tuple[str, ...]
     parameters: Parameters
     devices: tuple[Device, ...]
@@ -98,7 +100,7 @@ def plan_run(request: Request, config: Config, layout: Layout) -> RunPlan:
         check_tokenizer(config.tokenizer.build(), check_vocabularies(models.student, models.teacher))
     sequence = _sequence(request, config, models)
 
-    def of_recipe(step: StepFunction) -> RecipePlan:
+    def of_recipe(step: StepFunction, models: Models) -> RecipePlan:
         return _of_recipe(config, models, layout, sequence, memory, devices, request.network_bandwidth, step)
 
     why = why_stock_cannot(settings, models)
@@ -108,12 +110,13 @@ def plan_run(request: Request, config: Config, layout: Layout) -> RunPlan:
         layout=layout,
         sequence=sequence,
         divergence=config.kd_loss.build().divergence,
+        teacher_head=config.teacher_head if settings.uses_teacher else None,
         missing_tokenizer=tuple(map(str, missing)),
         parameters=count_parameters(models),
         devices=devices,
         why_no_times=why_no_times,
-        ours=of_recipe(dry_step),
-        stock=None if why else of_recipe(dry_stock_step),
+        ours=of_recipe(dry_step, as_run(config, models)),
+        stock=None if why else of_recipe(dry_stock_step, models),
         why_no_stock=why,
     )
 
