@@ -16,8 +16,9 @@ Which loops are passes, and how many ids a turn has, is read off the code:
   That holds for any factor of unrolling, and for loops that load the next turn's ids. The factor is this number over
   the ids of one step, and has to be whole.
 
-Instructions whose predicate is false are issued like others, and what a branch within a loop may skip is counted as
-if it never did. Instructions outside of the loops, some hundreds a row, are not counted.
+Instructions whose predicate is false are issued like others. What a branch within a loop skips is not counted, as where
+the compiler has put it behind the loop: it is for few blocks, such as the one with the label's id. Nor are instructions
+outside of the loops, some hundreds a row.
 """
 
 import re
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;", re.M)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;", re.M)
 _TARGET = re.compile(r"0x([0-9a-f]+)$")
 _LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _EXCHANGES = ("BAR", "SHFL", "REDUX")
@@ -50,12 +51,23 @@ class Pass:
 
 class _Instruction(NamedTuple):
     address: int
+    predicate: str
     operation: str  # with its modifiers, as LDG.E.128
     operands: str
 
     @property
     def name(self) -> str:
         return self.operation.split(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """Return the address that a branch leads to."""
+        found = _TARGET.search(self.operands) if self.name == "BRA" else None
+        return int(found[1], 16) if found else None
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.predicate) or "," in self.operands
 
     @property
     def bytes(self) -> int:
@@ -70,7 +82,7 @@ class _Instruction(NamedTuple):
 class _Loop(NamedTuple):
     first: int  # index of its first instruction
     last: int
-    code: list[_Instruction]
+    code: list[_Instruction]  # that no branch skips
 
     def bytes(self, names: tuple[str, ...]) -> int:
         return sum(instruction.bytes for instruction in self.code if instruction.name in names)
@@ -105,7 +117,9 @@ def passes(text: str, ttir: str, bytes_per_id: int, ids_per_step: float) -> tupl
         bytes_per_id (int): that one id takes in all the tensors that a pass reads.
         ids_per_step (float): that a thread handles in one step of the walk, BLOCK over the program's threads.
     """
-    code = [_Instruction(int(found[1], 16), found[2], found[3]) for found in _INSTRUCTION.finditer(text)]
+    code = [
+        _Instruction(int(address, 16), predicate, *rest) for address, predicate, *rest in _INSTRUCTION.findall(text)
+    ]
     compiled, written = _by_pass(code), passes_of_source(ttir)
     stores = [any(loop.bytes(_STORES) for loop in loops) for loops in compiled]
     if stores != [one.stores for one in written]:
@@ -136,7 +150,8 @@ def passes_of_source(ttir: str) -> list[SourcePass]:
             if closed in _REGIONS[:2] and loads:
                 one = SourcePass("scf.if" in regions, stores)
                 if found and not parted:  # a tail, or what is left of an unrolled loop
-                    one = SourcePass(one.branch and found[-1].branch, one.stores or found.pop().stores)
+                    main = found.pop()
+                    one = SourcePass(main.branch and one.branch, main.stores or one.stores)
                 found.append(one)
                 loads = parted = False
         in_loop = any(region in _REGIONS[:2] for region in regions)
@@ -172,11 +187,23 @@ def _loops(code: list[_Instruction]) -> list[_Loop]:
     index = {instruction.address: place for place, instruction in enumerate(code)}
     last: dict[int, int] = {}
     for place, instruction in enumerate(code):
-        target = _TARGET.search(instruction.operands) if instruction.name == "BRA" else None
-        first = index.get(int(target[1], 16), place) if target else place
+        first = index.get(instruction.target, place)
         if first < place and not any(between.name in _ENDS for between in code[first:place]):
             last[first] = place
-    return [_Loop(first, end, code[first : end + 1]) for first, end in sorted(last.items())]
+    return [_Loop(first, end, _not_skipped(code[first : end + 1])) for first, end in sorted(last.items())]
+
+
+def _not_skipped(code: list[_Instruction]) -> list[_Instruction]:
+    """Return a loop's instructions without those that a conditional branch leads past, within the loop."""
+    kept, until = [], 0
+    for instruction in code:
+        if instruction.address < until:
+            continue
+        kept.append(instruction)
+        target = instruction.target
+        if target is not None and instruction.conditional and instruction.address < target <= code[-1].address:
+            until = target
+    return kept
 
 
 def _count(loops: list[_Loop], bytes_per_id: int, ids_per_step: float) -> Pass:

@@ -112,6 +112,15 @@ def test_width_of_loads():
     assert (one.narrowest, one.instructions) == (16, 5 / 4)
 
 
+def test_what_a_branch_in_a_loop_skips_is_for_few_blocks():
+    loop = ("first:", LOAD, WORK, "@!P2 BRA usual", *[WORK] * 9, STORE, "usual:", WORK, "@P1 BRA first")
+    (one,) = count(*loop, *END, written=("load",))
+    assert (one.instructions, one.stored_bytes) == (5 / 4, 0)
+    either = ("first:", LOAD, "BRA.U !UP2, other", *[WORK] * 9, "BRA both", "other:", WORK, "both:", "@P1 BRA first")
+    (one,) = count(*either, *END, written=("load",))
+    assert one.instructions == 4 / 4
+
+
 def test_what_is_no_pass():
     zeros = ("zeros:", STORE, "@P1 BRA zeros")
     assert count(*zeros, *END, written=()) == []
