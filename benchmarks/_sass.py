@@ -13,8 +13,8 @@ Which loops are passes, and how many ids a turn has, is read off the code:
   That holds for any factor of unrolling, and for loops that load the next turn's ids. The factor is this number over
   the ids of one step, and has to be whole.
 
-Instructions whose predicate is false are issued like others. Those outside of the loops, some hundreds a row, are not
-counted.
+Instructions whose predicate is false are issued like others. Not counted are those outside of the loops, some hundreds
+a row, and what a branch skips within a loop: the label's part of the gradient, which one block of a row has.
 """
 
 import re
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;", re.M)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;", re.M)
 _TARGET = re.compile(r"0x([0-9a-f]+)$")
 _LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _EXCHANGES = ("BAR", "SHFL", "REDUX")
@@ -46,6 +46,7 @@ class Pass:
 
 class _Instruction(NamedTuple):
     address: int
+    has_predicate: bool
     operation: str  # with its modifiers, as LDG.E.128
     operands: str
 
@@ -77,6 +78,16 @@ class _Loop(NamedTuple):
     def holds(self, other: "_Loop") -> bool:
         return other is not self and self.first <= other.first and other.last <= self.last
 
+    @property
+    def skipped(self) -> int:
+        """Return the number of instructions that a branch skips."""
+        places = {instruction.address: place for place, instruction in enumerate(self.code)}
+        found: set[int] = set()
+        for place, instruction in enumerate(self.code):
+            target = places.get(_target(instruction), 0) if instruction.has_predicate else 0
+            found |= set(range(place + 1, target))
+        return len(found)
+
 
 def disassemble(cubin: bytes, folder: Path) -> str:
     """Return the machine code and the resources of a kernel as text, by the tool in ``folder``."""
@@ -100,7 +111,7 @@ def passes(text: str, bytes_per_id: int, ids_per_step: float) -> tuple[Pass, ...
         bytes_per_id (int): that one id takes in all the tensors that a pass reads.
         ids_per_step (float): that a thread handles in one step of the walk, BLOCK over the program's threads.
     """
-    code = [_Instruction(int(found[1], 16), found[2], found[3]) for found in _INSTRUCTION.finditer(text)]
+    code = [_Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in _INSTRUCTION.finditer(text)]
     return tuple(_count(loops, bytes_per_id, ids_per_step) for loops in _by_pass(code))
 
 
@@ -124,11 +135,16 @@ def _loops(code: list[_Instruction]) -> list[_Loop]:
     index = {instruction.address: place for place, instruction in enumerate(code)}
     last: dict[int, int] = {}
     for place, instruction in enumerate(code):
-        target = _TARGET.search(instruction.operands) if instruction.name == "BRA" else None
-        first = index.get(int(target[1], 16), place) if target else place
+        first = index.get(_target(instruction), place)
         if first < place and not any(between.name in _ENDS for between in code[first:place]):
             last[first] = place
     return [_Loop(first, end, code[first : end + 1]) for first, end in sorted(last.items())]
+
+
+def _target(instruction: _Instruction) -> int | None:
+    """Return the address that a branch goes to; None for any other instruction."""
+    target = _TARGET.search(instruction.operands) if instruction.name == "BRA" else None
+    return int(target[1], 16) if target else None
 
 
 def _count(loops: list[_Loop], bytes_per_id: int, ids_per_step: float) -> Pass:
@@ -141,7 +157,7 @@ def _count(loops: list[_Loop], bytes_per_id: int, ids_per_step: float) -> Pass:
             f"{ids_per_step:g}, so that its instructions cannot be shared out; what else does the loop load?"
         )
     return Pass(
-        instructions=len(main.code) / ids,
+        instructions=(len(main.code) - main.skipped) / ids,
         special=main.count("MUFU") / ids,
         loaded_bytes=main.bytes(_LOADS) / ids,
         stored_bytes=main.bytes(_STORES) / ids,

@@ -371,8 +371,13 @@ def passes_of(binary: Binary, arch: int) -> tuple[Pass, ...]:
 
 
 def _passes(binary: Binary, text: str, warps: int) -> tuple[Pass, ...]:
-    block, read = dict(binary.constants).get("BLOCK", 0), _bytes_read(binary)
-    return passes(text, read, block / (32 * warps)) if block and read else ()
+    constants = dict(binary.constants)
+    block, read = constants.get("BLOCK", 0), _bytes_read(binary)
+    found = passes(text, read, block / (32 * warps)) if block and read else ()
+    reverse = constants.get("DIVERGENCE") in ("reverse_kl", "symmetric_kl")
+    if reverse and binary.kernel in ("rows_kernel", "first_pass_kernel"):
+        found = found[:1] + found[2:]  # without ruled_out_pass, which only rows with masked ids take
+    return found
 
 
 def _bytes_read(binary: Binary) -> int:
