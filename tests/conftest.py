@@ -54,6 +54,6 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct."""
-    from assets import smollm2_folder
+    from helpers.assets import smollm2_folder
 
     return smollm2_folder()

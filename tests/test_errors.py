@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from tiny import make_config, run_in_process
 
 import torchtune_kd.training as kd
+from helpers.forked import ForkedRun
+from helpers.tiny import make_config, run_in_process
 from torchtune_kd.models import build
 from torchtune_kd.recipes import kd as recipe
 from torchtune_kd.teachers import live
@@ -63,7 +63,7 @@ def test_cleaning_up_after_a_good_end_may_fail():
 @pytest.mark.slow
 def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_path):
     start = time.monotonic()
-    run = ForkedRun(make_config(tmp_path), 2, recipe="ending_worker")
+    run = ForkedRun(make_config(tmp_path), 2, recipe="helpers.ending_worker")
     assert run.join(60) == [3, 2]
     assert time.monotonic() - start < 60
     assert run.output(0) == "error: The memory of cuda:0 ran out.\n"

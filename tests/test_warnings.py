@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 from omegaconf import OmegaConf
-from tiny import make_config
 
+from helpers.tiny import make_config
 from torchtune_kd import _warnings
 
 BIN = os.path.dirname(sys.executable)

@@ -24,7 +24,7 @@ from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.live import build_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from steps import accumulate
+from helpers.steps import accumulate
 
 cfg = OmegaConf.load(sys.argv[1])
 config = kd.read_config(cfg, distributed=True)

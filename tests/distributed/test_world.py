@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import STUDENT, make_config, model_section
 from torch.torch_version import TorchVersion
 
+from helpers.tiny import STUDENT, make_config, model_section
 from torchtune_kd.config.sections import section_of
 from torchtune_kd.distributed.world import describe_layout, join_process_group, mesh_shape
 from torchtune_kd.models.build import on_meta

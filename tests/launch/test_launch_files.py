@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from tiny import ROWS, make_config
 
 import torchtune_kd
+from helpers.tiny import ROWS, make_config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.launch.__main__ import main
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from measured import SIZES, allocated, measured_step, sized_config, weight_bytes
 from omegaconf import OmegaConf
-from tiny import make_config
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.modules import loss as stock_losses
 
+from helpers.measured import SIZES, allocated, measured_step, sized_config, weight_bytes
+from helpers.tiny import make_config
 from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights

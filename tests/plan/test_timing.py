@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from measured import SIZES, sized_config
 from torch import nn
 
+from helpers.measured import SIZES, sized_config
 from torchtune_kd.plan import Layout, build_models
 from torchtune_kd.plan.communication import Communication, communication
 from torchtune_kd.plan.devices import Device

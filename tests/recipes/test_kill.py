@@ -4,10 +4,11 @@ import random
 import time
 
 import pytest
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import assert_same_run, resumable_config
-from tiny import ROWS
+
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, resumable_config
+from helpers.tiny import ROWS
 
 # how often each begins in a run of 2 epochs of 4 steps, checkpoints every 3, validation every 2
 TIMES = {"step": 8, "validation": 5, "save": 2, "rename": 4, "export": 2, "epoch": 2}

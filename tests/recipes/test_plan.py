@@ -10,9 +10,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from measured import sized_config
 from omegaconf import OmegaConf
 
+from helpers.measured import sized_config
 from torchtune_kd.plan import as_dict, as_text, plan_run, read_request
 from torchtune_kd.training import UserError
 

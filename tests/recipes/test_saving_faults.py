@@ -8,12 +8,12 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import assert_same_run, resumable_config
-from tiny import run_in_process
 
 import torchtune_kd.checkpoints.writer as snapshots
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, resumable_config
+from helpers.tiny import run_in_process
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.checkpoints.writer import SnapshotWriter
 from torchtune_kd.distributed.world import World

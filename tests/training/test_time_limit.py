@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import resumable_config
-from tiny import dataset_section, make_config, read_log, run_in_process
 
+from helpers.forked import ForkedRun
+from helpers.resumable import resumable_config
+from helpers.tiny import dataset_section, make_config, read_log, run_in_process
 from torchtune_kd.errors import UserError
 from torchtune_kd.training.time_limit import LEAST_STEPS, TimeLimit
 
