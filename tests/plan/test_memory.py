@@ -11,16 +11,17 @@ from omegaconf import OmegaConf
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.modules import loss as stock_losses
 
+from helpers.checkout import benchmarks
 from helpers.measured import SIZES, allocated, measured_step, sized_config, weight_bytes
 from helpers.tiny import make_config
 from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
-from torchtune_kd.plan.stock import dry_stock_step
 from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.recipes.kd import KDRecipe
 from torchtune_kd.training import read_config
 
+stock_step = benchmarks("_stock_step")
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 
@@ -112,7 +113,7 @@ def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
     """Its loss step, on the CPU: torchtune's models and losses in the order of its recipe."""
     cfg = sized_config(tmp_path, 12, kind, gradient_accumulation_steps=1, batch_size=2)
     config = read_config(cfg, distributed=False)
-    planned = plan_memory(config, build_models(config), Layout(), 128, run=dry_stock_step)[1]
+    planned = plan_memory(config, build_models(config), Layout(), 128, run=stock_step.dry_stock_step)[1]
     recipe = KDRecipe(cfg)
     recipe.setup()
     student, teacher = recipe._run.student.decoder, recipe._run.teacher.decoder
