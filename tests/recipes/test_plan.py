@@ -140,7 +140,7 @@ def test_unknown_optimizer_leaves_the_total_open(config):
         ({"gpu": "H1000"}, r"Expected `gpu` to be one of A100.*got H1000: did you mean H100"),
         ({"device_memory": "lots"}, r"Expected `device_memory` to be a size such as 80GiB or 24GB, got lots"),
         ({"devices": 0}, r"Expected `devices` to be above 0, got 0"),
-        ({"devices": "two"}, r"Expected `devices` to be int, got 'two'"),
+        ({"devices": "two"}, r"Expected `devices` to be int or null, got 'two'"),
         ({"tflops": 3}, r"`tflops` .* and `bandwidth` .* together"),
         ({"devices": 2, "tflops": 3, "bandwidth": 5}, r"Expected `link_bandwidth`"),
         ({"sequence_length": 4096}, r"Expected sequences of at most 128 tokens.*got 4096: lower `sequence_length`"),

@@ -27,7 +27,7 @@ import torchtune_kd
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.progress import Progress
 from torchtune_kd.distributed.world import SETUP_TIMEOUT, World
-from torchtune_kd.errors import UserError, one_line
+from torchtune_kd.errors import UserError, first_line
 from torchtune_kd.storage import atomic
 from torchtune_kd.storage.manifest import Damaged, Manifest, file_facts
 
@@ -296,4 +296,4 @@ def _cause(error: BaseException) -> str:
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return one_line(cause or error).rstrip(".")
+    return first_line(cause or error)
