@@ -32,7 +32,10 @@ def register() -> None:
         _or_say_why(append_recipes, sys.modules[_REGISTRY])
     program = str((getattr(sys, "argv", None) or [""])[0])
     if program.endswith(("/tune", "\\tune", "\\tune.exe")):
-        _or_say_why(_prepare_tune)
+        # With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
+        from torchtune_kd._torchtune import prepare_import
+
+        _or_say_why(prepare_import)
 
 
 def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
@@ -93,18 +96,6 @@ class _RegistryFinder:
 
         spec.loader.exec_module = execute_and_append
         return spec
-
-
-def _prepare_tune() -> None:
-    """Do what has to be done before the command imports torchtune and torchao, which warns.
-
-    With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
-    """
-    from torchtune_kd._versions import check_versions
-    from torchtune_kd._warnings import silence_known_warnings
-
-    silence_known_warnings()
-    check_versions()
 
 
 def _or_say_why(action, *args) -> None:
