@@ -29,7 +29,7 @@ from helpers.steps import accumulate
 cfg = OmegaConf.load(sys.argv[1])
 config = kd.read_config(cfg, distributed=True)
 settings = config.settings
-world = join_process_group("cpu", replicate_dim=settings.data_parallel_replicate_dim)
+world = join_process_group(settings)
 names = {world.mesh.get_group(i).group_name: name for i, name in enumerate(world.mesh.mesh_dim_names)}
 
 
