@@ -19,6 +19,7 @@ def case_of(cfg, *, validation=False, layout=None):
     return Case(config, layout or Layout(), Shape(config.settings.batch_size, 128, validation=validation))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("key", "overrides"),

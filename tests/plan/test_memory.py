@@ -45,6 +45,7 @@ def check(tmp_path, size, kind, **overrides):
     assert sum(planned.at_peak.values()) == planned.total == max(planned.phases.values())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [
@@ -108,6 +109,7 @@ def test_plan_is_what_the_true_8b_to_1b_takes_on_a_gpu(tmp_path, kind):
     assert planned.total == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
     """Its loss step, on the CPU: torchtune's models and losses in the order of its recipe."""
