@@ -19,7 +19,8 @@ class Times(NamedTuple):
 
     warm_up: float  # the first call: imports, compilation, allocation
     calls: list[float]
-    cpu: float | None = None  # mean over the calls, of all threads; of a CPU that others use too the steadier number
+    cpu: float | None = None  # mean over the calls, of all threads: where others use the CPU too, the steadier number
+    host: float | None = None  # that the host takes to queue a call; of a GPU
 
     @property
     def median(self) -> float:
@@ -47,7 +48,7 @@ def time_calls(call: Callable[[], object], device: str, budget: float) -> Times:
             calls.append(_stopwatch(call, device))
             cpu += time.process_time() - start
         return Times(warm_up, calls, cpu / len(calls))
-    once = min(_stopwatch(call, device) for _ in range(2))
+    host, once = map(min, zip(*(_queued(call, device) for _ in range(2)), strict=True))
     repeats = min(MOST_REPEATS, max(LEAST_REPEATS, int(budget / max(once, 1e-6))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
@@ -56,7 +57,7 @@ def time_calls(call: Callable[[], object], device: str, budget: float) -> Times:
         call()
         end.record()
     torch.cuda.synchronize()
-    return Times(warm_up, [start.elapsed_time(end) / 1000 for start, end in events])
+    return Times(warm_up, [start.elapsed_time(end) / 1000 for start, end in events], host=host)
 
 
 def added_bytes(call: Callable[[], object], device: str) -> int:
@@ -97,6 +98,24 @@ def _product_rate(device: str, rows: int, inner: int, columns: int) -> float:
     return 2 * rows * inner * columns / min(times.calls)
 
 
+def instruction_rate(device: str) -> float | None:
+    """Return the instructions of a warp (32 threads) that a GPU can issue per second; None for a CPU.
+
+    Each SM has four schedulers, which issue one in a clock; the clock is what the device reaches when this is called.
+    """
+    if device != "cuda":
+        return None
+    cycles = 10_000_000
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda._sleep(cycles)  # counts clocks on the device; the first one lets it leave a lower clock
+    events[0].record()
+    torch.cuda._sleep(cycles)
+    events[1].record()
+    torch.cuda.synchronize()
+    clock = cycles / (events[0].elapsed_time(events[1]) / 1000)
+    return 4 * torch.cuda.get_device_properties(0).multi_processor_count * clock
+
+
 def describe_device(device: str) -> str:
     """The device in one line."""
     if device != "cuda":
@@ -112,8 +131,14 @@ def describe_device(device: str) -> str:
 
 def _stopwatch(call: Callable[[], object], device: str) -> float:
     """Seconds of one call, waiting for the device before and after."""
+    return _queued(call, device)[1]
+
+
+def _queued(call: Callable[[], object], device: str) -> tuple[float, float]:
+    """Return the seconds until one call came back, and until the device was done with it."""
     synchronize(device)
     start = time.perf_counter()
     call()
+    queued = time.perf_counter()
     synchronize(device)
-    return time.perf_counter() - start
+    return queued - start, time.perf_counter() - start

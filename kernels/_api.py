@@ -19,6 +19,7 @@ from ._checks import (
     check_head,
     check_labels,
     check_rows,
+    check_scale,
     check_teacher,
     check_teacher_present,
     resolve_backend,
@@ -49,6 +50,7 @@ def softmax_kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     scale_by_temperature_squared: bool = True,
+    scale: float = 1.0,
     backend: str = "auto",
     return_metrics: bool | Sequence[str] = False,
     group: "dist.ProcessGroup | None" = None,
@@ -98,10 +100,10 @@ def softmax_kd_loss(
         ignore_index (int): label of tokens that do not count.
         reduction (str): "mean" over valid tokens, "sum", or "none" (the labels' shape, 0 at ignored tokens).
         scale_by_temperature_squared (bool): multiply D by T², which keeps gradients comparable across T.
+        scale (float): multiplies loss and gradient, not the metrics. A division by accumulation steps costs nothing
+            here; as ``loss / steps`` it takes ``backward()`` a pass over the stored gradient ``[N, V]``.
         backend (str): "torch", "triton" (on CUDA tensors, or where TRITON_INTERPRET=1 interprets it) or "auto":
-            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise. "triton-backwards" gives
-            the same results with fewer reads of memory, if the cache plays along: see README.md beside this file. It
-            was not yet measured on a GPU.
+            Triton for CUDA tensors where it is installed and none is fp64, torch otherwise.
         return_metrics (bool | Sequence[str]): True for all of :data:`METRICS` that the inputs define, or the
             names of some.
         group (dist.ProcessGroup | None): vocabulary-parallel: each process of the group holds a shard of the ids of
@@ -123,6 +125,7 @@ def softmax_kd_loss(
         labels,
         Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared),
         reduction=reduction,
+        scale=scale,
         backend=backend,
         return_metrics=return_metrics,
         group=group,
@@ -136,6 +139,7 @@ def softmax_kd_objective(
     objective: Objective,
     *,
     reduction: str = "mean",
+    scale: float = 1.0,
     backend: str = "auto",
     return_metrics: bool | Sequence[str] = False,
     group: "dist.ProcessGroup | None" = None,
@@ -145,6 +149,7 @@ def softmax_kd_objective(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
     check_rows("student_logits", student_logits, "V", labels)
+    check_scale(scale)
     if labels is None and objective.kd_ratio != 1.0:
         raise ValueError(
             f"kd_ratio={objective.kd_ratio} includes a cross-entropy, which needs labels; pass them or kd_ratio=1"
@@ -164,7 +169,7 @@ def softmax_kd_objective(
         flat_labels = to_device(check_labels(labels, known, objective.ignore_index), student_logits.device)
 
     want_grad = torch.is_grad_enabled() and student_logits.requires_grad
-    plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
+    plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad, float(scale))
     backend = resolve_backend(backend, student_logits, teacher_logits)
     if backend == META:
         raise ValueError("on_meta knows the loss from hidden states alone; call linear_kd_loss inside of it")

@@ -17,7 +17,7 @@ from ._meta import META, stands_for
 from ._objective import Objective
 from ._plan import autocast_type, host_can_read
 
-BACKENDS = ("auto", "torch", "triton", "triton-backwards")
+BACKENDS = ("auto", "torch", "triton")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Embedding tables of one tokenizer are padded to different multiples (Qwen2.5: 151936 and 152064).
@@ -30,6 +30,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
+
+
+def check_scale(scale: float) -> None:
+    """Check that `scale` is a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be a finite number, but got {scale!r}")
 
 
 def resolve_backend(backend: str, *tensors: Tensor | None) -> str:

@@ -3,7 +3,6 @@
 Legend: N tokens, n valid tokens, C tokens of a chunk, V vocabulary, D hidden width of the model at hand.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from ._plan import (
     Tokens,
     autocast_type,
     chunk_size,
-    is_triton,
     rows_per_block,
     slices,
     valid_tokens,
@@ -26,12 +24,11 @@ from ._plan import (
 from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.head_gradient import HeadGradient
-from ._torch.meta import MetaBlockLoss, uses_kernel
+from ._torch.meta import MetaBlockLoss
 
-# Ids that the rows of a chunk of logits are padded to a multiple of: 128 bytes of bf16. Rows of an odd length start
+# Ids that the rows of a chunk of logits are apart, a multiple of 128 bytes of bf16. Rows of an odd length would start
 # anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
 _ROW_MULTIPLE = 64
-_NO_LABEL = torch.iinfo(torch.int64).max
 
 
 class Heads(NamedTuple):
@@ -207,13 +204,10 @@ def _walk(
         return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
     chunk_tokens = min(_chunk_tokens(heads, vocab, chunk_tokens, n_visited), n_visited)
-    in_kernel = is_triton(backend) or (backend == META and uses_kernel(device, dtype))
-    chunks = _Chunks(heads, vocab, chunk_tokens, in_kernel)
-    if chunks.scored > vocab:
-        labels = _without_padding(labels, vocab, chunks.scored, plan.objective.ignore_index)
+    chunks = _Chunks(heads, vocab, chunk_tokens)
     block_rows = min(chunk_tokens, rows_per_block(vocab, device)) if backend == "torch" else chunk_tokens
     inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
-    block_loss = _block_loss(backend, plan._replace(vocab=chunks.scored), block_rows, dtype, count, inside)
+    block_loss = _block_loss(backend, plan, block_rows, dtype, count, inside)
     for chunk in slices(n_visited, chunk_tokens):
         pick = chunk if index is None else index[chunk]  # positions among the N tokens
         h = hidden[pick]
@@ -233,15 +227,15 @@ def _walk(
             for into, metric in zip(rows.metrics, metrics, strict=True):
                 into[at] = metric.to(into.dtype)
 
-        grad = student[:, :vocab]  # of the chunk's logits, which it was written over
+        # the chunk's logits were written over by their gradient
         if needed.hidden and index is None:
-            torch.mm(grad, chunks.weight, out=grads.hidden[pick])
+            torch.mm(student, chunks.weight, out=grads.hidden[pick])
         elif needed.hidden:
-            grads.hidden[pick] = grad @ chunks.weight
+            grads.hidden[pick] = student @ chunks.weight
         if needed.weight:
-            head_grad.add(grad, h)
+            head_grad.add(student, h)
         if needed.bias:
-            grads.bias[:vocab] += grad.sum(0, dtype=dtype)
+            grads.bias[:vocab] += student.sum(0, dtype=dtype)
     block_loss.release()
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
@@ -249,56 +243,42 @@ def _walk(
 class _Chunks:
     """Make the logits of chunks of tokens, one after another in the same memory.
 
-    Rows are padded to `_ROW_MULTIPLE` ids. A kernel loads 128 bits at a time only if the row that it visits has a round
-    length, so that it visits the padding too, where both models are -inf, which adds nothing to value or gradient.
-
     Args:
         heads (Heads): inputs of the matrix products.
         vocab (int): V, ids that both models score.
         size (int): the largest chunk.
-        in_kernel (bool): the loss arithmetic is one kernel.
 
     Attributes:
         weight (Tensor): ``[V, D]`` of the student.
-        scored (int): ids that the loss arithmetic visits.
     """
 
-    def __init__(self, heads: Heads, vocab: int, size: int, in_kernel: bool) -> None:
+    def __init__(self, heads: Heads, vocab: int, size: int) -> None:
         def cut(head: Tensor | None) -> Tensor | None:
             return None if head is None else head[:vocab]
 
-        self._vocab, width = vocab, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        def buffer(like: Tensor) -> Tensor:
+            return like.new_empty(size, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE)[:, :vocab]
+
         self.weight, self._bias = heads.weight[:vocab], cut(heads.bias)
         self._teacher_weight, self._teacher_bias = cut(heads.teacher_weight), cut(heads.teacher_bias)
-        self.scored = width if in_kernel else vocab
-        self._student = heads.hidden.new_empty(size, width)
-        self._teacher = None if heads.teacher_weight is None else heads.teacher_weight.new_empty(size, width)
-        if self.scored > vocab and self._teacher is not None:
-            self._teacher[:, vocab:] = -math.inf
+        self._student = buffer(heads.hidden)
+        self._teacher = None if heads.teacher_weight is None else buffer(heads.teacher_weight)
 
     def fill(self, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute a chunk's logits ``[C, scored]`` of both models from their hidden states ``[C, D]``."""
-        size, vocab, scored = len(hidden), self._vocab, self.scored
-        _logits(hidden, self.weight, self._bias, self._student[:size, :vocab])
-        if scored > vocab:
-            self._student[:size, vocab:] = -math.inf  # the last chunk's gradient is there
+        """Compute a chunk's logits ``[C, V]`` of both models from their hidden states ``[C, D]``."""
+        student = _logits(hidden, self.weight, self._bias, self._student[: len(hidden)])
         if self._teacher is None:
-            return self._student[:size, :scored], None
-        _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, self._teacher[:size, :vocab])
-        return self._student[:size, :scored], self._teacher[:size, :scored]
-
-
-def _without_padding(labels: Tensor, vocab: int, padded: int, ignore_index: int) -> Tensor:
-    """Replace labels that name an id of the padding, which are as wrong as any other beyond the vocabulary."""
-    return labels.masked_fill((labels >= vocab) & (labels < padded) & (labels != ignore_index), _NO_LABEL)
+            return student, None
+        teacher = _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, self._teacher[: len(hidden)])
+        return student, teacher
 
 
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, count: Tensor, inside: bool):
     """Return the loss arithmetic of `backend`, a function of a block of logits."""
-    if is_triton(backend):
+    if backend == "triton":
         from ._triton.rows import TritonBlockLoss
 
-        return TritonBlockLoss(plan, backend, mean_scale(count, inside))
+        return TritonBlockLoss(plan, mean_scale(count, inside))
     if backend == META:
         return MetaBlockLoss(plan, max_rows, dtype)
     return BlockLoss(plan, max_rows, dtype, count.device, mean_factor(count, inside))

@@ -40,15 +40,16 @@ def pack(plan: Plan) -> str:
     numbers = f"{o.beta}, {o.temperature}, {o.kd_ratio}, {o.ignore_index}, {o.scale_by_temperature_squared}"
     metrics = ",".join(plan.metrics)
     # by format strings, which make constants of floats that a graph has as its inputs
-    return f"{o.divergence!r}, {numbers}, {metrics!r}, {plan.reduction!r}, {plan.has_teacher}, {plan.want_grad}"
+    flags = f"{plan.has_teacher}, {plan.want_grad}, {plan.scale}"
+    return f"{o.divergence!r}, {numbers}, {metrics!r}, {plan.reduction!r}, {flags}"
 
 
 @lru_cache(maxsize=64)
 def unpack(text: str) -> Plan:
     """Read what :func:`pack` wrote; the vocabulary is 0."""
-    *objective, metrics, reduction, has_teacher, want_grad = ast.literal_eval(text)
+    *objective, metrics, reduction, has_teacher, want_grad, scale = ast.literal_eval(text)
     names = tuple(metrics.split(",")) if metrics else ()
-    return Plan(Objective(*objective), names, 0, reduction, has_teacher, want_grad)
+    return Plan(Objective(*objective), names, 0, reduction, has_teacher, want_grad, scale)
 
 
 def pack_needed(needed: NeededGradients) -> str:

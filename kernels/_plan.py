@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     reduction: str  # "mean", "sum" or "none"
     has_teacher: bool  # the objective or a metric reads it
     want_grad: bool
+    scale: float = 1.0  # of the loss and its gradient, not of the metrics
 
 
 class Rows(NamedTuple):
@@ -105,11 +106,6 @@ def valid_tokens(labels: Tensor, ignore_index: int, device: torch.device, backen
     if len(index) == len(labels):
         return Tokens(None, to_device(labels, device), count)
     return Tokens(to_device(index, device), to_device(labels[index], device), count)
-
-
-def is_triton(backend: str) -> bool:
-    """Return whether one of the Triton backends was chosen."""
-    return backend.startswith("triton")
 
 
 def row_blocks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._plan import host_can_read, is_triton, row_blocks
+from ._plan import host_can_read, row_blocks
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
@@ -24,9 +24,10 @@ def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = Fal
     if scale.dim() == 0 and host_can_read(scale.device) and bool(scale == 1):
         return grad if in_place else grad.to(dtype, copy=True)
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
-    if grad.dtype == dtype == scale.dtype:
+    if grad.dtype == scale.dtype and (dtype == grad.dtype or grad.device.type == "cuda"):
         return torch.mul(grad, scale, out=out)
-    # block by block, because PyTorch on a CPU first converts whole tensors of another dtype
+    # block by block, because PyTorch on a CPU first converts whole tensors of another dtype, and everywhere a number in
+    # fp32 to the bf16 of the tensor that it multiplies
     for rows in row_blocks(len(grad), math.prod(grad.shape[1:]), grad.device):
         out[rows] = grad[rows].to(scale.dtype) * (scale if scale.dim() == 0 else scale[rows])
     return out
@@ -44,7 +45,7 @@ def mean_is_inside(backend: str, reduction: str, dtype: torch.dtype, device: tor
     That takes the number of valid tokens: Triton's kernels read it on the device, PyTorch's arithmetic on the host. In
     fp16 the gradients of the sum are stored, because of the mean's those below 6e-8 would be lost.
     """
-    return reduction == "mean" and dtype != torch.float16 and (is_triton(backend) or host_can_read(device))
+    return reduction == "mean" and dtype != torch.float16 and (backend == "triton" or host_can_read(device))
 
 
 def mean_factor(count: Tensor, inside: bool) -> float:
@@ -54,10 +55,12 @@ def mean_factor(count: Tensor, inside: bool) -> float:
     return 1.0
 
 
-def mean_scale(count: Tensor, inside: bool) -> Tensor | None:
-    """Return what Triton's kernels multiply the gradients by before they are stored, 0-d on the device."""
+def mean_scale(count: Tensor, inside: bool, scale: float = 1.0) -> Tensor | None:
+    """Return what Triton's kernels multiply the gradients by before they are stored, 0-d on the device; None for 1."""
+    if not inside:
+        return None if scale == 1.0 else torch.full((), scale, dtype=torch.float32, device=count.device)
     # 1 / an integer would have the default dtype
-    return count.clamp(min=1).float().reciprocal() if inside else None
+    return count.clamp(min=1).float().reciprocal() * scale
 
 
 def remaining_scale(grad_loss: Tensor, count: Tensor, reduction: str, backend: str, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
-from ._plan import Plan, Rows, host_can_read, is_triton, row_blocks, rows_per_block, working_dtype
+from ._plan import Plan, Rows, host_can_read, row_blocks, rows_per_block, working_dtype
 from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
 from ._torch.block import BlockLoss
 from ._torch.workspaces import WORKSPACES
@@ -80,15 +80,17 @@ def softmax_forward(
     if group is not None:
         from ._triton.shards import Group, parallel_rows
 
-        rows = parallel_rows(student, teacher, labels, plan, grad, mean_scale(count, inside), Group.of(group))
-    elif is_triton(backend):
+        rows = parallel_rows(
+            student, teacher, labels, plan, grad, mean_scale(count, inside, plan.scale), Group.of(group)
+        )
+    elif backend == "triton":
         from ._triton.rows import rows as triton_rows
 
-        rows = triton_rows(student, teacher, labels, plan, grad, mean_scale(count, inside), backend)
+        rows = triton_rows(student, teacher, labels, plan, grad, mean_scale(count, inside, plan.scale))
     else:
-        rows = _torch_rows(student, teacher, labels, valid, plan, grad, mean_factor(count, inside))
+        rows = _torch_rows(student, teacher, labels, valid, plan, grad, plan.scale * mean_factor(count, inside))
     loss, metrics = rows.reduce(plan.reduction, count)
-    return loss, metrics, count, grad
+    return loss if plan.scale == 1.0 else loss * plan.scale, metrics, count, grad
 
 
 def softmax_backward(
@@ -97,10 +99,10 @@ def softmax_backward(
     """Multiply the stored gradient ``[N, V]`` or ``[B, S, V]`` by the incoming one (0-d, or ``[N]``)."""
     scale = remaining_scale(grad_loss, count, reduction, backend, grad.dtype)
     rows = grad.view(-1, grad.shape[-1])
-    if is_triton(backend):
-        from ._triton.rows import scale_
+    if backend == "triton":
+        from ._triton.rows import scaled_rows
 
-        return scale_(rows if in_place else rows.clone(), scale).view(grad.shape)
+        return scaled_rows(rows, scale, in_place).view(grad.shape)
     return scaled(rows, scale, grad.dtype, in_place).view(grad.shape)
 
 

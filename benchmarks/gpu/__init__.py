@@ -10,14 +10,15 @@ exactly 0; in place equals out of place and repeated calls equal each other, to 
 labels of any layout, metrics, ``torch.compile``, CUDA graphs and a process group. Tolerances are those of the tests:
 the error of plain torch in the same dtype and one rounding.
 
-**losses**: ``benchmarks.losses`` with the peers that are installed, the cases that have a target first: time, share of
-the memory bandwidth or of the matrix-product bound, memory, error.
+**waits**: how often the host waits for the device in the loss functions and in a step, and where.
 
 **steps**: steps of the true Llama 3.1 8B -> 3.2 1B shapes with random weights, from the shipped configs, LoRA and full
 weights, torchtune's stock recipe beside the LoRA one: tokens per second, peak memory, and what ``torchtune_kd/plan``
 predicts (**plan**).
 
-**waits**: how often the host waits for the device in the loss functions and in a step, and where.
+**losses**: ``benchmarks.losses`` with the peers that are installed, as far as the rest of the time goes, the cases that
+have a target first, and our kernels in all cases before any peer: time, bytes, instructions and matrix products, the
+share of the largest bound that is reached, memory, error.
 
 Each part runs in a process of its own with a share of the time. What is missing skips a section with a sentence, a
 failure in one does not stop the next, and the report on disk is whole after each. ``benchmarks/README.md`` says what

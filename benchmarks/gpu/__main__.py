@@ -15,7 +15,7 @@ from . import __doc__ as description
 from ._job import CHECKOUT
 from ._report import Report
 from ._runner import run_group
-from ._sections import MINUTES, REHEARSAL_MINUTES, SECTIONS, groups
+from ._sections import MINUTES, OVERHEAD, REHEARSAL_MINUTES, SECTIONS, groups, minutes_of
 
 REPORTS = CHECKOUT / "benchmarks" / "reports"
 
@@ -31,13 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     names = [section.name for group in wanted for section in group]
     report = Report(args.output, command, started, args.rehearse, names)
     begun = end = time.monotonic()
+    usual = OVERHEAD + sum(map(minutes_of, wanted))
+    scale = 60 if args.minutes is None else 60 * args.minutes / usual
     try:
         with tempfile.TemporaryDirectory() as folder:
             for group in wanted:
                 if args.rehearse:
                     end = begun + 60 * args.minutes
                 else:
-                    end += 60 * args.minutes / MINUTES * sum(section.minutes for section in group)
+                    end += scale * minutes_of(group)
                 outcomes = run_group(
                     group,
                     device=args.device,
@@ -81,10 +83,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, in under two minutes")
     parser.add_argument("--sections", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument(
-        "--minutes", type=float, help=f"time for all sections (default {MINUTES:g}, to rehearse {REHEARSAL_MINUTES:g})"
+        "--minutes",
+        type=float,
+        help=f"time for the sections together (default {MINUTES:g} for all, to rehearse {REHEARSAL_MINUTES:g})",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda, to rehearse the cpu")
-    parser.add_argument("--parallel", type=int, help="processes for what is not timed (default: half of the cores)")
+    parser.add_argument("--parallel", type=int, help="processes for what is not timed (default: 3 for 4 cores)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -100,8 +104,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
         if not torch.cuda.is_available():
             parser.error("a CUDA device is needed, but PyTorch sees none; --rehearse runs the same code on the CPU")
-    args.minutes = args.minutes or (REHEARSAL_MINUTES if args.rehearse else MINUTES)
-    args.parallel = args.parallel or max(2, (os.cpu_count() or 2) // 2)
+    if args.rehearse:
+        args.minutes = args.minutes or REHEARSAL_MINUTES
+    args.parallel = args.parallel or max(2, 3 * (os.cpu_count() or 2) // 4)
     if args.output is None:
         args.output = Path(tempfile.mkdtemp(prefix="gpu-rehearsal-")) if args.rehearse else REPORTS
     return args

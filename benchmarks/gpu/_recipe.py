@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,8 @@ def tune_run(recipe: str, cfg: dict[str, Any], folder: Path, *arguments: str, ti
 
 
 def measured_steps(recipe: str, cfg: dict[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
-    """Run a recipe whose logger is a ``StepClock`` and return what that found."""
+    """Run a recipe whose logger is a ``StepClock``; return what that found, and the seconds until its first step."""
+    started = time.time()
     tune_run(recipe, cfg, folder, timeout=timeout)
-    return json.loads((folder / "steps.json").read_text())
+    found = json.loads((folder / "steps.json").read_text())
+    return found | {"start": found.pop("first_step_ended") - started}

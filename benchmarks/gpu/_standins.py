@@ -107,6 +107,8 @@ class StepClock:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self._calls += 1
+        if self._calls == 1:
+            self._found["first_step_ended"] = time.time()
         if counting:
             self._found["waits"].append(places)
         elif self._calls > 1:

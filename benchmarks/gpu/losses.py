@@ -5,8 +5,8 @@ from typing import Any
 from ..losses._case import Case, plan
 from ..losses._cell import Cell
 from ..losses._counts import Rates
-from ..losses._report import case_table, footnotes, target_table
-from ..losses._run import Clock, Result, run_case
+from ..losses._report import HOW_TO_READ, case_table, footnotes, target_table
+from ..losses._run import Clock, Result, run_cases
 from ._job import Emit, Job, Row, Skip
 from .kernels import backend_of
 
@@ -21,30 +21,28 @@ _REHEARSED = (
 
 
 def run(job: Job, emit: Emit) -> None:
-    """Measure case after case, those with a target first; each is a row."""
+    """Measure case after case, those with a target first, ours in all of them before the peers; each is a row."""
     if "copy_bytes" not in job.facts:
         raise Skip("the rates of the device are not known, see the first section")
-    clock = Clock(job.seconds)
     cases = list(_REHEARSED if job.rehearse else plan(job.device))
     words = ["ours-torch", f"ours-{backend_of(job)[0]}"] if job.rehearse else None
-    for index, case in enumerate(cases):
-        if clock.left() <= 0:
-            emit({"left_out": len(cases) - index})
-            return
-        result = run_case(case, job.device, words, 0.0 if job.rehearse else SECONDS_PER_CELL, clock, apart=False)
-        emit({"case": case._asdict(), "cells": [cell._asdict() for cell in result.cells]})
+    emit({"planned": len(cases)})
+
+    def progress(result: Result) -> None:
+        emit({"case": result.case._asdict(), "cells": [cell._asdict() for cell in result.cells]})
+
+    budget = 0.0 if job.rehearse else SECONDS_PER_CELL
+    run_cases(cases, job.device, words, budget, Clock(job.seconds), progress, apart=False)
 
 
 def results(rows: list[Row]) -> list[Result]:
-    """Return the measured cases."""
-    return [
-        Result(
-            Case(**row["case"] | {"widths": tuple(row["case"]["widths"])}),
-            [Cell(**cell | {"notes": tuple(cell["notes"])}) for cell in row["cells"]],
-        )
-        for row in rows
-        if "case" in row
-    ]
+    """Return the measured cases, each with what was found last."""
+    found = {}
+    for row in rows:
+        if "case" in row:
+            case = Case(**row["case"] | {"widths": tuple(row["case"]["widths"])})
+            found[case] = Result(case, [Cell(**cell | {"notes": tuple(cell["notes"])}) for cell in row["cells"]])
+    return list(found.values())
 
 
 def problems(rows: list[Row]) -> list[str]:
@@ -59,20 +57,16 @@ def problems(rows: list[Row]) -> list[str]:
 
 def render(rows: list[Row], facts: dict[str, Any]) -> str:
     """The targets, a table a case, the footnotes."""
-    measured = results(rows)
+    measured = [result for result in results(rows) if any(cell.seconds for cell in result.cells)]
     if not measured:
         return "No case was measured."
-    rates = Rates(facts["copy_bytes"], facts["matrix_flops"])
+    rates = Rates(facts["copy_bytes"], facts["matrix_flops"], facts.get("instructions"))
     device = "cuda" if facts.get("name") else "cpu"
-    parts = [
-        "`bound` is the least time at the measured rates over the time: a fraction of the memory bandwidth for losses "
-        "of logits, of the matrix products' rate for losses of hidden states. `vs ours` is the time over that of "
-        "ours-triton. `python -m benchmarks.losses --help` says more."
-    ]
+    parts = [f"{HOW_TO_READ} `python -m benchmarks.losses --help` says more."]
     if device == "cuda":
-        parts.append(target_table(measured, device))
+        parts.append(target_table(measured, device, rates))
     parts += [case_table(result, rates) for result in measured]
-    left_out = sum(row.get("left_out", 0) for row in rows)
+    left_out = sum(row.get("planned", 0) for row in rows) - len(measured)
     if left_out:
         parts.append(f"{left_out} more cases were not reached; `python -m benchmarks.losses` runs them all.")
     return "\n\n".join([*parts, footnotes(measured) or ""]).rstrip()

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .._device import copy_rate, describe_device, matrix_rate
+from .._device import copy_rate, describe_device, instruction_rate, matrix_rate
 from ..losses._implementations import versions
 from ._job import Emit, Job, Row
 
@@ -27,7 +27,13 @@ def run(job: Job, emit: Emit) -> None:
         row["name"] = torch.cuda.get_device_name()
         row["memory"] = torch.cuda.get_device_properties(0).total_memory
     emit(row)
-    emit({"copy_bytes": copy_rate(job.device), "matrix_flops": matrix_rate(job.device)})
+    rates = {"copy_bytes": copy_rate(job.device), "matrix_flops": matrix_rate(job.device)}
+    emit(rates | {"instructions": instruction_rate(job.device)})
+
+
+def issue_text(rate: float | None) -> str:
+    """Say how many instructions the device can issue, where that is known."""
+    return f" It issues at most {rate / 1e9:.4g} billion instructions of a warp per second." if rate else ""
 
 
 def facts(rows: list[Row]) -> dict[str, Any]:
@@ -46,6 +52,6 @@ def render(rows: list[Row], found: dict[str, Any]) -> str:
     if "copy_bytes" in found:
         lines.append(
             f"A copy reads and writes {found['copy_bytes'] / 1e9:.4g} GB/s; a product of bf16 matrices reaches "
-            f"{found['matrix_flops'] / 1e12:.4g} TFLOP/s."
+            f"{found['matrix_flops'] / 1e12:.4g} TFLOP/s." + issue_text(found.get("instructions"))
         )
     return "\n\n".join(lines)

@@ -12,18 +12,31 @@ from torch import Tensor
 
 from ..losses._report import markdown_table
 from ._counter import WaitCounter, runtime_waits
-from ._job import Clock, Emit, Job, Row, Skip
+from ._job import Emit, Job, Row, Skip
 from ._recipe import Failed, check_torchtune, measured_steps, our_config, stock_config
 from .kernels import backend_of, gradients
 
 TITLE = "Where the host waits"
-PARTS = ("",)
+PARTS = ("losses", "ours", "stock")
 SHAPE, SMALL = (1024, 32000, 256, 512), (8, 300, 16, 32)  # N, V, D of student and teacher
 
 
 def run(job: Job, emit: Emit) -> None:
-    """Count in the loss functions, then in a step of each recipe."""
-    clock = Clock(job.seconds)
+    """Count in the loss functions, or in a step of one of the recipes; nothing is timed, so these run beside others."""
+    if job.part == "losses":
+        _count_in_losses(job, emit)
+    elif not (job.part == "stock" and job.rehearse):  # that of `steps` is as small in a rehearsal
+        row: Row = {"recipe": job.part}
+        try:
+            check_torchtune()
+            emit(row | _steps(job.part, job))
+        except Skip as reason:
+            emit(row | {"left_out": str(reason)})
+        except Failed as error:
+            emit(row | {"error": str(error)})
+
+
+def _count_in_losses(job: Job, emit: Emit) -> None:
     for name, expected, call in loss_calls(job):
         call()  # compiles
         counter = WaitCounter(job.device)
@@ -34,24 +47,15 @@ def run(job: Job, emit: Emit) -> None:
             places = counter.stop()
         runtime = runtime_waits(call) if job.device == "cuda" else None
         emit({"loss": name, "expected": expected, "places": places, "runtime": runtime})
-    for side in ("ours",) if job.rehearse else ("ours", "stock"):  # that of `steps` is as small in a rehearsal
-        row: Row = {"recipe": side}
-        try:
-            check_torchtune()
-            emit(row | _steps(side, job, clock))
-        except Skip as reason:
-            emit(row | {"left_out": str(reason)})
-        except Failed as error:
-            emit(row | {"error": str(error)})
 
 
-def _steps(side: str, job: Job, clock: Clock) -> Row:
+def _steps(side: str, job: Job) -> Row:
     folder = Path(job.folder) / side
     if side == "ours":
         cfg, recipe = our_config("lora", folder, job.device, tiny=True), "torchtune_kd/kd_single_device"
     else:
         cfg, recipe = stock_config(folder, job.device, tiny=True), "knowledge_distillation_single_device"
-    return {"waits": measured_steps(recipe, cfg, folder, clock.left())["waits"]}
+    return {"waits": measured_steps(recipe, cfg, folder, job.seconds)["waits"]}
 
 
 def loss_calls(job: Job) -> list[tuple[str, int, Callable[[], Any]]]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from .._device import copy_rate, describe_device, matrix_rate
+from .._device import copy_rate, describe_device, instruction_rate, matrix_rate
 from . import __doc__ as description
 from . import _llama
 from ._case import Case, plan
 from ._counts import Rates
 from ._implementations import IMPLEMENTATIONS, versions
 from ._report import Setting, case_table, footnotes, heading, now, target_table, write
-from ._run import CHECKOUT, GRACE, Clock, run_case, select
+from ._run import CHECKOUT, GRACE, Clock, Result, run_cases, select
 
 MINUTES, QUICK_MINUTES = 9.0, 2.0
 # Seconds to repeat one cell for, by type of device and --quick.
@@ -39,19 +39,23 @@ def main(argv: list[str] | None = None) -> None:
         describe_device(args.device),
         versions(),
         shlex.join(["python", "-m", "benchmarks.losses", *argv]),
-        Rates(copy_rate(args.device), matrix_rate(args.device)),
+        Rates(copy_rate(args.device), matrix_rate(args.device), instruction_rate(args.device)),
         now(),
     )
     print(heading(setting), flush=True)
     budget = BUDGETS[args.device, args.quick]
-    results = []
+    measured: dict[Case, Result] = {}
+
+    def show(result: Result) -> None:
+        measured[result.case] = result
+        print("\n" + case_table(result, setting.rates), flush=True)
+
     try:
-        for case in cases:
-            results.append(run_case(case, args.device, args.implementations, budget, clock))
-            print("\n" + case_table(results[-1], setting.rates), flush=True)
+        run_cases(cases, args.device, args.implementations, budget, clock, show)
     finally:  # what was measured is not lost to an interrupt
+        results = list(measured.values())
         print("\nNotes\n" + (footnotes(results) or "none"))
-        print("\n" + target_table(results, args.device))
+        print("\n" + target_table(results, args.device, setting.rates))
         for path in write(setting, results, args.output):
             print(f"wrote {path}")
 
@@ -86,7 +90,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _wanted(case: Case, args: argparse.Namespace) -> bool:
-    return all(word in case.name for word in args.only or ()) and bool(select(case, args.implementations))
+    return all(word in case.name for word in args.only or ()) and bool(select(case, args.implementations, args.device))
 
 
 def _print_list(cases: list[Case], device: str) -> None:

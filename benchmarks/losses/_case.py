@@ -5,7 +5,7 @@ Legend: N tokens, V vocabulary.
 
 from typing import NamedTuple
 
-LLAMA, SMOLLM2, QWEN = 128256, 49152, 151936  # vocabularies
+LLAMA, SMOLLM2, QWEN, GPT2 = 128256, 49152, 151936, 50257  # vocabularies
 MEMORY_TOKENS = (32768, 65536)  # ours alone, in the linear operation
 
 
@@ -24,6 +24,7 @@ class Case(NamedTuple):
     labels_on_device: bool = False  # linear only: ours finds the valid tokens where the labels are
     widths: tuple[int, int] = (2048, 4096)  # student, teacher; linear only
     peers: str = "all"  # "few": on a GPU without those that the main line shows to be slower; "none": ours alone
+    metrics: str = ""  # "kl", or "all" of them: of ours alone
 
     @property
     def n_ignored(self) -> int:
@@ -44,6 +45,8 @@ class Case(NamedTuple):
             parts += [f"widths {self.widths[0]}/{self.widths[1]}"]
         if self.labels_on_device:
             parts += ["labels on the device"]
+        if self.metrics:
+            parts += ["all metrics" if self.metrics == "all" else f"metric {self.metrics}"]
         parts += ["with gradient" if self.gradient else "loss only"]
         return ", ".join(parts)
 
@@ -62,10 +65,12 @@ def _quick_gpu() -> list[Case]:
     softmax, linear = Case(), Case(op="linear")
     return [
         softmax,
+        softmax._replace(temperature=2.0, peers="few"),
         softmax._replace(divergence="jsd", kd_ratio=1.0),
-        *(linear._replace(tokens=tokens, peers="none") for tokens in MEMORY_TOKENS),
         linear,
-        linear._replace(ignored=0.5),
+        linear._replace(ignored=0.5, peers="few"),
+        linear._replace(ignored=0.5, labels_on_device=True, peers="none"),
+        *(linear._replace(tokens=tokens, peers="none") for tokens in MEMORY_TOKENS),
     ]
 
 
@@ -74,27 +79,29 @@ def _quick_cpu(softmax: Case, linear: Case) -> list[Case]:
 
 
 def _gpu() -> list[Case]:
-    softmax, linear = Case(), Case(op="linear", peers="few")
+    softmax, linear = (Case(op=op, peers="few") for op in ("softmax", "linear"))
+    alone = softmax._replace(temperature=2.0, peers="none")
     return [
         *_quick_gpu(),
-        linear._replace(ignored=0.5, labels_on_device=True),
-        # main line
-        *(case._replace(tokens=tokens) for case in (softmax, linear) for tokens in (1024, 4096, 16384)),
-        # one factor at a time
-        linear._replace(divergence="jsd"),
+        # one factor at a time, those first that differ most in what they compute
         linear._replace(trainable_head=True),
-        linear._replace(gradient=False),
+        alone._replace(divergence="jsd"),
+        *(alone._replace(divergence=name) for name in ("skew_forward_kl", "skew_reverse_kl")),
+        *(alone._replace(metrics=metrics) for metrics in ("kl", "all")),
+        alone._replace(divergence="jsd", metrics="all"),
+        linear._replace(temperature=2.0),
+        linear._replace(divergence="jsd"),
+        *(alone._replace(divergence=name) for name in ("reverse_kl", "symmetric_kl", "tvd")),
+        *(case._replace(tokens=1024) for case in (softmax, linear)),
         softmax._replace(gradient=False),
+        linear._replace(gradient=False),
+        softmax._replace(divergence="jsd", kd_ratio=1.0, gradient=False),
         *(softmax._replace(ignored=share) for share in (0.5, 0.8)),
         linear._replace(ignored=0.8),
-        *(case._replace(temperature=2.0) for case in (softmax, linear)),
-        *(softmax._replace(vocab=vocab) for vocab in (SMOLLM2, QWEN)),
-        softmax._replace(divergence="reverse_kl"),
-        softmax._replace(divergence="tvd", kd_ratio=1.0),
-        softmax._replace(divergence="jsd", kd_ratio=1.0, gradient=False),
+        *(softmax._replace(vocab=vocab) for vocab in (SMOLLM2, QWEN, GPT2)),
         *(linear._replace(vocab=vocab) for vocab in (SMOLLM2, QWEN)),
-        softmax._replace(divergence="symmetric_kl"),
-        softmax._replace(divergence="skew_forward_kl"),
+        *(case._replace(tokens=tokens) for case in (softmax, linear) for tokens in (4096, 16384)),
+        softmax._replace(divergence="reverse_kl"),
     ]
 
 
@@ -117,6 +124,7 @@ def _cpu(softmax: Case, linear: Case) -> list[Case]:
         softmax._replace(divergence="reverse_kl"),
         softmax._replace(divergence="symmetric_kl"),
         softmax._replace(divergence="jsd", kd_ratio=1.0),
+        *(softmax._replace(metrics=metrics, temperature=2.0, peers="none") for metrics in ("kl", "all")),
         softmax._replace(vocab=QWEN),
         linear._replace(vocab=QWEN),
     ]

@@ -12,6 +12,7 @@ from torchtune_kd.kernels._torch.workspaces import WORKSPACES
 
 from .._device import added_bytes, time_calls
 from ._case import Case
+from ._compiled import instructions_per_logit
 from ._implementations import IMPLEMENTATIONS, Implementation
 from ._inputs import SLICE, Inputs, Truth
 
@@ -31,6 +32,8 @@ class Cell(NamedTuple):
     loss_error: float | None = None  # relative
     gradient_error: float | None = None  # norm of the difference over the norm
     notes: tuple[str, ...] = ()
+    instructions: float | None = None  # that the kernel issues for a logit, where they are counted
+    host_seconds: float | None = None  # until the call comes back; on a GPU
 
 
 def find(key: str, op: str) -> Implementation:
@@ -109,6 +112,8 @@ def _measure(
         loss_error,
         gradient_error,
         tuple(implementation.notes(case)),
+        instructions_per_logit(case) if implementation.key == "ours-triton" and device == "cuda" else None,
+        times.host,
     )
 
 

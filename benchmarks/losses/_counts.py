@@ -1,4 +1,4 @@
-"""Bytes and operations that a case cannot do without, and the time they take at the measured rates.
+"""Bytes and operations that a case cannot do without, instructions that our kernel has, and the time they take.
 
 Legend: N tokens, n valid tokens, V vocabulary, D_s and D_t hidden widths of student and teacher.
 """
@@ -27,11 +27,21 @@ class Rates(NamedTuple):
 
     copy_bytes: float  # bytes read plus bytes written by a large copy
     matrix_flops: float  # bf16 matrix products
+    instructions: float | None = None  # of a warp, on a GPU at the clock it reaches
 
 
-def passes(divergence: str, gradient: bool) -> int:
+class Bound(NamedTuple):
+    """Hold the least time of something, and what takes it."""
+
+    seconds: float
+    of: str  # memory, products or instructions
+
+
+def passes(divergence: str, gradient: bool, metrics: bool = False) -> int:
     """Return how often both logit tensors are read from memory where a row does not fit on chip."""
-    return (1 if divergence in _ONE_PASS else 2) + gradient
+    if divergence in _ONE_PASS:
+        return 1 + (gradient or metrics)
+    return 2 + gradient
 
 
 def work(case: Case) -> Work:
@@ -41,7 +51,7 @@ def work(case: Case) -> Work:
 
 def _softmax(case: Case) -> Work:
     """Logits of valid tokens are read once per pass, the gradient ``[N, V]`` is written once, zeros included."""
-    read = passes(case.divergence, case.gradient) * 2 * ELEMENT * case.n_valid * case.vocab
+    read = passes(case.divergence, case.gradient, bool(case.metrics)) * 2 * ELEMENT * case.n_valid * case.vocab
     written = ELEMENT * case.tokens * case.vocab if case.gradient else 0
     return Work(read + written, 0)
 
@@ -58,7 +68,15 @@ def _linear(case: Case) -> Work:
     return Work(ELEMENT * (read + written), 2 * case.n_valid * case.vocab * products)
 
 
-def bound_seconds(case: Case, rates: Rates) -> float:
-    """The longer of moving the bytes and computing the products."""
+def bound(case: Case, rates: Rates) -> Bound:
+    """Return the longer of moving the bytes and computing the products."""
     needed = work(case)
-    return max(needed.bytes / rates.copy_bytes, needed.flops / rates.matrix_flops)
+    return max(Bound(needed.bytes / rates.copy_bytes, "memory"), Bound(needed.flops / rates.matrix_flops, "products"))
+
+
+def bound_of(case: Case, rates: Rates, instructions: float | None) -> Bound:
+    """Return the longest of those and of issuing so many instructions for each logit of a valid token."""
+    least = bound(case, rates)
+    if instructions is None or rates.instructions is None:
+        return least
+    return max(least, Bound(instructions * case.n_valid * case.vocab / 32 / rates.instructions, "instructions"))

@@ -49,7 +49,7 @@ class Implementation(NamedTuple):
     lacks: tuple[str, ...] = ()
     needs_gpu: bool = False
     cpu_reason: str = ""  # why it is left out on a CPU although it could run
-    slow: bool = False  # on a GPU another entry of the same peer is faster, so that variations go without this one
+    slow: bool = False  # on a GPU another entry of its package is faster, so that variations go without this one
 
     def fits(self, case: Case) -> bool:
         """Return whether the case asks for something this one is made for."""
@@ -63,7 +63,7 @@ class Implementation(NamedTuple):
             reason = "needs a GPU (Triton kernels)"
         if reason is None and self.cpu_reason and device != "cuda":
             reason = self.cpu_reason
-        if reason is None and self.slow and device == "cuda" and case and case.peers == "few":
+        if reason is None and self.slow and device == "cuda" and case and case.peers != "all":
             reason = "left out of this variation, see the main line at N=8192"
         return reason
 
@@ -125,12 +125,14 @@ def _ours(backend: str) -> Callable[[Inputs, Case], Tensor]:
             "temperature": case.temperature,
             "kd_ratio": case.kd_ratio,
             "backend": backend,
+            "return_metrics": {"": False, "all": True}.get(case.metrics, (case.metrics,)),
         }
         if case.op == "softmax":
-            return kernels().softmax_kd_loss(inputs.student, inputs.teacher, inputs.given_labels, **settings)
-        return kernels().linear_kd_loss(
-            inputs.student, inputs.student_head, inputs.teacher, inputs.teacher_head, inputs.given_labels, **settings
-        )
+            result = kernels().softmax_kd_loss(inputs.student, inputs.teacher, inputs.given_labels, **settings)
+        else:
+            heads = (inputs.student, inputs.student_head, inputs.teacher, inputs.teacher_head)
+            result = kernels().linear_kd_loss(*heads, inputs.given_labels, **settings)
+        return result[0] if case.metrics else result
 
     return call
 
@@ -154,11 +156,11 @@ IMPLEMENTATIONS = (
         needs_gpu=True,
         slow=True,
     ),
-    Implementation("ours-torch", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("torch")),
+    Implementation("ours-torch", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("torch"), slow=True),
     *(
         Implementation(key, "torchtune", (op,), STOCK, call, lacks, cpu_reason=reason, slow=slow)
         for key, op, call, lacks, reason, slow in (
-            ("torchtune", "softmax", torchtune.from_logits, _STOCK, "", False),
+            ("torchtune", "softmax", torchtune.from_logits, _STOCK, "", True),
             ("torchtune-compile", "softmax", torchtune.from_logits_compiled, _STOCK, "", False),
             ("torchtune", "linear", torchtune.full, _STOCK_LINEAR, "", True),
             ("torchtune-compile", "linear", torchtune.full_compiled, _STOCK_LINEAR, "", False),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ._cell import Cell
-from ._counts import Rates, bound_seconds, work
+from ._counts import Rates, bound, bound_of, work
 from ._implementations import LACKS
 from ._run import CHECKOUT, Result
 from ._targets import targets
@@ -15,9 +15,13 @@ from ._targets import targets
 _HEADS = (
     "implementation",
     "time",
-    "CPU time",
+    "host",
+    "GB",
+    "TFLOP",
+    "instr/logit",
     "bound",
-    "rate",
+    "reached",
+    "of need",
     "vs ours",
     "extra MiB",
     "loss err",
@@ -71,11 +75,25 @@ def letter(name: str) -> str:
     return "abcdefghijklmnopqrstuvwxyz"[list(LACKS).index(name)]
 
 
+HOW_TO_READ = (
+    "`GB` and `TFLOP` are what the case needs, whoever computes it; `instr/logit` what our kernel issues, counted in "
+    "its machine code. `bound` is the longest of the times to move the bytes and to compute the products at the "
+    "measured rates, and to issue the instructions; `reached` is the bound over the time. `of need` is the same for "
+    "bytes and products alone, which code that keeps no row on chip cannot do without: targets are stated in it. "
+    "`vs ours` is the time over that of ours-triton, or of ours-torch where that did not run. `host` is, on a GPU, the "
+    "time until a call comes back: where it is the longer one, the device waits for the host. On a CPU it adds up all "
+    "threads, and where it is below `time`, others kept the machine busy."
+)
+
+
 def case_table(result: Result, rates: Rates) -> str:
     """One case: what ran, then in one line each what did not and why."""
-    needed, bound = work(result.case), bound_seconds(result.case, rates)
-    head = f"**{result.case.name}**: {needed.bytes / 1e9:.2f} GB, {needed.flops / 1e12:.2f} TFLOP, bound {_time(bound)}"
-    rows = [_row(cell, result, bound) for cell in result.cells if cell.seconds]
+    needed, least = work(result.case), bound(result.case, rates)
+    head = (
+        f"**{result.case.name}**: needs {needed.bytes / 1e9:.3g} GB and {needed.flops / 1e12:.3g} TFLOP, at least "
+        f"{_time(least.seconds)} ({least.of})"
+    )
+    rows = [_row(cell, result, rates) for cell in result.cells if cell.seconds]
     reasons: dict[str, list[str]] = {}
     for cell in result.cells:
         if not cell.seconds:
@@ -85,18 +103,20 @@ def case_table(result: Result, rates: Rates) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _row(cell: Cell, result: Result, bound: float) -> tuple[str, ...]:
-    needed, ours = work(result.case), result.ours
-    if needed.flops:
-        rate = f"{needed.flops / cell.seconds / 1e12:.3g} TFLOP/s"
-    else:
-        rate = f"{needed.bytes / cell.seconds / 1e9:.3g} GB/s"
+def _row(cell: Cell, result: Result, rates: Rates) -> tuple[str, ...]:
+    needed, least, ours = work(result.case), bound(result.case, rates), result.ours
+    largest = bound_of(result.case, rates, cell.instructions)
+    host = cell.host_seconds if cell.cpu_seconds is None else cell.cpu_seconds
     return (
         cell.key,
         _time(cell.seconds),
-        "-" if cell.cpu_seconds is None else _time(cell.cpu_seconds),
-        f"{bound / cell.seconds:.0%}",
-        rate,
+        "-" if host is None else _time(host),
+        f"{needed.bytes / 1e9:.3g}",
+        f"{needed.flops / 1e12:.3g}" if needed.flops else "-",
+        "-" if cell.instructions is None else f"{cell.instructions:.1f}",
+        f"{_time(largest.seconds)} {largest.of}",
+        f"{largest.seconds / cell.seconds:.0%}",
+        f"{least.seconds / cell.seconds:.0%}",
         f"{cell.seconds / ours.seconds:.2f}x" if ours else "-",
         f"{cell.extra_bytes / 2**20:.0f}",
         "-" if cell.loss_error is None else f"{cell.loss_error:.1e}",
@@ -116,8 +136,8 @@ def footnotes(results: list[Result]) -> str:
     return "\n".join(f"- {letter(name)}: {text}" for name, text in LACKS.items() if name in used)
 
 
-def target_table(results: list[Result], device: str) -> str:
-    rows = [tuple(target) for target in targets(results, device)]
+def target_table(results: list[Result], device: str, rates: Rates) -> str:
+    rows = [tuple(target) for target in targets(results, device, rates)]
     return markdown_table(("target", "wanted", "measured", "verdict"), rows)
 
 
@@ -127,6 +147,7 @@ def heading(setting: Setting) -> str:
     return (
         f"{setting.description}\n\n{versions}\n\n"
         f"copy {rates.copy_bytes / 1e9:.4g} GB/s, bf16 products {rates.matrix_flops / 1e12:.4g} TFLOP/s"
+        + (f", {rates.instructions / 1e9:.4g} billion instructions of a warp per second" if rates.instructions else "")
     )
 
 
@@ -137,13 +158,10 @@ def markdown(setting: Setting, results: list[Result]) -> str:
         f"# Distillation losses, {date}",
         f"`{setting.command}` at commit {commit()}",
         heading(setting),
-        "How to read it: `time` is the median; `bound` is the least time at the measured rates over the time; `rate` "
-        "counts the bytes or operations that are needed, not those an implementation spends; `vs ours` is the time "
-        "over that of ours-triton, or of ours-torch where that did not run; `CPU time` adds up all threads, and where "
-        "it is below `time`, others kept the machine busy; `extra MiB` is the high-water mark above the inputs and the "
-        "gradients returned; errors are against fp64. `benchmarks/losses/__init__.py` says more.",
+        f"How to read it: `time` is the median. {HOW_TO_READ} `extra MiB` is the high-water mark above the inputs and "
+        "the gradients returned; errors are against fp64. `benchmarks/losses/__init__.py` says more.",
         "## Targets",
-        target_table(results, setting.device),
+        target_table(results, setting.device, setting.rates),
         "## Cases",
         *(case_table(result, setting.rates) for result in results),
         "## Notes",
@@ -160,13 +178,13 @@ def as_json(setting: Setting, results: list[Result]) -> dict:
         "device": setting.description,
         "versions": setting.versions,
         "rates": setting.rates._asdict(),
-        "targets": [target._asdict() for target in targets(results, setting.device)],
+        "targets": [target._asdict() for target in targets(results, setting.device, setting.rates)],
         "cases": [
             {
                 "name": result.case.name,
                 "case": result.case._asdict(),
                 "work": work(result.case)._asdict(),
-                "bound_seconds": bound_seconds(result.case, setting.rates),
+                "bound": bound(result.case, setting.rates)._asdict(),
                 "cells": [cell._asdict() for cell in result.cells],
             }
             for result in results

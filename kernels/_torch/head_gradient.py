@@ -6,6 +6,7 @@ Legend: C tokens of a chunk, V vocabulary, V' >= V rows of the head, D hidden wi
 import torch
 from torch import Tensor
 
+from .._meta import stands_for
 from .._plan import row_blocks
 
 
@@ -15,11 +16,17 @@ def head_gradient_dtype(dtype: torch.dtype, single: bool) -> torch.dtype:
     return dtype if keep else torch.float32
 
 
+def _adds_in_fp32(device: torch.device) -> bool:
+    """Return whether `device`, or what it stands for, multiplies half-precision matrices into an fp32 sum."""
+    return stands_for(device).type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
 class HeadGradient:
     """Sum gradient.T @ hidden ``[V', D]`` over chunks, in fp32 (fp64) if there may be two chunks.
 
-    In bf16 each chunk's product is rounded to bf16 before it is added: PyTorch multiplies into the dtype of the
-    factors. In fp16 even a chunk's sum over tokens soon leaves the range, so that there the factors are made fp32.
+    On CUDA the product of bf16 or fp16 factors is added to the fp32 sum as it is. Elsewhere, and in PyTorch that has no
+    such product, it has the dtype of its factors: in bf16 each chunk's is rounded before it is added, and in fp16,
+    where even a chunk's sum over tokens soon leaves the range, the factors are made fp32.
     """
 
     def __init__(self, weight: Tensor, vocab: int, single: bool) -> None:
@@ -28,6 +35,7 @@ class HeadGradient:
         self._sum[vocab:] = 0
         self._is_empty = True
         self._product: Tensor | None = None
+        self._adds_in_fp32 = _adds_in_fp32(weight.device)
 
     @property
     def sum(self) -> Tensor:
@@ -41,6 +49,11 @@ class HeadGradient:
         into = self._sum[: self._vocab]
         if into.dtype == own:
             into.addmm_(grad.t(), hidden, beta=beta)
+        elif self._adds_in_fp32:
+            if beta and not grad.is_meta:  # where there are no values, either call makes none
+                torch.addmm(into, grad.t(), hidden, out_dtype=torch.float32, out=into)
+            else:
+                torch.mm(grad.t(), hidden, out_dtype=torch.float32, out=into)
         elif own == torch.float16:
             hidden = hidden.float()
             for rows in row_blocks(self._vocab, len(grad), grad.device):

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._checks import runs_interpreted
 from .._objective import METRICS
 from .._plan import Plan, Rows
 from .row_kernels import RESULTS
@@ -29,25 +30,26 @@ class Blocks(NamedTuple):
 # Every choice of blocks, warps and registers, with its reason. `python -m benchmarks.binaries` prints what they compile
 # to; all have 8 ids a thread (one 128-bit load of bf16 per tensor and step) and none spills.
 #
-# variant        ids     warps  registers  why
-# narrow rows    V up    4      168        one step over the whole row, with no warp idle from 1024 ids on
-# two passes     2048    8      80         3 programs an SM: 24 warps have 24 KB of loads in flight; at 64 registers
-#                                          symmetric KL spills
-# three passes   2048    8      128        the logarithms of the mixtures need them
-# with metrics   1024    4      168        nine sums live through the second pass; programs of 4 warps pack closer
+# variant                          ids     warps  registers  why
+# narrow rows                      V up    4      168        one step over the whole row
+# KLs, TVD                         1024    4      64         8 programs an SM: 32 warps, each with two blocks in flight
+# JSD, skewed KLs                  1024    4      80         6 programs an SM; they would spill at 72
+# with metrics of probabilities    1024    4      96         sums of their own
+# the same in fp32                 1024    4      16 more    twice the registers for what is loaded
+# rows that start anywhere         1024    4      168        8 loads of one id each, and as many addresses
 _NARROW = 1024
-_TWO_PASSES = Blocks(2048, 8, 80)
-_THREE_PASSES = Blocks(2048, 8, 128)
-_WITH_METRICS = Blocks(1024, 4, 168)
+_REGISTERS = {"jsd": 80, "skew_forward_kl": 80, "skew_reverse_kl": 80}
+_REGISTERS_ELSE, _WITH_METRICS, _MOST = 64, 96, 168
 
 
-def blocks_for(vocab: int, three_passes: bool, metrics: bool) -> Blocks:
-    """Return the line of the table above."""
-    if vocab <= _NARROW:
-        return Blocks(max(256, triton.next_power_of_2(vocab)), 4, 168)
-    if metrics:
-        return _WITH_METRICS
-    return _THREE_PASSES if three_passes else _TWO_PASSES
+def blocks_for(vocab: int, variant: "Variant", width: int) -> Blocks:
+    """Return the line of the table above; `width` from ``width_of``."""
+    if vocab <= _NARROW or width == 1:
+        return Blocks(min(1024, max(256, triton.next_power_of_2(vocab))), 4, _MOST)
+    registers = _REGISTERS.get(variant.DIVERGENCE, _REGISTERS_ELSE)
+    if variant.KL or variant.ENTROPIES or variant.ACCEPTANCE:
+        registers = _WITH_METRICS
+    return Blocks(1024, 4, registers + (0 if width == 8 else 16))
 
 
 def launch_options(warps: int, registers: int | None = None) -> dict[str, int | bool]:
@@ -72,33 +74,45 @@ class Variant(NamedTuple):
     HAS_KD: bool
     HAS_CE: bool
     HAS_LABELS: bool
-    AT_TEMPERATURE_1: bool
-    METRICS: bool
+    STUDENT_AT_1: bool
+    TEACHER_AT_1: bool
+    KL: bool
+    ENTROPIES: bool
+    AGREEMENT: bool
+    ACCEPTANCE: bool
     GRADIENT: bool
     THREE_PASSES: bool
-    BACKWARDS: bool
+    BETA_ABOVE_HALF: bool
+    APPROXIMATE: bool
 
 
-def variant_of(plan: Plan, has_labels: bool, backwards: bool = False) -> Variant:
+def variant_of(plan: Plan, has_labels: bool) -> Variant:
     """Return the variant that computes what `plan` needs, and no more."""
     objective, wanted = plan.objective, set(plan.metrics)
     name = objective.computed_divergence
     has_kd = objective.kd_ratio > 0.0 or "kd_loss" in wanted
     has_ce = objective.kd_ratio < 1.0
-    metrics = bool(wanted - {"kd_loss", "class_loss", "teacher_class_loss"})
+    kl, acceptance = "kl" in wanted, "acceptance_rate" in wanted
+    entropies = bool(wanted & {"student_entropy", "teacher_entropy"})
+    of_probabilities = kl or entropies or acceptance
     # a label's logit is read beside the statistics of its model at T = 1
-    at_temperature_1 = has_ce or metrics or bool(wanted & {"class_loss", "teacher_class_loss"})
+    beside = has_kd and objective.temperature != 1.0
     return Variant(
         DIVERGENCE=name,
         HAS_TEACHER=plan.has_teacher,
         HAS_KD=has_kd,
         HAS_CE=has_ce,
         HAS_LABELS=has_labels,
-        AT_TEMPERATURE_1=has_kd and objective.temperature != 1.0 and at_temperature_1,
-        METRICS=metrics,
+        STUDENT_AT_1=beside and (has_ce or of_probabilities or "class_loss" in wanted),
+        TEACHER_AT_1=beside and plan.has_teacher and (of_probabilities or "teacher_class_loss" in wanted),
+        KL=kl,
+        ENTROPIES=entropies,
+        AGREEMENT="top1_agreement" in wanted,
+        ACCEPTANCE=acceptance,
         GRADIENT=plan.want_grad,
         THREE_PASSES=has_kd and name not in ("forward_kl", "reverse_kl", "symmetric_kl"),
-        BACKWARDS=backwards,
+        BETA_ABOVE_HALF=has_kd and name == "jsd" and objective.beta > 0.5,
+        APPROXIMATE=torch.version.hip is None and not runs_interpreted(),
     )
 
 
@@ -129,14 +143,30 @@ def factors_of(plan: Plan, variant: Variant) -> Factors:
     )
 
 
-def addressed(name: str, tensor: Tensor) -> dict[str, Tensor | int]:
-    """Return a tensor of logits and the addresses of its rows, as the keywords that a kernel has for `name`."""
+def width_of(*tensors: Tensor) -> int:
+    """Return how many neighbouring ids a thread loads at a time: 128 bits of them; 1 where rows start anywhere."""
+    width = 16 // max(tensor.element_size() for tensor in tensors)
+    round_ = all(
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride % width == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+    return width if round_ else 1
+
+
+def addressed(name: str, tensor: Tensor, width: int) -> dict[str, Tensor | int]:
+    """Return a tensor of logits and the addresses of its rows, as the keywords that a kernel has for `name`.
+
+    Args:
+        width (int): from ``width_of``; strides of rows are given in multiples of it.
+    """
     inner, outer_stride, inner_stride, stride = _addresses(tensor)
     return {
         name: tensor,
         f"{name}_inner": inner,
-        f"{name}_outer_stride": outer_stride,
-        f"{name}_inner_stride": inner_stride,
+        f"{name}_outer_stride": outer_stride // width,
+        f"{name}_inner_stride": inner_stride // width,
         f"{name}_stride": stride,
     }
 

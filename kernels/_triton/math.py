@@ -1,10 +1,11 @@
 """Arithmetic on a block of ids, shared by all Triton kernels of this folder.
 
-Legend: s, t student and teacher logits; T temperature; q, p their softmaxes; everything is in powers of 2, because
-``exp2`` is one instruction on a GPU: ``us = (s - maximum)·log2(e)/T``, ``lq = log2 q``, ``r = log2(q/p)``. ``log2`` is
-a function of some twenty instructions on NVIDIA, so that divergences with logarithms of mixtures cost several times
-the others.
-Padding and ids masked in both models are -inf and contribute nothing. The formulas are those of
+Legend: s, t student and teacher logits; T temperature; q, p their softmaxes; ``x = ln(q/p)``, which comes from the
+logits and not from p and q; m the mixture of a divergence.
+Exponentials are powers of 2, because ``exp2`` is one instruction on a GPU. ``tl.log2`` is not: a loop takes NVIDIA's
+approximation of it, and a polynomial where the result is small.
+Padding and ids masked in both models are -inf and contribute nothing: x is NaN there, ``minimum`` and ``maximum``
+return the other operand, and what is finite is multiplied by p = q = 0. The formulas are those of
 ``_torch/divergences.py``; README.md derives them.
 """
 
@@ -13,6 +14,10 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
+NEAR = tl.constexpr(0.35)  # |x| below which differences of p and q come from a series of x
+CLOSE = tl.constexpr(0.25)  # |m/p - 1| below which its logarithm comes from a polynomial
+HUGE = tl.constexpr(1.0e30)  # stands for an infinite x where 0·x has to be 0
+FAR = tl.constexpr(87.0)  # e^87 and e^-87 are normal numbers in fp32; a share beyond them is nothing beside the other
 
 
 @triton.jit
@@ -22,137 +27,205 @@ def weighted(weight, value):
 
 
 @triton.jit
-def expm1(r):
-    """Compute 2^r - 1, near 0 by its series: a subtraction would lose the digits there."""
-    x = r * LN2
-    # at |x| = 0.35 the first term left out, x^8/8!, is 2e-8 of x
-    tail = 1.0 + x * 0.14285714285714285
-    tail = 1.0 + x * 0.16666666666666666 * tail
-    tail = 1.0 + x * 0.2 * tail
-    tail = 1.0 + x * 0.25 * tail
-    tail = 1.0 + x * 0.3333333333333333 * tail
-    tail = 1.0 + x * 0.5 * tail
-    return tl.where(tl.abs(r) < 0.5, x * tail, tl.exp2(r) - 1.0)
+def log2_of(x, APPROXIMATE: tl.constexpr):
+    """Compute log2(x); if APPROXIMATE by the one instruction that NVIDIA has for it, wrong by 2^-22 at most near 1."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
 
 @triton.jit
-def log_mixture(share, own_share, relative, log2_m, log2_own):
-    """Compute ln(m/own) of the mixture m = own_share·own + share·other, given ``relative`` = other/own - 1."""
-    a = share * relative
-    # ln(1 + a) = 2·artanh(a/(2 + a)); at |a| = 0.25 the first term left out is 2e-8 of the sum
-    w = a / (2.0 + a)
-    square = w * w
-    series = 1.0 + square * (0.3333333333333333 + square * (0.2 + square * 0.14285714285714285))
-    # m/own is at least own_share, also where m is too small for fp32; -1000 where own_share is, too
-    direct = tl.maximum(log2_m - log2_own, tl.maximum(tl.log2(own_share), -1000.0))
-    return tl.where(tl.abs(a) < 0.25, 2.0 * w * series, direct * LN2)
+def reciprocal(x, APPROXIMATE: tl.constexpr):
+    """Compute 1/x; if APPROXIMATE by one instruction, within one rounding."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
 
 
 @triton.jit
-def mixture(p_share, q_share, p, q):
-    """Mix p_share·p + q_share·q, whose shares add up to 1; exactly p where q = p."""
-    return tl.where(p_share < 0.5, q + p_share * (p - q), p + q_share * (q - p))
+def second_order(x):
+    """Compute e^x - 1 - x for abs(x) < NEAR by its series; the first term left out is 1e-7 of the first."""
+    tail = 0.001388888888888889 + x * 0.0001984126984126984
+    tail = 0.008333333333333333 + x * tail
+    tail = 0.041666666666666664 + x * tail
+    tail = 0.16666666666666666 + x * tail
+    return x * x * (0.5 + x * tail)
 
 
 @triton.jit
-def difference(p, q, r):
-    """Compute q - p from the log-ratio where both are close."""
-    return tl.where(tl.abs(r) < 0.5, p * expm1(r), q - p)
+def is_near(x):
+    """Return where abs(x) < NEAR; not where x is NaN."""
+    return tl.abs(x) < NEAR
 
 
 @triton.jit
-def forward_kl_terms(p, d, r):
-    """Compute the terms of Σ p·ln(p/q), plus d = q - p: these sum to 0, and make each term of second order in r."""
-    return tl.where(p > 0.0, d - p * r * LN2, d)
+def difference(p, q, x):
+    """Compute q - p, where both are close from their log-ratio."""
+    return tl.where(is_near(x), p * (x + second_order(x)), q - p)
 
 
 @triton.jit
-def reverse_kl_terms(q, d, r):
-    """Compute the terms of Σ q·ln(q/p), minus d = q - p."""
-    return weighted(q, r) * LN2 - d
+def forward_kl_terms(p, q, x):
+    """Compute the terms of Σ p·ln(p/q), plus q - p: these sum to 0, and make each term p·(e^x - 1 - x) >= 0."""
+    return tl.where(is_near(x), p * second_order(x), (q - p) - p * tl.minimum(x, HUGE))
 
 
 @triton.jit
-def divergence_terms(DIVERGENCE: tl.constexpr, beta, one_minus_beta, p, q, lp, lq, r):
-    """Compute what one pass over normalised p and q sums up.
+def reverse_kl_terms(p, q, x):
+    """Compute the terms of Σ q·ln(q/p), minus q - p: p·(x² + (x - 1)·(e^x - 1 - x)). ``x`` is finite."""
+    near = p * (x * x + (x - 1.0) * second_order(x))
+    return tl.where(is_near(x), near, q * x - (q - p))
+
+
+@triton.jit
+def symmetric_kl_terms(beta, one_minus_beta, p, q, x, limit):
+    """Compute beta·forward_kl_terms + one_minus_beta·reverse_kl_terms."""
+    tail = second_order(x)
+    near = p * (one_minus_beta * (x * x) + tail * (one_minus_beta * x + (beta - one_minus_beta)))
+    d = q - p
+    far = beta * (d - p * tl.minimum(x, HUGE)) + one_minus_beta * (q * held(x, limit) - d)
+    return tl.where(is_near(x), near, far)
+
+
+@triton.jit
+def held(x, limit):
+    """Hold x to [-HUGE, limit]."""
+    return tl.maximum(tl.minimum(x, limit), -HUGE)
+
+
+@triton.jit
+def mixture_ratio(own_share, other_share, x, APPROXIMATE: tl.constexpr):
+    """Compute m/own of the mixture m = own_share·own + other_share·other, given ``x = ln(other/own)``.
 
     Returns:
-        the terms of D; those of the centre of its gradient, ``Σ q·h`` with ``h = dD/dq`` (for skew_forward_kl
-        ``Σ p·q/m``), which forward, reverse and symmetric KL do not need.
+        its logarithm; what it differs from 1 by; the ratio. All positive terms where nothing is close to 1, so that a
+        small share loses no digits.
     """
-    value = p * 0.0
-    centre = p * 0.0
-    d = difference(p, q, r)
+    x = tl.minimum(tl.maximum(x, -FAR), FAR)
+    e = tl.exp2(x * LOG2_E)
+    excess = other_share * tl.where(is_near(x), x + second_order(x), e - 1.0)
+    direct = own_share + other_share * e
+    # ln(1 + a) = a + a²·P(a): P by interpolation at Chebyshev's nodes, which leaves 3.4e-8 of the logarithm
+    tail = 0.15586036443710327 + excess * -0.13847944140434265
+    tail = -0.16612693667411804 + excess * tail
+    tail = 0.19958451390266418 + excess * tail
+    tail = -0.2500068247318268 + excess * tail
+    tail = 0.33333662152290344 + excess * tail
+    tail = -0.5 + excess * tail
+    close = tl.abs(excess) < CLOSE
+    logarithm = tl.where(close, excess + excess * excess * tail, log2_of(direct, APPROXIMATE) * LN2)
+    return logarithm, excess, tl.where(close, 1.0 + excess, direct)
+
+
+@triton.jit
+def jsd_logarithms(beta, one_minus_beta, x, BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """Compute ln(m/q) and ln(m/p) of m = beta·p + one_minus_beta·q: one from the other, as ln(m/p) = ln(m/q) + x.
+
+    The one computed first is that of the model with the larger share, and the smaller of the two; the other way round
+    it would be the difference of two nearly equal numbers.
+    """
+    bounded = tl.minimum(tl.maximum(x, -FAR), FAR)
+    if BETA_ABOVE_HALF:
+        to_p, _, _ = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
+        to_q = to_p - bounded
+    else:
+        to_q, _, _ = mixture_ratio(one_minus_beta, beta, -x, APPROXIMATE)
+        to_p = to_q + bounded
+    return to_q, to_p
+
+
+@triton.jit
+def divergence_terms(
+    DIVERGENCE: tl.constexpr, beta, one_minus_beta, p, q, x, limit,
+    BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    """Compute what one pass over normalised p and q sums up, two numbers an id; ``value_and_centre`` makes use of them.
+
+    Args:
+        limit: the largest x of reverse and symmetric KL.
+    """
+    first = p * 0.0
+    second = p * 0.0
     if DIVERGENCE == "forward_kl":
-        value = forward_kl_terms(p, d, r)
+        first = forward_kl_terms(p, q, x)
     elif DIVERGENCE == "reverse_kl":
-        value = reverse_kl_terms(q, d, r)
+        first = reverse_kl_terms(p, q, held(x, limit))
     elif DIVERGENCE == "symmetric_kl":
-        # a weight of 0 keeps out a divergence that is +inf
-        value = weighted(beta, forward_kl_terms(p, d, r)) + weighted(one_minus_beta, reverse_kl_terms(q, d, r))
+        first = symmetric_kl_terms(beta, one_minus_beta, p, q, x, limit)
     elif DIVERGENCE == "tvd":
-        value = 0.5 * tl.abs(d)
-        centre = q * _sign_half(d)
+        first = tl.abs(difference(p, q, x))
+        second = signed(q, x)
     elif DIVERGENCE == "jsd":
-        log2_m = tl.log2(mixture(beta, one_minus_beta, p, q))
-        to_q = log_mixture(beta, one_minus_beta, expm1(-r), log2_m, lq)
-        to_p = log_mixture(one_minus_beta, beta, expm1(r), log2_m, lp)
-        value = -(beta * weighted(p, to_p) + one_minus_beta * weighted(q, to_q))
-        centre = weighted(q, -one_minus_beta * to_q)
+        to_q, to_p = jsd_logarithms(beta, one_minus_beta, x, BETA_ABOVE_HALF, APPROXIMATE)
+        first = q * to_q
+        second = p * to_p
     elif DIVERGENCE == "skew_forward_kl":
-        m = mixture(beta, one_minus_beta, p, q)
-        value = one_minus_beta * d - weighted(p, log_mixture(one_minus_beta, beta, expm1(r), tl.log2(m), lp))
-        centre = _share(p, q, m)
+        to_p, _, ratio = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
+        first = one_minus_beta * difference(p, q, x) - p * to_p
+        second = q * reciprocal(ratio, APPROXIMATE)
     else:  # skew_reverse_kl
-        m = mixture(one_minus_beta, beta, p, q)
-        to_q = log_mixture(one_minus_beta, beta, expm1(-r), tl.log2(m), lq)
-        value = -weighted(q, to_q) - one_minus_beta * d
-        centre = weighted(q, _skew_reverse_slope(beta, one_minus_beta, m, d, to_q))
+        to_q, excess, ratio = mixture_ratio(beta, one_minus_beta, -x, APPROXIMATE)
+        first = -q * to_q - one_minus_beta * difference(p, q, x)
+        second = q * (beta * (excess * reciprocal(ratio, APPROXIMATE)) - to_q)
+    return first, second
+
+
+@triton.jit
+def value_and_centre(DIVERGENCE: tl.constexpr, beta, one_minus_beta, first, second):
+    """Return the value of D and the centre of its gradient from sums of the two terms.
+
+    The centre is ``Σ q·h`` with ``h = dD/dq``; for jsd ``Σ q·ln(m/q)``, for skew_forward_kl ``Σ p·q/m``; forward,
+    reverse and symmetric KL need none.
+    """
+    value = first
+    centre = second
+    if DIVERGENCE == "tvd":
+        value = 0.5 * first
+        centre = 0.5 * second
+    elif DIVERGENCE == "jsd":
+        value = -(beta * second + one_minus_beta * first)
+        centre = first
     return value, centre
 
 
 @triton.jit
-def divergence_gradient(DIVERGENCE: tl.constexpr, beta, one_minus_beta, p, q, lp, lq, r, centre, limit):
-    """Compute dD/dz, z = s/T: ``q·(h - centre)``.
+def divergence_gradient(
+    DIVERGENCE: tl.constexpr, weight, beta, one_minus_beta, p, q, x, centre, limit,
+    BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    """Compute weight·dD/dz, z = s/T, which is ``weight·q·(h - centre)``; products of numbers of the row come first.
 
     Args:
-        centre: ``Σ q·h``; for skew_forward_kl ``Σ (p·q/m) / Σ q``; for reverse and symmetric KL ``Σ q·r``.
-        limit: the largest r that reverse and symmetric KL may use.
+        centre: from ``value_and_centre``; for skew_forward_kl divided by Σ q; for reverse and symmetric KL ``Σ q·x``.
+            It is subtracted from what it is the mean of, so that nothing is left where one id has all of q.
+        limit: the largest x that reverse and symmetric KL may use.
     """
-    d = difference(p, q, r)
-    grad = d
-    if DIVERGENCE == "reverse_kl":
-        grad = weighted(q, tl.minimum(r, limit) - centre) * LN2
+    if DIVERGENCE == "forward_kl":
+        grad = weight * difference(p, q, x)
+    elif DIVERGENCE == "reverse_kl":
+        grad = weight * (q * (held(x, limit) - centre))
     elif DIVERGENCE == "symmetric_kl":
-        grad = beta * d + one_minus_beta * weighted(q, tl.minimum(r, limit) - centre) * LN2
+        grad = (weight * beta) * difference(p, q, x)
+        grad += (weight * one_minus_beta) * (q * (held(x, limit) - centre))
     elif DIVERGENCE == "tvd":
-        grad = q * (_sign_half(d) - centre)
+        grad = weight * (q * (signed(0.5, x) - centre))
     elif DIVERGENCE == "jsd":
-        to_q = log_mixture(beta, one_minus_beta, expm1(-r), tl.log2(mixture(beta, one_minus_beta, p, q)), lq)
-        grad = weighted(q, -one_minus_beta * to_q - centre)
+        to_q, _ = jsd_logarithms(beta, one_minus_beta, x, BETA_ABOVE_HALF, APPROXIMATE)
+        grad = (weight * one_minus_beta) * (q * (centre - to_q))
     elif DIVERGENCE == "skew_forward_kl":
-        grad = one_minus_beta * (q * centre - _share(p, q, mixture(beta, one_minus_beta, p, q)))
-    elif DIVERGENCE == "skew_reverse_kl":
-        m = mixture(one_minus_beta, beta, p, q)
-        to_q = log_mixture(one_minus_beta, beta, expm1(-r), tl.log2(m), lq)
-        grad = weighted(q, _skew_reverse_slope(beta, one_minus_beta, m, d, to_q) - centre)
+        _, _, ratio = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
+        grad = (weight * one_minus_beta) * (q * (centre - reciprocal(ratio, APPROXIMATE)))
+    else:  # skew_reverse_kl
+        to_q, excess, ratio = mixture_ratio(beta, one_minus_beta, -x, APPROXIMATE)
+        grad = weight * (q * (beta * (excess * reciprocal(ratio, APPROXIMATE)) - to_q - centre))
     return grad
 
 
 @triton.jit
-def _sign_half(d):
-    """Return ½·sign(d)."""
-    return tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
-
-
-@triton.jit
-def _share(p, q, m):
-    """Compute p·q/m, exactly p where q = p."""
-    return tl.where(p == q, p, tl.where(m > 0.0, p * (q / m), 0.0))
-
-
-@triton.jit
-def _skew_reverse_slope(beta, one_minus_beta, m, d, to_q):
-    """Compute h = ln(q/m) - β·q/m, plus β, so that it is 0 where p = q."""
-    # below, 1/m leaves fp32; it is the teacher's zeros there that make m so small
-    return -to_q - tl.where(m > 1.0e-37, beta * one_minus_beta * (d / m), one_minus_beta)
+def signed(value, x):
+    """Return value·sign(x), 0 where x is NaN."""
+    return tl.where(x > 0.0, value, tl.where(x < 0.0, -value, 0.0))

@@ -2,70 +2,77 @@
 
 They are device functions: one kernel calls both for a whole row, other kernels one of them for a shard of a row.
 
-Legend: V ids of the row (or of its shard); T temperature, ``c = log2(e)/T``; ``m_s``, ``m_t`` largest raw logits;
-``us = (s - m_s)·c``; for other names see ``math.py``.
-"""
+A pass visits whole blocks of ids without a mask, each loaded while the one before it is worked on, and the rest of the
+row with one. A thread keeps statistics of the ids that it holds itself: threads first meet at the end of a pass.
 
-import math
+Legend: V ids of the row (or of its shard); T temperature, ``c = log2(e)/T``; ``m_s``, ``m_t`` largest raw logits;
+``us = s - m_s``; G = BLOCK / GROUP groups; for other names see ``math.py``.
+"""
 
 import triton
 import triton.language as tl
 
 from .._objective import BEYOND_FINITE as _BEYOND_FINITE
 from .math import (
+    HUGE,
     LN2,
     LOG2_E,
-    difference,
     divergence_gradient,
     divergence_terms,
     forward_kl_terms,
+    value_and_centre,
     weighted,
 )
 
-# By how much, in powers of 2, the log-ratio that stands for +inf in a gradient exceeds the row's largest finite one.
-BEYOND_FINITE = tl.constexpr(_BEYOND_FINITE * math.log2(math.e))
+BEYOND_FINITE = tl.constexpr(_BEYOND_FINITE)
 # Logits from here down are taken for -inf. A running maximum starts here, finite, so that differences are.
 LOWEST = tl.constexpr(-1.0e30)
-GROUP = tl.constexpr(8)  # 128 bits of bf16
+GROUP = tl.constexpr(8)  # ids of a thread in a step, where blocks are those of ``launch.py``
 NO_ID = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _groups(x):
-    """Cut a block into groups of neighbours ``[BLOCK / GROUP, GROUP]``."""
-    return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
+def groups(x, WIDTH: tl.constexpr):
+    """Cut a block into the ids that threads hold ``[GROUP / WIDTH, G, WIDTH]``, WIDTH neighbours as they are loaded."""
+    return tl.reshape(x, [GROUP // WIDTH, x.shape[0] // GROUP, WIDTH])
 
 
 @triton.jit
-def fold(x):
-    """Sum groups of neighbours ``[BLOCK / GROUP]``, so that a running sum takes one register of a thread, not eight.
-
-    A thread holds a whole group where rows are loaded 128 bits at a time: with V a multiple of 16. Else its ids lie
-    across threads, and these exchange them.
-    """
-    return tl.sum(_groups(x), 1)
+def group_sum(x):
+    """Sum within groups ``[G]``, so that a running sum takes one register of a thread, not eight."""
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
-def fold_max(x):
-    """Find the maxima of groups of neighbours ``[BLOCK / GROUP]``."""
-    return tl.max(_groups(x), 1)
+def group_max(x):
+    """Find the maxima of groups ``[G]``."""
+    return tl.max(tl.max(x, 2), 0)
 
 
 @triton.jit
-def fold_min(x):
-    """Find the minima of groups of neighbours ``[BLOCK / GROUP]``."""
-    return tl.min(_groups(x), 1)
+def above(x, of_groups):
+    """Subtract a number per group ``[G]`` from its ids."""
+    return x - of_groups[None, :, None]
 
 
 @triton.jit
-def load_block(row, offsets, n_ids, stride):
-    """Load logits in fp32, -inf beyond the row. A stride of 1 is a constant here and leaves offsets 32 bits wide."""
+def load_ids(row, offsets, stride, mask):
+    """Load logits in fp32, -inf where masked out. A stride of 1 is a constant here and leaves offsets 32 bits wide."""
     if stride == 1:
-        logits = tl.load(row + offsets, mask=offsets < n_ids, other=-float("inf"))
+        logits = tl.load(row + offsets, mask=mask, other=-float("inf"))
     else:
-        logits = tl.load(row + offsets.to(tl.int64) * stride, mask=offsets < n_ids, other=-float("inf"))
+        logits = tl.load(row + offsets.to(tl.int64) * stride, mask=mask, other=-float("inf"))
     return logits.to(tl.float32)
+
+
+@triton.jit
+def load_ahead(row, start, stride, full, BLOCK: tl.constexpr):
+    """Load the whole block at `start`, anything where `full`, the end of whole blocks, is reached: nobody reads it."""
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < full - start  # all or none, so that loads stay 128 bits wide
+    if stride == 1:
+        return tl.load(row + (start + offsets), mask=mask)
+    return tl.load(row + (start + offsets).to(tl.int64) * stride, mask=mask)
 
 
 @triton.jit
@@ -75,112 +82,217 @@ def exponent(logits, c, largest):
 
 
 @triton.jit
-def log_ratio(s, largest_s, t, largest_t, c):
-    """Compute us - ut, exactly 0 where the models are equal.
-
-    Of a difference of two products the compiler would round only one (a fused multiply-add), and leave the rounding
-    error of the other.
-    """
-    return ((s - largest_s) - (t - largest_t)) * c
+def move_of(old, new):
+    """Return by how much logits fall when the maximum they are relative to rises; 0 where nothing finite was seen."""
+    return tl.where(old > LOWEST, old - new, 0.0)
 
 
 @triton.jit
-def move_of(old, new, c):
-    """Return by how much u falls when the maximum it is relative to rises; 0 where nothing finite was seen before."""
-    return tl.where(old > LOWEST, (old - new) * c, 0.0)
-
-
-@triton.jit
-def moved_forward(forward, d_t, move_s, move_t):
+def moved_forward(forward, d_t, factor_t, move_s, move_t):
     """Rescale ``forward`` of ``first_pass`` to new maxima; README.md derives it and the next."""
-    return weighted(tl.exp2(move_t), forward + d_t * (move_t - move_s))
+    return weighted(factor_t, forward + d_t * (move_t - move_s))
 
 
 @triton.jit
-def moved_reverse(reverse, d_s, ruled_out, move_s, move_t):
-    """Rescale ``reverse`` of ``first_pass`` to new maxima."""
-    return tl.exp2(move_s) * (reverse - (d_s - ruled_out) * (move_t - move_s))
+def moved_reverse(reverse, d_s, factor_s, move_s, move_t):
+    """Rescale ``reverse`` of ``first_pass`` to new maxima; `d_s` without the ids that the teacher rules out."""
+    return factor_s * (reverse - d_s * (move_t - move_s))
+
+
+@triton.jit
+def first_step(
+    s, t, start, inside, m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t, c,
+    HAS_TEACHER: tl.constexpr, STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Take one block into the statistics of its groups, each ``[G]`` and relative to the group's own maxima."""
+    s = groups(s.to(tl.float32), WIDTH)
+    block_s = group_max(s)
+    new_s = tl.maximum(m_s, block_s)
+    us = above(s, new_s)
+    e_s = tl.exp2(us * c)
+    move_s = m_s - new_s
+    factor_s = tl.exp2(move_s * c)
+    if STUDENT_AT_1:
+        n_s = n_s * tl.exp2(move_s * LOG2_E) + group_sum(tl.exp2(us * LOG2_E))
+    if AGREEMENT:
+        step_s = tl.where(block_s > m_s, start, step_s)
+    if HAS_TEACHER:
+        t = groups(t.to(tl.float32), WIDTH)
+        block_t = group_max(t)
+        new_t = tl.maximum(m_t, block_t)
+        ut = above(t, new_t)
+        e_t = tl.exp2(ut * c)
+        move_t = m_t - new_t
+        factor_t = tl.exp2(move_t * c)
+        if FORWARD:
+            forward = moved_forward(forward, d_t, factor_t, move_s, move_t) + group_sum(weighted(e_t, ut - us))
+        if REVERSE:
+            ratio = us - ut  # not finite where an id is masked in either model, and then the sum is not
+            if TAIL:
+                ratio = tl.where(groups(inside, WIDTH), ratio, -HUGE)
+            reverse = moved_reverse(reverse, d_s, factor_s, move_s, move_t) + group_sum(e_s * ratio)
+            if RATIO:
+                shifted = tl.where((m_s > LOWEST) & (m_t > LOWEST), largest_ratio - (move_t - move_s), LOWEST)
+                largest_ratio = tl.maximum(shifted, group_max(ratio))
+        if TEACHER_AT_1:
+            n_t = n_t * tl.exp2(move_t * LOG2_E) + group_sum(tl.exp2(ut * LOG2_E))
+        if AGREEMENT:
+            step_t = tl.where(block_t > m_t, start, step_t)
+        d_t = d_t * factor_t + group_sum(e_t)
+        m_t = new_t
+    d_s = d_s * factor_s + group_sum(e_s)
+    return new_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t
 
 
 @triton.jit
 def first_pass(
     student, teacher, n_ids, student_stride, teacher_stride, c,
-    HAS_TEACHER: tl.constexpr, AT_TEMPERATURE_1: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_TEACHER: tl.constexpr, STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Read both rows once, and compute the statistics that need no probability.
 
     Returns:
         m_s, m_t;
-        d_s = Σ 2^us, d_t = Σ 2^ut;
-        n_s, n_t: the same at T = 1 (if AT_TEMPERATURE_1);
-        forward = Σ 2^ut·(ut - us) (if FORWARD);
-        and if REVERSE: reverse = Σ 2^us·(us - ut) without the ids that the teacher rules out, ruled_out = Σ 2^us
-        over those, largest_ratio = the largest finite us - ut.
+        d_s = Σ 2^(us·c), d_t = Σ 2^(ut·c);
+        n_s (if STUDENT_AT_1), n_t (if TEACHER_AT_1): the same at T = 1;
+        forward = Σ 2^(ut·c)·(ut - us) (if FORWARD);
+        and if REVERSE: reverse = Σ 2^(us·c)·(us - ut) without the ids that the teacher rules out,
+        ruled_out = Σ 2^(us·c) over those, largest_ratio = the largest finite us - ut, if RATIO or there are such;
+        if AGREEMENT: the first ids at m_s and at m_t.
     """
-    m_s = LOWEST
-    m_t = LOWEST
+    m_s = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
+    m_t = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
     d_s = tl.zeros([BLOCK // GROUP], tl.float32)
     d_t = tl.zeros([BLOCK // GROUP], tl.float32)
     n_s = tl.zeros([BLOCK // GROUP], tl.float32)
     n_t = tl.zeros([BLOCK // GROUP], tl.float32)
     forward = tl.zeros([BLOCK // GROUP], tl.float32)
     reverse = tl.zeros([BLOCK // GROUP], tl.float32)
-    ruled_out = tl.zeros([BLOCK // GROUP], tl.float32)
     largest_ratio = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
-    for start in range(0, n_ids, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        s = load_block(student, offsets, n_ids, student_stride)
-        t = s
-        if HAS_TEACHER:  # before the maximum of s, so that both loads are in flight at a time
-            t = load_block(teacher, offsets, n_ids, teacher_stride)
-        new_s = tl.maximum(m_s, tl.max(s, 0))
-        us = exponent(s, c, new_s)
-        e_s = tl.exp2(us)
-        move_s = move_of(m_s, new_s, c)
-        if AT_TEMPERATURE_1:
-            n_s = n_s * tl.exp2((m_s - new_s) * LOG2_E) + fold(tl.exp2(exponent(s, LOG2_E, new_s)))
+    step_s = tl.zeros([BLOCK // GROUP], tl.int32)
+    step_t = tl.zeros([BLOCK // GROUP], tl.int32)
+    ids = tl.arange(0, BLOCK)
+    full = n_ids // BLOCK * BLOCK
+    next_s = load_ahead(student, 0, student_stride, full, BLOCK)
+    next_t = next_s
+    if HAS_TEACHER:
+        next_t = load_ahead(teacher, 0, teacher_stride, full, BLOCK)
+    for start in range(0, full, BLOCK):
+        s = next_s
+        t = next_t
+        next_s = load_ahead(student, start + BLOCK, student_stride, full, BLOCK)
         if HAS_TEACHER:
-            new_t = tl.maximum(m_t, tl.max(t, 0))
-            log2_ratio = log_ratio(s, new_s, t, new_t, c)
-            ut = exponent(t, c, new_t)
-            e_t = tl.exp2(ut)
-            move_t = move_of(m_t, new_t, c)
-            if FORWARD:
-                forward = moved_forward(forward, d_t, move_s, move_t) + fold(weighted(e_t, -log2_ratio))
-            if REVERSE:
-                allowed = t > LOWEST
-                reverse = moved_reverse(reverse, d_s, ruled_out, move_s, move_t)
-                reverse += fold(tl.where(allowed, weighted(e_s, log2_ratio), 0.0))
-                ruled_out = tl.exp2(move_s) * ruled_out + fold(tl.where(allowed, 0.0, e_s))
-                largest = fold_max(tl.where(allowed, log2_ratio, LOWEST))
-                largest_ratio = tl.maximum(largest_ratio - (move_t - move_s), largest)
-            if AT_TEMPERATURE_1:
-                n_t = n_t * tl.exp2((m_t - new_t) * LOG2_E) + fold(tl.exp2(exponent(t, LOG2_E, new_t)))
-            d_t = d_t * tl.exp2(move_t) + fold(e_t)
-            m_t = new_t
-        d_s = d_s * tl.exp2(move_s) + fold(e_s)
-        m_s = new_s
+            next_t = load_ahead(teacher, start + BLOCK, teacher_stride, full, BLOCK)
+        m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t = first_step(
+            s=s, t=t, start=start, inside=ids, m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, forward=forward,
+            reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, c=c, HAS_TEACHER=HAS_TEACHER,
+            STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD, REVERSE=REVERSE, RATIO=RATIO,
+            AGREEMENT=AGREEMENT, TAIL=False, WIDTH=WIDTH,
+        )  # fmt: skip
+    if full < n_ids:
+        offsets = full + ids
+        inside = offsets < n_ids
+        s = load_ids(student, offsets, student_stride, inside)
+        t = s
+        if HAS_TEACHER:
+            t = load_ids(teacher, offsets, teacher_stride, inside)
+        m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t = first_step(
+            s=s, t=t, start=full, inside=inside, m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, forward=forward,
+            reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, c=c, HAS_TEACHER=HAS_TEACHER,
+            STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD, REVERSE=REVERSE, RATIO=RATIO,
+            AGREEMENT=AGREEMENT, TAIL=True, WIDTH=WIDTH,
+        )  # fmt: skip
+
+    row_m_s = tl.max(m_s, 0)
+    row_m_t = tl.max(m_t, 0)
+    move_s = m_s - row_m_s
+    move_t = m_t - row_m_t
+    factor_s = tl.exp2(move_s * c)
+    factor_t = tl.exp2(move_t * c)
+    row_n_s = 0.0
+    row_n_t = 0.0
+    row_forward = 0.0
+    row_reverse = 0.0
+    row_largest = LOWEST
+    ruled_out = 0.0
+    first_s = NO_ID
+    first_t = NO_ID
+    if STUDENT_AT_1:
+        row_n_s = tl.sum(n_s * tl.exp2(move_s * LOG2_E), 0)
+    if TEACHER_AT_1:
+        row_n_t = tl.sum(n_t * tl.exp2(move_t * LOG2_E), 0)
+    if FORWARD:
+        row_forward = tl.sum(moved_forward(forward, d_t, factor_t, move_s, move_t), 0)
+    if REVERSE:
+        row_reverse = tl.sum(moved_reverse(reverse, d_s, factor_s, move_s, move_t), 0)
+        if RATIO:
+            seen = (m_s > LOWEST) & (m_t > LOWEST)
+            row_largest = tl.max(tl.where(seen, largest_ratio - (move_t - move_s), largest_ratio), 0)
+        if row_reverse - row_reverse != 0.0:  # not finite: masked ids are rare, and take a pass of their own
+            row_reverse, ruled_out, row_largest = ruled_out_pass(
+                student=student, teacher=teacher, n_ids=n_ids, student_stride=student_stride,
+                teacher_stride=teacher_stride, c=c, m_s=row_m_s, m_t=row_m_t, BLOCK=BLOCK, WIDTH=WIDTH,
+            )  # fmt: skip
+    if AGREEMENT:
+        first_s = first_id(student, row_m_s, m_s, step_s, n_ids, student_stride, BLOCK)
+        if HAS_TEACHER:
+            first_t = first_id(teacher, row_m_t, m_t, step_t, n_ids, teacher_stride, BLOCK)
     return (
-        m_s, m_t, tl.sum(d_s, 0), tl.sum(d_t, 0), tl.sum(n_s, 0), tl.sum(n_t, 0),
-        tl.sum(forward, 0), tl.sum(reverse, 0), tl.sum(ruled_out, 0), tl.max(largest_ratio, 0),
+        row_m_s, row_m_t, tl.sum(d_s * factor_s, 0), tl.sum(d_t * factor_t, 0), row_n_s, row_n_t,
+        row_forward, row_reverse, ruled_out, row_largest, first_s, first_t,
     )  # fmt: skip
 
 
 @triton.jit
-def kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest_ratio):
+def ruled_out_pass(
+    student, teacher, n_ids, student_stride, teacher_stride, c, m_s, m_t, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return ``reverse``, ``ruled_out`` and ``largest_ratio`` of ``first_pass`` for a row with masked ids."""
+    reverse = tl.zeros([BLOCK // GROUP], tl.float32)
+    ruled_out = tl.zeros([BLOCK // GROUP], tl.float32)
+    largest_ratio = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
+    for start in range(0, n_ids, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < n_ids
+        us = groups(load_ids(student, offsets, student_stride, inside), WIDTH) - m_s
+        t = groups(load_ids(teacher, offsets, teacher_stride, inside), WIDTH)
+        e_s = tl.exp2(us * c)
+        allowed = t > LOWEST
+        ratio = us - (t - m_t)
+        reverse += group_sum(tl.where(allowed, weighted(e_s, ratio), 0.0))
+        ruled_out += group_sum(tl.where(allowed, 0.0, e_s))
+        largest_ratio = tl.maximum(largest_ratio, group_max(tl.where(allowed, ratio, LOWEST)))
+    return tl.sum(reverse, 0), tl.sum(ruled_out, 0), tl.max(largest_ratio, 0)
+
+
+@triton.jit
+def first_id(row, largest, of_groups, steps, n_ids, stride, BLOCK: tl.constexpr):
+    """Find the first id at `largest`, in the first block in which a group's maximum ``[G]`` has come to it."""
+    step = tl.min(tl.where(of_groups == largest, steps, NO_ID), 0)
+    offsets = tl.minimum(step, n_ids) + tl.arange(0, BLOCK)
+    logits = load_ids(row, offsets, stride, offsets < n_ids)
+    return tl.min(tl.where(logits == largest, offsets, NO_ID), 0)
+
+
+@triton.jit
+def kl_from_statistics(c, d_s, d_t, forward, reverse, ruled_out, largest_ratio):
     """Compute what one read already tells.
 
     Returns:
-        KL(p‖q) and KL(q‖p) in nats (where their statistics were asked for); the mean Σ q·r of the log-ratios and
-        the limit that r is held to, both in powers of 2, for the gradient of the reverse KL.
+        KL(p‖q) and KL(q‖p) (where their statistics were asked for); the mean Σ q·x of the log-ratios and the limit that
+        x is held to, for the gradient of the reverse KL. All in nats.
     """
-    gap = tl.log2(d_t) - tl.log2(d_s)
-    forward_kl = (forward / d_t - gap) * LN2
-    limit = tl.maximum(largest_ratio + gap, 0.0) + BEYOND_FINITE
-    mean = (reverse + weighted(ruled_out, limit - gap)) / d_s + gap
-    reverse_kl = tl.where(ruled_out > 0.0, float("inf"), mean * LN2)
-    return forward_kl, reverse_kl, mean, limit
+    factor = c * LN2
+    gap = tl.log2(d_t / d_s) * LN2
+    forward_kl = forward / d_t * factor - gap
+    limit = tl.maximum(largest_ratio * factor + gap, 0.0) + BEYOND_FINITE
+    # in the form of x, so that it is x where one id has all of q
+    mean = reverse / d_s * factor + gap
+    mean += weighted(ruled_out / d_s, limit - gap)
+    reverse_kl = tl.where(ruled_out > 0.0, float("inf"), mean)
+    return forward_kl, reverse_kl, mean, tl.where(ruled_out > 0.0, limit, HUGE)
 
 
 @triton.jit
@@ -190,23 +302,97 @@ def not_negative(x):
 
 
 @triton.jit
+def second_step(
+    s, t, start, ids, inside, out, out_stride, c, beta, one_minus_beta, label, m_s, m_t, log2_d_s, log2_d_t, gap,
+    log2_n_s, log2_n_t, gap_1, centre, limit, kd_weight, ce_weight,
+    value, centres, mass, kl, entropy_s, entropy_t, acceptance,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
+    STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, KL: tl.constexpr, ENTROPIES: tl.constexpr,
+    ACCEPTANCE: tl.constexpr, TERMS: tl.constexpr, GRADIENT: tl.constexpr, BETA_ABOVE_HALF: tl.constexpr,
+    APPROXIMATE: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Take one block into the sums of its groups ``[G]``, and write its gradient."""
+    us = s.to(tl.float32) - m_s
+    lq = us * c - log2_d_s
+    q = tl.exp2(lq)
+    lq_1 = lq
+    q_1 = q
+    if STUDENT_AT_1:
+        lq_1 = us * LOG2_E - log2_n_s
+        q_1 = tl.exp2(lq_1)
+    if HAS_TEACHER:
+        ut = t.to(tl.float32) - m_t
+        lp = ut * c - log2_d_t
+        p = tl.exp2(lp)
+        # Exactly 0 where the models are equal: of a difference of two products the compiler would round only one (a
+        # fused multiply-add), and leave the rounding error of the other.
+        x = (us - ut) * (c * LN2) + gap
+        if TERMS and HAS_KD:
+            first, second = divergence_terms(
+                DIVERGENCE, beta, one_minus_beta, p, q, x, limit, BETA_ABOVE_HALF, APPROXIMATE
+            )
+            of_value, of_centre = value_and_centre(
+                DIVERGENCE, beta, one_minus_beta, group_sum(groups(first, WIDTH)), group_sum(groups(second, WIDTH))
+            )
+            value += of_value
+            centres += of_centre
+            mass += group_sum(groups(q, WIDTH))
+    if TERMS and ENTROPIES:
+        entropy_s -= group_sum(groups(q_1 * tl.maximum(lq_1, -HUGE), WIDTH))
+    if (HAS_TEACHER and TERMS) and (KL or (ENTROPIES or ACCEPTANCE)):
+        lp_1 = lp
+        p_1 = p
+        x_1 = x
+        if TEACHER_AT_1:
+            lp_1 = ut * LOG2_E - log2_n_t
+            p_1 = tl.exp2(lp_1)
+            x_1 = (us - ut) + gap_1
+        if KL:
+            kl += group_sum(groups(forward_kl_terms(p_1, q_1, x_1), WIDTH))
+        if ENTROPIES:
+            entropy_t -= group_sum(groups(p_1 * tl.maximum(lp_1, -HUGE), WIDTH))
+        if ACCEPTANCE:
+            acceptance += group_sum(groups(tl.minimum(p_1, q_1), WIDTH))
+    if GRADIENT:
+        grad = q * 0.0
+        if HAS_KD:
+            grad = divergence_gradient(
+                DIVERGENCE, kd_weight, beta, one_minus_beta, p, q, x, centre, limit, BETA_ABOVE_HALF, APPROXIMATE
+            )
+        if HAS_CE:
+            grad += ce_weight * q_1
+            if (label >= start) & (label < start + s.shape[0]):  # one block of the row's
+                grad -= tl.where(ids == label - start, ce_weight, 0.0)
+        grad = grad.to(out.dtype.element_ty)
+        if out_stride == 1:
+            places = out + (start + ids)
+        else:
+            places = out + (start + ids).to(tl.int64) * out_stride
+        if TAIL:
+            tl.store(places, grad, mask=inside)
+        else:
+            tl.store(places, grad)
+    return value, centres, mass, kl, entropy_s, entropy_t, acceptance
+
+
+@triton.jit
 def second_pass(
     student, teacher, out, n_ids, student_stride, teacher_stride, out_stride, c, beta, one_minus_beta, label,
     m_s, m_t, d_s, d_t, n_s, n_t, centre, limit, kd_weight, ce_weight,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
-    AT_TEMPERATURE_1: tl.constexpr, METRICS: tl.constexpr, TERMS: tl.constexpr, GRADIENT: tl.constexpr,
-    BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
+    STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, KL: tl.constexpr, ENTROPIES: tl.constexpr,
+    ACCEPTANCE: tl.constexpr, TERMS: tl.constexpr, GRADIENT: tl.constexpr, BETA_ABOVE_HALF: tl.constexpr,
+    APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Read both rows again, with the whole row's statistics known: sum over probabilities, write the gradient, or both.
 
     Args:
         out: receives ``kd_weight·dD/dz + ce_weight·(q - [id = label])`` (if GRADIENT); may be `student`.
         label: id in this shard of the row; any other number where the label lies elsewhere.
-        BACKWARDS: walk from the last id to the first, because the pass before has left the last ones in the cache.
 
     Returns:
-        if TERMS: the value of D, its centre (see ``divergence_terms``), Σ q; with METRICS also KL(p‖q) at T = 1, the
-        entropies of q and p, Σ min(p, q), and the first ids at m_s and m_t.
+        if TERMS: the value of D, its centre (see ``divergence_terms``), Σ q; KL(p‖q) at T = 1 (if KL), the entropies of
+        q and p (if ENTROPIES), Σ min(p, q) (if ACCEPTANCE).
     """
     value = tl.zeros([BLOCK // GROUP], tl.float32)
     centres = tl.zeros([BLOCK // GROUP], tl.float32)
@@ -215,63 +401,63 @@ def second_pass(
     entropy_s = tl.zeros([BLOCK // GROUP], tl.float32)
     entropy_t = tl.zeros([BLOCK // GROUP], tl.float32)
     acceptance = tl.zeros([BLOCK // GROUP], tl.float32)
-    first_s = tl.full([BLOCK // GROUP], NO_ID, tl.int32)
-    first_t = tl.full([BLOCK // GROUP], NO_ID, tl.int32)
-    blocks = tl.cdiv(n_ids, BLOCK)
-    for i in range(0, blocks):
-        if BACKWARDS:
-            offsets = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        else:
-            offsets = i * BLOCK + tl.arange(0, BLOCK)
-        s = load_block(student, offsets, n_ids, student_stride)
-        us = exponent(s, c, m_s)
-        lq = us - tl.log2(d_s)
-        q = tl.exp2(lq)
-        lq_1 = lq
-        q_1 = q
-        if AT_TEMPERATURE_1:
-            lq_1 = exponent(s, LOG2_E, m_s) - tl.log2(n_s)
-            q_1 = tl.exp2(lq_1)
+    log2_d_s = tl.log2(d_s)
+    log2_d_t = tl.log2(d_t)
+    gap = tl.log2(d_t / d_s) * LN2
+    log2_n_s = tl.log2(n_s)
+    log2_n_t = tl.log2(n_t)
+    gap_1 = tl.log2(n_t / n_s) * LN2
+    # KL(p‖q) at T = 1 is the divergence itself
+    SAME: tl.constexpr = (HAS_KD and DIVERGENCE == "forward_kl") and not TEACHER_AT_1
+    ids = tl.arange(0, BLOCK)
+    full = n_ids // BLOCK * BLOCK
+    next_s = load_ahead(student, 0, student_stride, full, BLOCK)
+    next_t = next_s
+    if HAS_TEACHER:
+        next_t = load_ahead(teacher, 0, teacher_stride, full, BLOCK)
+    for start in range(0, full, BLOCK):
+        s = next_s
+        t = next_t
+        next_s = load_ahead(student, start + BLOCK, student_stride, full, BLOCK)
         if HAS_TEACHER:
-            t = load_block(teacher, offsets, n_ids, teacher_stride)
-            ut = exponent(t, c, m_t)
-            lp = ut - tl.log2(d_t)
-            p = tl.exp2(lp)
-            r = log_ratio(s, m_s, t, m_t, c) + (tl.log2(d_t) - tl.log2(d_s))
-            if TERMS and HAS_KD:
-                terms, parts = divergence_terms(DIVERGENCE, beta, one_minus_beta, p, q, lp, lq, r)
-                value += fold(terms)
-                centres += fold(parts)
-                mass += fold(q)
-        if TERMS and METRICS:
-            entropy_s -= fold(weighted(q_1, lq_1))
-            first_s = tl.minimum(first_s, fold_min(tl.where(s == m_s, offsets, NO_ID)))
-            if HAS_TEACHER:
-                lp_1 = lp
-                p_1 = p
-                r_1 = r
-                if AT_TEMPERATURE_1:
-                    lp_1 = exponent(t, LOG2_E, m_t) - tl.log2(n_t)
-                    p_1 = tl.exp2(lp_1)
-                    r_1 = log_ratio(s, m_s, t, m_t, LOG2_E) + (tl.log2(n_t) - tl.log2(n_s))
-                kl += fold(forward_kl_terms(p_1, difference(p_1, q_1, r_1), r_1))
-                entropy_t -= fold(weighted(p_1, lp_1))
-                acceptance += fold(0.5 * (p_1 + q_1 - tl.abs(p_1 - q_1)))  # tl.minimum would hide a NaN
-                first_t = tl.minimum(first_t, fold_min(tl.where(t == m_t, offsets, NO_ID)))
-        if GRADIENT:
-            grad = tl.zeros([BLOCK], tl.float32)
-            if HAS_KD:
-                grad = kd_weight * divergence_gradient(DIVERGENCE, beta, one_minus_beta, p, q, lp, lq, r, centre, limit)
-            if HAS_CE:
-                grad += ce_weight * (q_1 - tl.where(offsets == label, 1.0, 0.0))
-            if out_stride == 1:
-                places = out + offsets
-            else:
-                places = out + offsets.to(tl.int64) * out_stride
-            tl.store(places, grad.to(out.dtype.element_ty), mask=offsets < n_ids)
+            next_t = load_ahead(teacher, start + BLOCK, teacher_stride, full, BLOCK)
+        value, centres, mass, kl, entropy_s, entropy_t, acceptance = second_step(
+            s=s, t=t, start=start, ids=ids, inside=ids, out=out, out_stride=out_stride, c=c, beta=beta,
+            one_minus_beta=one_minus_beta, label=label, m_s=m_s, m_t=m_t, log2_d_s=log2_d_s, log2_d_t=log2_d_t,
+            gap=gap, log2_n_s=log2_n_s, log2_n_t=log2_n_t, gap_1=gap_1, centre=centre, limit=limit,
+            kd_weight=kd_weight, ce_weight=ce_weight, value=value, centres=centres, mass=mass, kl=kl,
+            entropy_s=entropy_s, entropy_t=entropy_t, acceptance=acceptance, DIVERGENCE=DIVERGENCE,
+            HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE, STUDENT_AT_1=STUDENT_AT_1,
+            TEACHER_AT_1=TEACHER_AT_1, KL=KL and not SAME, ENTROPIES=ENTROPIES, ACCEPTANCE=ACCEPTANCE, TERMS=TERMS,
+            GRADIENT=GRADIENT, BETA_ABOVE_HALF=BETA_ABOVE_HALF, APPROXIMATE=APPROXIMATE, TAIL=False, WIDTH=WIDTH,
+        )  # fmt: skip
+    if full < n_ids:
+        offsets = full + ids
+        inside = offsets < n_ids
+        s = load_ids(student, offsets, student_stride, inside)
+        t = s
+        if HAS_TEACHER:
+            t = load_ids(teacher, offsets, teacher_stride, inside)
+        value, centres, mass, kl, entropy_s, entropy_t, acceptance = second_step(
+            s=s, t=t, start=full, ids=ids, inside=inside, out=out, out_stride=out_stride, c=c, beta=beta,
+            one_minus_beta=one_minus_beta, label=label, m_s=m_s, m_t=m_t, log2_d_s=log2_d_s, log2_d_t=log2_d_t,
+            gap=gap, log2_n_s=log2_n_s, log2_n_t=log2_n_t, gap_1=gap_1, centre=centre, limit=limit,
+            kd_weight=kd_weight, ce_weight=ce_weight, value=value, centres=centres, mass=mass, kl=kl,
+            entropy_s=entropy_s, entropy_t=entropy_t, acceptance=acceptance, DIVERGENCE=DIVERGENCE,
+            HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE, STUDENT_AT_1=STUDENT_AT_1,
+            TEACHER_AT_1=TEACHER_AT_1, KL=KL and not SAME, ENTROPIES=ENTROPIES, ACCEPTANCE=ACCEPTANCE, TERMS=TERMS,
+            GRADIENT=GRADIENT, BETA_ABOVE_HALF=BETA_ABOVE_HALF, APPROXIMATE=APPROXIMATE, TAIL=True, WIDTH=WIDTH,
+        )  # fmt: skip
+    row_value = tl.sum(value, 0)
+    row_kl = tl.sum(kl, 0)
+    if SAME:
+        row_kl = row_value
+    row_acceptance = tl.sum(acceptance, 0)
+    if ACCEPTANCE:  # a minimum hides NaN, and the sums of exponentials do not
+        row_acceptance = tl.where(d_s + d_t == d_s + d_t, row_acceptance, float("nan"))
     return (
-        tl.sum(value, 0), tl.sum(centres, 0), tl.sum(mass, 0), tl.sum(kl, 0), tl.sum(entropy_s, 0) * LN2,
-        tl.sum(entropy_t, 0) * LN2, tl.sum(acceptance, 0), tl.min(first_s, 0), tl.min(first_t, 0),
+        row_value, tl.sum(centres, 0), tl.sum(mass, 0), row_kl, tl.sum(entropy_s, 0) * LN2, tl.sum(entropy_t, 0) * LN2,
+        row_acceptance,
     )  # fmt: skip
 
 

@@ -4,11 +4,10 @@ Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from .._plan import Plan, Rows
-from .launch import addressed, blocks_for, factors_of, launch_options, on_device, rows_of, variant_of
+from .launch import addressed, blocks_for, factors_of, launch_options, on_device, rows_of, variant_of, width_of
 from .row_kernels import RESULTS, rows_kernel, scale_kernel
 
 
@@ -19,7 +18,6 @@ def rows(
     plan: Plan,
     grad_out: Tensor | None,
     row_scale: Tensor | None = None,
-    backend: str = "triton",
 ) -> Rows:
     """Compute losses, metrics and gradients of all rows.
 
@@ -30,8 +28,6 @@ def rows(
         plan (Plan): what to compute.
         grad_out (Tensor | None): shape of `student`; receives the gradient of the rows' losses. May be `student`.
         row_scale (Tensor | None): 0-d or ``[N, 1]``, multiplies the gradients.
-        backend (str): "triton", one launch, a program per row; "triton-backwards", the same with the second pass from
-            the last id, which the first has left in the cache.
 
     Returns:
         Rows: in fp32, 0 where a token is ignored.
@@ -41,16 +37,17 @@ def rows(
     results = torch.empty(n_tokens, RESULTS.value, dtype=torch.float32, device=student.device)
     if n_tokens == 0:
         return Rows.zeros(0, plan, torch.float32, student.device)
-    variant = variant_of(plan, labels is not None, backend == "triton-backwards")
-    blocks = blocks_for(plan.vocab, variant.THREE_PASSES, variant.METRICS)
+    variant = variant_of(plan, labels is not None)
     teacher = student if teacher is None else teacher
     out = student if grad_out is None else grad_out
     scale = student.new_ones((), dtype=torch.float32) if row_scale is None else row_scale.contiguous()
+    width = width_of(student, teacher, out)
+    blocks = blocks_for(plan.vocab, variant, width)
     with on_device(student.device):
         rows_kernel[(n_tokens,)](
-            **addressed("student", student),
-            **addressed("teacher", teacher),
-            **addressed("out", out),
+            **addressed("student", student, width),
+            **addressed("teacher", teacher, width),
+            **addressed("out", out, width),
             labels=results if labels is None else labels,
             results=results,
             row_scale=scale,
@@ -60,6 +57,7 @@ def rows(
             **factors_of(plan, variant)._asdict(),
             **variant._asdict(),
             BLOCK=blocks.size,
+            WIDTH=width,
             **launch_options(blocks.warps, blocks.registers),
         )
     return rows_of(results, plan)
@@ -70,12 +68,11 @@ class TritonBlockLoss:
 
     Args:
         plan (Plan): what to compute.
-        backend (str): as for `rows`.
         scale (Tensor | None): 0-d, multiplies every gradient.
     """
 
-    def __init__(self, plan: Plan, backend: str, scale: Tensor | None = None) -> None:
-        self.plan, self.backend, self.scale = plan, backend, scale
+    def __init__(self, plan: Plan, scale: Tensor | None = None) -> None:
+        self.plan, self.scale = plan, scale
 
     def __call__(
         self,
@@ -87,19 +84,26 @@ class TritonBlockLoss:
     ) -> Rows:
         """Compute one block, of any number of rows; arguments as `rows`."""
         scale = self.scale if row_scale is None else row_scale
-        return rows(student, teacher, labels, self.plan, grad_out, scale, self.backend)
+        return rows(student, teacher, labels, self.plan, grad_out, scale)
 
     def release(self) -> None:
         """Do nothing: the kernels need no workspaces."""
 
 
-def scale_(grad: Tensor, scale: Tensor) -> Tensor:
-    """Multiply `grad` ``[N, V]``, contiguous, by `scale`, 0-d or one per row, in place."""
-    block, scale = 4096, scale.contiguous()
+def scaled_rows(grad: Tensor, scale: Tensor, in_place: bool) -> Tensor:
+    """Multiply `grad` ``[N, V]``, contiguous, by `scale`, 0-d or one per row; in place, or into a new tensor."""
+    out, scale = grad if in_place else torch.empty_like(grad), scale.contiguous()
     n_rows, n_ids = grad.shape
     if n_rows:
         with on_device(grad.device):
-            scale_kernel[(n_rows, triton.cdiv(n_ids, block))](
-                grad=grad, scale=scale, n_ids=n_ids, ROWS=scale.dim() > 0, BLOCK=block, **launch_options(warps=8)
+            scale_kernel[(n_rows,)](
+                grad=grad,
+                out=out,
+                scale=scale,
+                n_ids=n_ids,
+                ROWS=scale.dim() > 0,
+                IN_PLACE=in_place,
+                BLOCK=4096,
+                **launch_options(warps=8),
             )
-    return grad
+    return out

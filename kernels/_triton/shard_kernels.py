@@ -4,7 +4,7 @@ What ``rows_kernel`` does at one go is cut where the whole row has to be known: 
 to the maxima of all shards, a second (and third) pass with the whole row's statistics, and the row's results.
 
 Legend: N rows, V ids of this shard. ``own`` and ``merged`` are ``[N, COLUMNS]`` in fp32: m_s, m_t, the largest finite
-(s - t)·c, which merge by their maximum; then d_s, d_t, n_s, n_t, forward, reverse, ruled_out of
+s - t, which merge by their maximum; then d_s, d_t, n_s, n_t, forward, reverse, ruled_out of
 ``passes.first_pass`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
 sums that ``passes.second_pass`` returns; ``firsts`` ``[N, 2]`` in int32.
 """
@@ -26,7 +26,7 @@ from .passes import (
     moved_reverse,
     second_pass,
 )
-from .row_kernels import RESULTS, id_in, kl_value, row_start, store_results, store_zeros
+from .row_kernels import RESULTS, id_in, kl_value, row_start, store_first_results, store_results, store_zeros
 
 COLUMNS = tl.constexpr(12)
 MAXIMA = tl.constexpr(3)  # the leading columns
@@ -64,22 +64,24 @@ def load_statistics(at):
 
 @triton.jit(do_not_specialize=_GROWING)
 def first_pass_kernel(
-    student, teacher, labels, own,
+    student, teacher, labels, own, firsts,
     student_inner, student_outer_stride, student_inner_stride, student_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride, teacher_stride,
     n_ids, ignore_index, c,
-    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_LABELS: tl.constexpr, AT_TEMPERATURE_1: tl.constexpr,
-    FORWARD: tl.constexpr, BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_LABELS: tl.constexpr, STUDENT_AT_1: tl.constexpr,
+    TEACHER_AT_1: tl.constexpr, FORWARD: tl.constexpr, AGREEMENT: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the statistics of this shard of a row, without the label's logits; for an ignored label those of no id.
 
     Args:
+        firsts: receives the first ids at the shard's maxima (if AGREEMENT).
         FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``passes.first_pass``.
     """
     row = tl.program_id(0)
     to = own + row.to(tl.int64) * COLUMNS
-    s = row_start(student, row, student_inner, student_outer_stride, student_inner_stride)
-    t = row_start(teacher, row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
+    s = row_start(student, row, student_inner, student_outer_stride, student_inner_stride, WIDTH)
+    t = row_start(teacher, row, teacher_inner, teacher_outer_stride, teacher_inner_stride, WIDTH)
     if HAS_LABELS:
         label = tl.load(labels + row)
         if label == ignore_index:
@@ -87,13 +89,20 @@ def first_pass_kernel(
                 to=to, m_s=LOWEST, m_t=LOWEST, largest_ratio=LOWEST, d_s=0.0, d_t=0.0, n_s=0.0, n_t=0.0,
                 forward=0.0, reverse=0.0, ruled_out=0.0, label_s=0.0, label_t=0.0,
             )  # fmt: skip
+            if AGREEMENT:
+                tl.store(firsts + row.to(tl.int64) * 2, NO_ID)
+                tl.store(firsts + row.to(tl.int64) * 2 + 1, NO_ID)
             return
-    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio = first_pass(
+    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio, first_s, first_t = first_pass(
         student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
-        HAS_TEACHER=HAS_TEACHER, AT_TEMPERATURE_1=AT_TEMPERATURE_1, FORWARD=FORWARD,
-        REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", BLOCK=BLOCK,
+        HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD,
+        REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", RATIO=True, AGREEMENT=AGREEMENT,
+        BLOCK=BLOCK, WIDTH=WIDTH,
     )  # fmt: skip
-    largest_ratio = tl.where(largest_ratio > LOWEST, largest_ratio + (m_s - m_t) * c, LOWEST)
+    if AGREEMENT:
+        tl.store(firsts + row.to(tl.int64) * 2, first_s)
+        tl.store(firsts + row.to(tl.int64) * 2 + 1, first_t)
+    largest_ratio = tl.where(largest_ratio > LOWEST, largest_ratio + (m_s - m_t), LOWEST)
     store_statistics(
         to=to, m_s=m_s, m_t=m_t, largest_ratio=largest_ratio, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t,
         forward=forward, reverse=reverse, ruled_out=ruled_out, label_s=0.0, label_t=0.0,
@@ -109,15 +118,17 @@ def rescale_kernel(own, maxima, merged, c):
     m_t = tl.load(maxima + 1)
     largest_ratio = tl.load(maxima + 2)
     own_s, own_t, _, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(own + row * COLUMNS)
-    move_s = move_of(own_s, m_s, c)
-    move_t = move_of(own_t, m_t, c)
+    move_s = move_of(own_s, m_s)
+    move_t = move_of(own_t, m_t)
+    factor_s = tl.exp2(move_s * c)
+    factor_t = tl.exp2(move_t * c)
     store_statistics(
         to=merged + row * COLUMNS, m_s=m_s, m_t=m_t, largest_ratio=largest_ratio,
-        d_s=tl.exp2(move_s) * d_s, d_t=tl.exp2(move_t) * d_t,
-        n_s=tl.exp2(move_of(own_s, m_s, LOG2_E)) * n_s, n_t=tl.exp2(move_of(own_t, m_t, LOG2_E)) * n_t,
-        forward=moved_forward(forward, d_t, move_s, move_t),
-        reverse=moved_reverse(reverse, d_s, ruled_out, move_s, move_t),
-        ruled_out=tl.exp2(move_s) * ruled_out, label_s=0.0, label_t=0.0,
+        d_s=factor_s * d_s, d_t=factor_t * d_t,
+        n_s=tl.exp2(move_s * LOG2_E) * n_s, n_t=tl.exp2(move_t * LOG2_E) * n_t,
+        forward=moved_forward(forward, d_t, factor_t, move_s, move_t),
+        reverse=moved_reverse(reverse, d_s - ruled_out, factor_s, move_s, move_t),
+        ruled_out=factor_s * ruled_out, label_s=0.0, label_t=0.0,
     )  # fmt: skip
 
 
@@ -127,8 +138,8 @@ def centre_and_limit(
     HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Return what the gradient needs of the whole row: from the statistics, or (HAS_SUMS) from its ``terms``."""
-    largest = largest_ratio - (m_s - m_t) * c
-    _, _, centre, limit = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest)
+    largest = largest_ratio - (m_s - m_t)
+    _, _, centre, limit = kl_from_statistics(c, d_s, d_t, forward, reverse, ruled_out, largest)
     if HAS_SUMS:
         centre = centre_of(DIVERGENCE, tl.load(sums + 1), tl.load(sums + 2))
     return centre, limit
@@ -136,27 +147,29 @@ def centre_and_limit(
 
 @triton.jit(do_not_specialize=_GROWING)
 def second_pass_kernel(
-    student, teacher, labels, out, merged, sums, terms, firsts, row_scale,
+    student, teacher, labels, out, merged, sums, terms, row_scale,
     student_inner, student_outer_stride, student_inner_stride, student_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride, teacher_stride,
     out_inner, out_outer_stride, out_inner_stride, out_stride, scale_stride,
     n_ids, ignore_index, c, beta, one_minus_beta, kd_slope, ce_weight,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
-    HAS_LABELS: tl.constexpr, AT_TEMPERATURE_1: tl.constexpr, METRICS: tl.constexpr, HAS_SUMS: tl.constexpr,
-    HAS_TERMS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LABELS: tl.constexpr, STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, KL: tl.constexpr,
+    ENTROPIES: tl.constexpr, ACCEPTANCE: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_TERMS: tl.constexpr,
+    GRADIENT: tl.constexpr, BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Make a further pass over this shard of a row; ``out`` as for ``rows_kernel``.
 
     Args:
         labels: ``[N]``, ids of this shard; any negative number where the label lies in another.
         sums: ``[N, TERMS]``, the row's terms from a pass before (if HAS_SUMS).
-        terms, firsts: receive the shard's (if HAS_TERMS).
+        terms: receives the shard's (if HAS_TERMS).
     """
     row = tl.program_id(0)
     wide_row = row.to(tl.int64)
-    s = row_start(student, row, student_inner, student_outer_stride, student_inner_stride)
-    t = row_start(teacher, row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
-    o = row_start(out, row, out_inner, out_outer_stride, out_inner_stride)
+    s = row_start(student, row, student_inner, student_outer_stride, student_inner_stride, WIDTH)
+    t = row_start(teacher, row, teacher_inner, teacher_outer_stride, teacher_inner_stride, WIDTH)
+    o = row_start(out, row, out_inner, out_outer_stride, out_inner_stride, WIDTH)
     label = -1
     if HAS_LABELS:
         label = tl.load(labels + row)
@@ -166,14 +179,13 @@ def second_pass_kernel(
             if HAS_TERMS:
                 for i in tl.static_range(TERMS):
                     tl.store(terms + wide_row * TERMS + i, 0.0)
-                tl.store(firsts + wide_row * 2, NO_ID)
-                tl.store(firsts + wide_row * 2 + 1, NO_ID)
             return
         label = id_in(label, n_ids)
     merged += wide_row * COLUMNS
     m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(merged)
-    if not AT_TEMPERATURE_1:
+    if not STUDENT_AT_1:
         n_s = d_s
+    if not TEACHER_AT_1:
         n_t = d_t
     centre = 0.0
     limit = 0.0
@@ -185,14 +197,14 @@ def second_pass_kernel(
     scale = 1.0
     if GRADIENT:
         scale = tl.load(row_scale + wide_row * scale_stride).to(tl.float32)
-    value, centres, mass, kl, entropy_s, entropy_t, acceptance, first_s, first_t = second_pass(
+    value, centres, mass, kl, entropy_s, entropy_t, acceptance = second_pass(
         student=s, teacher=t, out=o, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride,
         out_stride=out_stride, c=c, beta=beta, one_minus_beta=one_minus_beta, label=label,
         m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, centre=centre, limit=limit,
         kd_weight=kd_slope * scale, ce_weight=ce_weight * scale,
-        DIVERGENCE=DIVERGENCE, HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE,
-        AT_TEMPERATURE_1=AT_TEMPERATURE_1, METRICS=METRICS, TERMS=HAS_TERMS, GRADIENT=GRADIENT, BACKWARDS=False,
-        BLOCK=BLOCK,
+        DIVERGENCE=DIVERGENCE, HAS_TEACHER=HAS_TEACHER, HAS_KD=HAS_KD, HAS_CE=HAS_CE, STUDENT_AT_1=STUDENT_AT_1,
+        TEACHER_AT_1=TEACHER_AT_1, KL=KL, ENTROPIES=ENTROPIES, ACCEPTANCE=ACCEPTANCE, TERMS=HAS_TERMS,
+        GRADIENT=GRADIENT, BETA_ABOVE_HALF=BETA_ABOVE_HALF, APPROXIMATE=APPROXIMATE, BLOCK=BLOCK, WIDTH=WIDTH,
     )  # fmt: skip
     if HAS_TERMS:
         terms += wide_row * TERMS
@@ -203,15 +215,13 @@ def second_pass_kernel(
         tl.store(terms + 4, entropy_s)
         tl.store(terms + 5, entropy_t)
         tl.store(terms + 6, acceptance)
-        tl.store(firsts + wide_row * 2, first_s)
-        tl.store(firsts + wide_row * 2 + 1, first_t)
 
 
 @triton.jit
 def results_kernel(
     merged, sums, firsts, labels, results, ignore_index, c, beta, one_minus_beta, kd_ratio, kd_scale, ce_weight,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_LABELS: tl.constexpr,
-    AT_TEMPERATURE_1: tl.constexpr, HAS_SUMS: tl.constexpr,
+    STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, AGREEMENT: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Make ``results`` of ``rows_kernel`` for one row: from its terms if HAS_SUMS, else from its statistics."""
     row = tl.program_id(0).to(tl.int64)
@@ -228,8 +238,9 @@ def results_kernel(
         label_s = tl.where(label >= 0, tl.load(merged + LABEL_LOGITS), float("nan"))
         label_t = tl.where(label >= 0, tl.load(merged + LABEL_LOGITS + 1), float("nan"))
     m_s, m_t, largest_ratio, d_s, d_t, n_s, n_t, forward, reverse, ruled_out = load_statistics(merged)
-    if not AT_TEMPERATURE_1:
+    if not STUDENT_AT_1:
         n_s = d_s
+    if not TEACHER_AT_1:
         n_t = d_t
     divergence = 0.0
     kl = 0.0
@@ -237,20 +248,21 @@ def results_kernel(
     entropy_s = 0.0
     entropy_t = 0.0
     acceptance = 0.0
+    if AGREEMENT:
+        agreement = tl.where(tl.load(firsts + row * 2) == tl.load(firsts + row * 2 + 1), 1.0, 0.0)
     if HAS_SUMS:
-        divergence = tl.load(sums)
+        divergence = tl.where(ruled_out > 0.0, float("inf"), tl.load(sums))
         kl = tl.load(sums + 3)
         entropy_s = tl.load(sums + 4)
         entropy_t = tl.load(sums + 5)
         acceptance = tl.load(sums + 6)
-        agreement = tl.where(tl.load(firsts + row * 2) == tl.load(firsts + row * 2 + 1), 1.0, 0.0)
     elif HAS_KD:
-        largest = largest_ratio - (m_s - m_t) * c
-        forward_kl, reverse_kl, _, _ = kl_from_statistics(d_s, d_t, forward, reverse, ruled_out, largest)
+        largest = largest_ratio - (m_s - m_t)
+        forward_kl, reverse_kl, _, _ = kl_from_statistics(c, d_s, d_t, forward, reverse, ruled_out, largest)
         divergence = kl_value(DIVERGENCE, beta, one_minus_beta, forward_kl, reverse_kl)
+    class_loss = cross_entropy(label_s, m_s, n_s)
+    store_first_results(results, class_loss, cross_entropy(label_t, m_t, n_t), agreement)
     store_results(
-        results=results, kd_ratio=kd_ratio, kd_scale=kd_scale, ce_weight=ce_weight,
-        class_loss=cross_entropy(label_s, m_s, n_s), teacher_class_loss=cross_entropy(label_t, m_t, n_t),
-        divergence=divergence, kl=kl, agreement=agreement, entropy_s=entropy_s, entropy_t=entropy_t,
-        acceptance=acceptance,
+        results=results, kd_ratio=kd_ratio, kd_scale=kd_scale, ce_weight=ce_weight, class_loss=class_loss,
+        divergence=divergence, kl=kl, entropy_s=entropy_s, entropy_t=entropy_t, acceptance=acceptance,
     )  # fmt: skip

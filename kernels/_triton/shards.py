@@ -67,9 +67,12 @@ def parallel_rows(
     # where a label lies is known after the first exchange; until then it is only ignored or not
     early = None if labels is None else torch.where(valid, _NOWHERE, _IGNORED)
     walk = Walk(student, teacher, early, plan, grad_out, row_scale, _IGNORED)
-    own = walk.first_pass(forward=not walk.needs_terms)
+    own, firsts = walk.first_pass(forward=not walk.needs_terms)
     maxima, sizes = _merged_maxima(own, plan.vocab, group)
     offset = sizes[: group.rank].sum()
+    if "top1_agreement" in plan.metrics:
+        at_maximum = (own[:, :2] == maxima[:, :2]) & (firsts < NO_ID.value)
+        firsts = group.reduce(torch.where(at_maximum, firsts + offset, NO_ID.value), dist.ReduceOp.MIN)
     merged = walk.rescale(own, maxima)
     everywhere = None
     if labels is not None:
@@ -80,13 +83,10 @@ def parallel_rows(
             merged[:, LABEL_LOGITS.value + 1] = _label_logits(teacher, local)
     merged[:, MAXIMA.value :] = group.reduce(merged[:, MAXIMA.value :].contiguous(), dist.ReduceOp.SUM)
 
-    sums = firsts = None
+    sums = None
     at_once = plan.want_grad and not walk.variant.THREE_PASSES
     if walk.needs_terms:
-        terms, firsts = walk.second_pass(merged, gradient=at_once)
-        sums = group.reduce(terms, dist.ReduceOp.SUM)
-        if "top1_agreement" in plan.metrics:
-            firsts = group.reduce(torch.where(firsts < NO_ID.value, firsts + offset, firsts), dist.ReduceOp.MIN)
+        sums = group.reduce(walk.second_pass(merged, gradient=at_once), dist.ReduceOp.SUM)
     if plan.want_grad and not (at_once and walk.needs_terms):
         walk.gradient(merged, sums)
     return rows_of(walk.results(merged, sums, firsts, everywhere), plan)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._plan import Plan
-from .launch import addressed, blocks_for, factors_of, launch_options, on_device, variant_of
+from .launch import addressed, blocks_for, factors_of, launch_options, on_device, variant_of, width_of
 from .row_kernels import RESULTS
 from .shard_kernels import (
     COLUMNS,
@@ -44,38 +44,45 @@ class Walk:
         self.out = student if grad_out is None else grad_out
         self.row_scale = student.new_ones((), dtype=torch.float32) if row_scale is None else row_scale.contiguous()
         self.variant = variant_of(plan, labels is not None)
-        self.needs_terms = self.variant.METRICS or self.variant.THREE_PASSES
+        v = self.variant
+        self.needs_terms = v.KL or v.ENTROPIES or v.ACCEPTANCE or v.THREE_PASSES
         self._n_tokens = student.shape[:-1].numel()
-        self._blocks = blocks_for(plan.vocab, self.variant.THREE_PASSES, self.variant.METRICS)
         self._factors = factors_of(plan, self.variant)
+        self._width = width_of(self.student, self.teacher, self.out)
+        self._blocks = blocks_for(plan.vocab, self.variant, self._width)
 
-    def first_pass(self, forward: bool) -> Tensor:
-        """Return ``own`` of the kernels' legend ``[N, COLUMNS]``.
+    def first_pass(self, forward: bool) -> tuple[Tensor, Tensor]:
+        """Return ``own`` of the kernels' legend ``[N, COLUMNS]``, and ``firsts`` ``[N, 2]``, first ids at its maxima.
 
         Args:
             forward (bool): the forward KL's value is taken from these.
         """
         v = self.variant
         own = self._empty(COLUMNS.value)
+        firsts = torch.empty(self._n_tokens, 2, dtype=torch.int32, device=own.device)
         forward = forward and v.DIVERGENCE in ("forward_kl", "symmetric_kl")
         with on_device(own.device):
             first_pass_kernel[(self._n_tokens,)](
-                **addressed("student", self.student),
-                **addressed("teacher", self.teacher),
+                **addressed("student", self.student, self._width),
+                **addressed("teacher", self.teacher, self._width),
                 labels=own if self.labels is None else self.labels,
                 own=own,
+                firsts=firsts,
                 n_ids=self.plan.vocab,
                 ignore_index=self.ignore_index,
                 c=self._factors.c,
                 DIVERGENCE=v.DIVERGENCE,
                 HAS_TEACHER=v.HAS_TEACHER,
                 HAS_LABELS=v.HAS_LABELS,
-                AT_TEMPERATURE_1=v.AT_TEMPERATURE_1,
+                STUDENT_AT_1=v.STUDENT_AT_1,
+                TEACHER_AT_1=v.TEACHER_AT_1,
                 FORWARD=forward,
+                AGREEMENT=v.AGREEMENT,
                 BLOCK=self._blocks.size,
+                WIDTH=self._width,
                 **launch_options(self._blocks.warps, self._blocks.registers),
             )
-        return own
+        return own, firsts
 
     def rescale(self, own: Tensor, maxima: Tensor) -> Tensor:
         """Return this shard's part of ``merged`` ``[N, COLUMNS]``, relative to ``maxima`` ``[N, MAXIMA]``."""
@@ -86,32 +93,28 @@ class Walk:
             )
         return merged
 
-    def second_pass(self, merged: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Return ``terms`` ``[N, TERMS]`` and ``firsts`` ``[N, 2]``; with ``gradient`` write that, too."""
+    def second_pass(self, merged: Tensor, gradient: bool) -> Tensor:
+        """Return ``terms`` ``[N, TERMS]``; with ``gradient`` write that, too."""
         terms = self._empty(TERMS.value)
-        firsts = torch.empty(self._n_tokens, 2, dtype=torch.int32, device=terms.device)
-        self._second_pass(merged, None, terms, firsts, gradient)
-        return terms, firsts
+        self._second_pass(merged, None, terms, gradient)
+        return terms
 
     def gradient(self, merged: Tensor, sums: Tensor | None) -> None:
         """Write the gradient alone; ``sums`` ``[N, TERMS]`` where the divergence needs them."""
-        self._second_pass(merged, sums if self.variant.THREE_PASSES else None, None, None, True)
+        self._second_pass(merged, sums if self.variant.THREE_PASSES else None, None, True)
 
-    def _second_pass(
-        self, merged: Tensor, sums: Tensor | None, terms: Tensor | None, firsts: Tensor | None, gradient: bool
-    ) -> None:
+    def _second_pass(self, merged: Tensor, sums: Tensor | None, terms: Tensor | None, gradient: bool) -> None:
         """Launch a further pass over the shard; arguments as ``second_pass_kernel``."""
         v, factors = self.variant, self._factors
         with on_device(merged.device):
             second_pass_kernel[(self._n_tokens,)](
-                **addressed("student", self.student),
-                **addressed("teacher", self.teacher),
-                **addressed("out", self.out),
+                **addressed("student", self.student, self._width),
+                **addressed("teacher", self.teacher, self._width),
+                **addressed("out", self.out, self._width),
                 labels=merged if self.labels is None else self.labels,
                 merged=merged,
                 sums=merged if sums is None else sums,
                 terms=merged if terms is None else terms,
-                firsts=merged if firsts is None else firsts,
                 row_scale=self.row_scale,
                 scale_stride=0 if self.row_scale.dim() == 0 else 1,
                 n_ids=self.plan.vocab,
@@ -126,22 +129,28 @@ class Walk:
                 HAS_KD=v.HAS_KD,
                 HAS_CE=v.HAS_CE,
                 HAS_LABELS=v.HAS_LABELS,
-                AT_TEMPERATURE_1=v.AT_TEMPERATURE_1,
-                METRICS=v.METRICS,
+                STUDENT_AT_1=v.STUDENT_AT_1,
+                TEACHER_AT_1=v.TEACHER_AT_1,
+                KL=v.KL,
+                ENTROPIES=v.ENTROPIES,
+                ACCEPTANCE=v.ACCEPTANCE,
                 HAS_SUMS=sums is not None,
                 HAS_TERMS=terms is not None,
                 GRADIENT=gradient,
+                BETA_ABOVE_HALF=v.BETA_ABOVE_HALF,
+                APPROXIMATE=v.APPROXIMATE,
                 BLOCK=self._blocks.size,
+                WIDTH=self._width,
                 **launch_options(self._blocks.warps, self._blocks.registers),
             )
 
-    def results(self, merged: Tensor, sums: Tensor | None, firsts: Tensor | None, labels: Tensor | None) -> Tensor:
+    def results(self, merged: Tensor, sums: Tensor | None, firsts: Tensor, labels: Tensor | None) -> Tensor:
         """Return ``results`` of the kernels ``[N, RESULTS]``.
 
         Args:
             merged (Tensor): ``[N, COLUMNS]``.
             sums (Tensor | None): ``[N, TERMS]``; None where the statistics tell the value.
-            firsts (Tensor | None): ``[N, 2]``, first ids at the maxima.
+            firsts (Tensor): ``[N, 2]``, first ids at the maxima; anything where nobody asks for agreement.
             labels (Tensor | None): ``[N]``, ids of the whole vocabulary, negative where they are none.
         """
         v, factors = self.variant, self._factors
@@ -150,7 +159,7 @@ class Walk:
             results_kernel[(self._n_tokens,)](
                 merged=merged,
                 sums=merged if sums is None else sums,
-                firsts=merged if firsts is None else firsts,
+                firsts=firsts,
                 labels=merged if labels is None else labels,
                 results=results,
                 ignore_index=self.ignore_index,
@@ -164,7 +173,9 @@ class Walk:
                 HAS_TEACHER=v.HAS_TEACHER,
                 HAS_KD=v.HAS_KD,
                 HAS_LABELS=v.HAS_LABELS,
-                AT_TEMPERATURE_1=v.AT_TEMPERATURE_1,
+                STUDENT_AT_1=v.STUDENT_AT_1,
+                TEACHER_AT_1=v.TEACHER_AT_1,
+                AGREEMENT=v.AGREEMENT,
                 HAS_SUMS=sums is not None,
                 **launch_options(warps=1),
             )

@@ -44,13 +44,14 @@ def test_the_rehearsal_finds_nothing_wrong(tmp_path):
     for what in ("logits", "hidden states", "equal models", "in place", "3 repeats"):
         assert {row["of"] for row in checks if row["what"] == what and row["ok"]} == set(formulas.DIVERGENCES)
 
-    assert len(found["sections"]["losses"]["rows"]) == 2
+    assert len([row for row in found["sections"]["losses"]["rows"] if "case" in row]) == 2
     runs = {(row["kind"], row["side"]): row for row in found["sections"]["steps"]["rows"]}
     assert set(runs) == set(steps.RUNS)
     for row in runs.values():
         assert len(row["seconds"]) == 4
         assert len(row["losses"]) == 7
         assert len(row["waits"]) == 2
+        assert row["start"] > 0
     planned = found["sections"]["plan"]["rows"]
     assert {(row["kind"], row["side"]) for row in planned} >= {("lora", "ours"), ("full", "ours")}
     (step,) = (row for row in found["sections"]["waits"]["rows"] if "recipe" in row)
@@ -184,10 +185,46 @@ def names(groups):
 
 
 def test_sections_come_in_their_order_with_what_they_need():
-    assert names(sections.groups(None)) == [["machine"], ["plan", "kernels"], ["losses"], ["steps"], ["waits"]]
-    assert names(sections.groups(["waits", "steps"])) == [["machine"], ["plan"], ["steps"], ["waits"]]
+    assert names(sections.groups(None)) == [["machine"], ["plan", "waits", "kernels"], ["steps"], ["losses"]]
+    assert names(sections.groups(["waits", "steps"])) == [["machine"], ["plan", "waits"], ["steps"]]
     assert len(sections.groups(None, together=True)) == 2
-    assert sum(section.minutes for section in sections.SECTIONS) <= sections.MINUTES - 0.15
+    assert round(sections.MINUTES, 6) == 8
+    # on the first GPU a run of the steps took 50 s, and three belong to them
+    assert 60 * sections.find("steps").minutes > 3 * 55
+
+
+@pytest.mark.parametrize(("arguments", "seconds"), [([], 150), (["--minutes", "4"], 240 * 2.5 / 3.3)])
+def test_few_sections_share_the_time_that_is_asked_for(arguments, seconds, monkeypatch, tmp_path):
+    ends = {}
+
+    def run_group(group, *, end, **_):
+        ends[group[0].name] = end - time.monotonic()
+        return {section.name: Outcome("done", "", 0.0, []) for section in group}
+
+    command = part("gpu.__main__")
+    monkeypatch.setattr(command, "run_group", run_group)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    command.main(["--sections", "losses", "--output", str(tmp_path), *arguments])
+    assert list(ends) == ["machine", "losses"]
+    assert ends["losses"] - ends["machine"] == pytest.approx(seconds, abs=1)
+
+
+def test_a_run_of_which_too_little_time_is_left_is_not_started(monkeypatch, tmp_path):
+    took = iter((40.0, 30.0))
+    times = [0.0]
+    monkeypatch.setattr(steps, "check_torchtune", lambda: None)
+    monkeypatch.setattr(steps, "Clock", lambda seconds: type("Clock", (), {"left": lambda self: seconds - times[0]})())
+
+    def measured(recipe, cfg, folder, timeout):
+        times[0] += next(took)
+        return {"seconds": [1.0]}
+
+    monkeypatch.setattr(steps, "measured_steps", measured)
+    for name in ("our_config", "stock_config"):
+        monkeypatch.setattr(steps, name, lambda *_: {})
+    found = []
+    steps.run(jobs.Job("steps", "", "cpu", True, 100.0, str(tmp_path), {}), found.append)
+    assert [row.get("left_out") for row in found] == [None, None, "30 s were left, and the one before took 40 s"]
 
 
 def run_machine(tmp_path, device, seconds):
@@ -257,13 +294,14 @@ def test_steps_stand_beside_their_plan():
         {"kind": "lora", "side": "stock", "bytes": None, "seconds": {"H100": 1.9}},
     ]
     run = {"kind": "lora", "side": "ours", "tokens": 1000, "seconds": [0.5, 0.4, 0.6], "peaks": [2**34, 2**30]}
+    run["start"] = 41.3
     rows = [
         run | {"waits": [{"a.py:3": 2}]},
         {"kind": "lora", "side": "stock", "tokens": 1000, "error": "out of memory"},
     ]
     text = steps.render(rows, {"name": "NVIDIA H100 80GB HBM3", "plan": planned})
     cells = next(line for line in text.splitlines() if "torchtune-kd" in line).replace(" ", "").split("|")
-    assert cells[1:-1] == ["lora,torchtune-kd", "0.500s", "0.900s", "2,000", "16", "22", "2"]
+    assert cells[1:-1] == ["lora,torchtune-kd", "0.500s", "0.900s", "2,000", "16", "22", "2", "41s"]
     assert "- lora, stock recipe: out of memory" in text
     assert steps.problems(rows) == []
 

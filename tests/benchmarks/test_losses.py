@@ -37,8 +37,8 @@ LINEAR = Case(op="linear", tokens=32, vocab=300, widths=(48, 64))
 )
 def test_bytes_of_softmax(case, needed, milliseconds):
     assert counts.work(case) == (needed, 0)
-    rates = counts.Rates(copy_bytes=3.35e12, matrix_flops=1.0)
-    assert counts.bound_seconds(case, rates) * 1e3 == pytest.approx(milliseconds, abs=0.005)
+    least = counts.bound(case, counts.Rates(copy_bytes=3.35e12, matrix_flops=1.0))
+    assert (least.seconds * 1e3, least.of) == (pytest.approx(milliseconds, abs=0.005), "memory")
 
 
 @pytest.mark.parametrize(
@@ -53,16 +53,32 @@ def test_bytes_of_softmax(case, needed, milliseconds):
 )
 def test_operations_of_linear(case, flops, milliseconds):
     assert counts.work(case).flops == flops
-    rates = counts.Rates(copy_bytes=3.35e12, matrix_flops=800e12)
-    assert counts.bound_seconds(case, rates) * 1e3 == pytest.approx(milliseconds, abs=0.06)
+    least = counts.bound(case, counts.Rates(copy_bytes=3.35e12, matrix_flops=800e12))
+    assert (least.seconds * 1e3, least.of) == (pytest.approx(milliseconds, abs=0.06), "products")
 
 
 def test_bytes_of_linear_and_the_longer_of_both_bounds():
     case = Case(op="linear", tokens=10, vocab=100, widths=(4, 8), ignored=0.2, trainable_head=True)
     # read: 8 valid tokens · 12 + heads 100 · 12; written: hidden 10 · 4, head 100 · 4; 2 bytes each
     assert counts.work(case) == (2 * (96 + 1200 + 40 + 400), 2 * 8 * 100 * (4 + 4 + 4 + 8))
-    assert counts.bound_seconds(case, counts.Rates(3472.0, 1e9)) == 1.0
-    assert counts.bound_seconds(case, counts.Rates(1e9, 32000.0)) == 1.0
+    assert counts.bound(case, counts.Rates(3472.0, 1e9)) == (1.0, "memory")
+    assert counts.bound(case, counts.Rates(1e9, 32000.0)) == (1.0, "products")
+
+
+def test_instructions_bound_what_has_too_many():
+    case = Case(ignored=0.5)
+    rates = counts.Rates(1e15, 1e15, instructions=528 * 1.755e9)  # 4 schedulers on each of 132 SMs
+    # 4096 · 128256 logits of valid tokens, 32 to a warp's instruction
+    assert counts.bound_of(case, rates, 100.0) == (pytest.approx(1.771e-3, rel=1e-3), "instructions")
+    assert counts.bound_of(case, rates._replace(copy_bytes=1e9), 100.0).of == "memory"
+    assert counts.bound_of(case, rates, None) == counts.bound(case, rates)
+    assert counts.bound_of(case, rates._replace(instructions=None), 100.0) == counts.bound(case, rates)
+
+
+def test_metrics_of_a_loss_read_once_more_where_a_gradient_would():
+    assert counts.passes("forward_kl", gradient=False, metrics=True) == 2
+    assert counts.passes("forward_kl", gradient=True, metrics=True) == 2
+    assert counts.passes("jsd", gradient=False, metrics=True) == 2
 
 
 # Plans.
@@ -81,12 +97,16 @@ def test_full_plan_covers_what_is_promised():
     for op in ("softmax", "linear"):
         of_op = [case for case in plan if case.op == op]
         assert {case.tokens for case in of_op} >= {1024, 4096, 8192, 16384}
-        assert {case.vocab for case in of_op} == {49152, 128256, 151936}
+        assert {case.vocab for case in of_op} >= {49152, 128256, 151936}
         assert {case.temperature for case in of_op} == {1, 2}
         assert {case.ignored for case in of_op} == {0, 0.5, 0.8}
         assert {case.gradient for case in of_op} == {True, False}
     assert {case.trainable_head for case in plan} == {True, False}
-    assert {case.tokens for case in plan if case.peers == "none"} == {32768, 65536}
+    assert {case.tokens for case in plan} >= {32768, 65536}
+    assert {case.divergence for case in plan} == set(implementations.EVERY)
+    assert {(case.divergence, case.metrics) for case in plan if case.metrics} >= {("forward_kl", "kl"), ("jsd", "all")}
+    assert {case.divergence for case in plan if case.temperature == 2} == set(implementations.EVERY)
+    assert {case.metrics for case in cases.plan("cpu")} == {"", "kl", "all"}
     assert set(cases.plan("cuda", quick=True)) <= set(plan)
 
 
@@ -146,6 +166,25 @@ def test_adapter_computes_what_it_says(one, op, divergence, variation, monkeypat
     tolerance = 0.05 if one.key == "liger-chunked" else 0.015
     assert cell.loss_error < tolerance
     assert cell.gradient_error is None if not case.gradient else cell.gradient_error < tolerance
+
+
+@pytest.mark.parametrize("metrics", ["kl", "all"])
+@pytest.mark.parametrize("op", ["softmax", "linear"])
+def test_metrics_are_asked_for(op, metrics, monkeypatch):
+    asked = {}
+    module = implementations.kernels()
+    right = getattr(module, f"{op}_kd_loss")
+
+    def call(*args, **kwargs):
+        result = right(*args, **kwargs)
+        asked.update(result[1])
+        return result
+
+    monkeypatch.setattr(module, f"{op}_kd_loss", call)
+    case = (SOFTMAX if op == "softmax" else LINEAR)._replace(metrics=metrics)
+    loss, _ = cells.run(cells.find("ours-torch", op), inputs_of.make_inputs(case, "cpu"), case)
+    assert loss.shape == ()
+    assert set(asked) == {"num_tokens", *(module.METRICS if metrics == "all" else ("kl",))}
 
 
 def test_gradient_of_a_trained_head_is_asked_for():

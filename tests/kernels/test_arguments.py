@@ -59,8 +59,8 @@ BOTH = [
     ({"kd_ratio": -0.1}, "kd_ratio"),
     ({"ignore_index": 1.5}, "ignore_index must be an integer"),
     ({"reduction": "avg"}, "reduction must be one of mean, sum, none, but got 'avg'"),
-    ({"backend": "cuda"}, "backend must be one of auto, torch, triton, triton-backwards, but got 'cuda'"),
-    ({"backend": "triton-split"}, "backend must be one of auto, torch, triton, triton-backwards, but got"),
+    ({"backend": "cuda"}, "backend must be one of auto, torch, triton, but got 'cuda'"),
+    ({"backend": "triton-split"}, "backend must be one of auto, torch, triton, but got"),
     ({"labels": [0, 8, -100, 3]}, "labels must be a tensor, but got list"),
     ({"labels": torch.tensor([0, 1, 2])}, r"labels must have one entry per row.*\[4\], but got \[3\]"),
     ({"labels": torch.zeros(4)}, "labels must be integers, but got torch.float32"),
@@ -91,6 +91,8 @@ def test_refused_by_both(call, changes, message):
         ({"teacher_logits": torch.randn(4, 9, requires_grad=True)}, r"pass teacher_logits.detach\(\)"),
         ({"teacher_logits": None}, "needs a teacher, but teacher_logits is None"),
         ({"labels": None, "kd_ratio": 0.5}, "needs labels"),
+        ({"scale": float("inf")}, "scale must be a finite number, but got inf"),
+        ({"scale": "0.5"}, "scale must be a finite number, but got '0.5'"),
     ],
 )
 def test_refused_from_logits(changes, message):

@@ -150,7 +150,7 @@ def test_a_graph_shows_the_plan():
     graphs = Graphs()
     compiled(lambda *x: softmax_kd_loss(*x, divergence="jsd", temperature=2.0, kd_ratio=0.5), graphs)(*from_logits())
     (node,) = (node for node in graphs[0].graph.nodes if "softmax_kd" in str(node.target))
-    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True"
+    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True, 1.0"
 
 
 # ------------------------------------------------------------------------------------------ torch.compile
@@ -274,6 +274,10 @@ def test_scaled_gradients_in_a_graph(function, backend):
     scaled, plain = (results(lambda *x, f=f: call(*x, factor=f), inputs) for f in (scale, 1.0))
     for big, small in zip(scaled, plain, strict=True):
         torch.testing.assert_close(big, small * scale, rtol=2e-3, atol=2e-7 * scale)
+
+
+def test_scale_in_a_graph(backend):
+    same(lambda *inputs: softmax_kd_loss(*inputs, kd_ratio=0.5, scale=0.25, backend=backend), MAKERS[softmax_kd_loss]())
 
 
 @BOTH

@@ -229,7 +229,7 @@ MUTATIONS = [
     ("_softmax.py", "grad[..., plan.vocab :] = 0", "grad[~valid] = 0"),
     ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / max(1, int(count))"),
     ("_plan.py", "loss = loss / count.clamp(min=1)", "loss = loss / count.item()"),
-    ("_linear.py", "grads.bias[:vocab] += grad.sum(0, dtype=dtype)", "grads.bias[:vocab] += hidden.cpu()"),
+    ("_linear.py", "grads.bias[:vocab] += student.sum(0, dtype=dtype)", "grads.bias[:vocab] += hidden.cpu()"),
 ]
 
 

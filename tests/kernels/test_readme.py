@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtune_kd.kernels import linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import METRICS, linear_kd_loss, softmax_kd_loss
 
 README = Path(find_spec("torchtune_kd.kernels").origin).parent / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="a wheel does not hold kernels/README.md")
 
 IN_TWO = ("forward_kl", "reverse_kl", "symmetric_kl")
 IN_THREE = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+WITHOUT_AGREEMENT = tuple(name for name in METRICS if name != "top1_agreement")
 # Row of the table of bytes -> the divergences it speaks of and the keywords of the calls.
 CALLS = {
     "loss; forward, reverse, symmetric KL": (IN_TWO, {}),
@@ -22,7 +23,7 @@ CALLS = {
     "loss and gradient; JSD, skewed KL, TVD": (IN_THREE, {"grad": True}),
     "loss; cross-entropy alone (`kd_ratio=0`)": (IN_TWO[:1], {"kd_ratio": 0.0}),
     "loss and gradient; cross-entropy alone": (IN_TWO[:1], {"kd_ratio": 0.0, "grad": True}),
-    "loss and metrics; forward, reverse, symmetric KL": (IN_TWO, {"return_metrics": True}),
+    "loss and metrics; forward, reverse, symmetric KL": (IN_TWO, {"return_metrics": WITHOUT_AGREEMENT}),
     "an ignored token, with gradient": (IN_TWO[:1] + IN_THREE[:1], {"label": -100, "grad": True}),
     "an ignored token, loss alone": (IN_TWO[:1] + IN_THREE[:1], {"label": -100}),
     "`backward()`, incoming gradient 1": (IN_TWO[:1], {"backward": 1.0}),
@@ -91,8 +92,23 @@ def test_metrics_ride_along_with_a_gradient(moved):
     for divergence, row in (("reverse_kl", "forward, reverse, symmetric KL"), ("tvd", "JSD, skewed KL, TVD")):
         s, t = torch.randn(1, 1500, requires_grad=True), torch.randn(1, 1500)
         moved[0] = 0
-        softmax_kd_loss(s, t, divergence=divergence, backend="triton", return_metrics=True)
+        metrics = [name for name in WITHOUT_AGREEMENT if "class_loss" not in name]
+        softmax_kd_loss(s, t, divergence=divergence, backend="triton", return_metrics=metrics)
         assert moved[0] == expected[f"loss and gradient; {row}"][1] * 1500
+
+
+def test_agreement_reads_one_block_of_either_model_again(moved):
+    student, teacher = torch.randn(2, 1, 4100)
+    student[0, 2000] = teacher[0, 4099] = 9.0  # in the second block of 1024, and in the last, of 4 ids
+    softmax_kd_loss(student, teacher, backend="triton", return_metrics=["top1_agreement"])
+    assert moved[0] == 4 * (2 * 4100 + 1024 + 4)
+
+
+def test_ids_masked_in_either_model_cost_the_reverse_kl_another_read(moved):
+    student, teacher = torch.randn(2, 1, 4100)
+    teacher[0, 7] = -torch.inf
+    softmax_kd_loss(student, teacher, backend="triton", divergence="reverse_kl")
+    assert moved[0] == 2 * 4 * 2 * 4100
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -332,3 +332,19 @@ def test_padded_vocabularies_are_cut_and_said_once(divergence, student_vocab, te
         f"The student scores {student_vocab} ids and the teacher {teacher_vocab}: taken for paddings of one tokenizer, "
         f"both are cut to the first 40 ids."
     ]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_scale_is_a_factor_of_loss_and_gradient_alone(reduction, backend, device):
+    logits, teacher = torch.randn(2, 3, 20)
+    labels = torch.tensor([3, -100, 19])
+    results = []
+    for scale, factor in ((1.0, 0.25), (0.25, 1.0)):
+        z = logits.clone().requires_grad_()
+        settings = {"kd_ratio": 0.5, "reduction": reduction, "scale": scale, "backend": backend}
+        loss, metrics = softmax_kd_loss(z, teacher, labels, return_metrics=["kl", "class_loss"], **settings)
+        loss = loss * factor
+        (grad,) = torch.autograd.grad(loss.sum(), z)
+        results.append((loss, grad, metrics["kl"], metrics["class_loss"]))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=0)
