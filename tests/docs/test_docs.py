@@ -154,6 +154,16 @@ def test_commands_name_what_is_there():
         assert importable(name), name
 
 
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_are_where_the_text_has_them(file):
+    """Paths in inline code, from the root of the repository or of the package, or from the page itself."""
+    text = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = text.partition("## Room for what is planned")[0]
+    for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|sh|slurm|txt|yaml|yml))`", text):
+        places = (ROOT, ROOT / "torchtune_kd", ROOT / "kernels", file.parent)
+        assert any((place / path).is_file() for place in places), path
+
+
 def test_targets_of_make_are_there():
     targets = {word for command in COMMANDS for word in re.findall(r"^make ([\w-]+)$", command)}
     assert {"demo", "install", "check", "test", "test-nightly"} <= targets
