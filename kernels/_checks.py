@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._float8 import FLOAT8, WIDTH_MULTIPLE, Float8Weight, padded
 from ._meta import META, stands_for
 from ._objective import Objective
 from ._plan import autocast_type, host_can_read
@@ -197,6 +198,52 @@ def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
             f"{weight.dtype}; convert one of them or use torch.autocast"
         )
     return hidden, weight, None if bias is None else bias.to(weight.dtype)
+
+
+def check_float8_source(name: str, weight: Tensor) -> None:
+    """Check that a head ``[V, D]`` can be quantised."""
+    check_teacher(name, weight, None)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name} must be [V, D], but got {list(weight.shape)}")
+    _check_float8_width(name, weight.shape[1])
+
+
+def check_float8_head(
+    hidden: Tensor, weight: Float8Weight, bias: Tensor | None
+) -> tuple[Tensor, Float8Weight, Tensor | None]:
+    """Return the teacher's hidden states, head and bias, of a head in 8-bit floats: as `check_head`."""
+    data, scale = weight
+    for name, tensor, dtype in (("data", data, FLOAT8), ("scale", scale, torch.float32)):
+        check_tensor(f"teacher_weight.{name}", tensor)
+        if tensor.dtype != dtype:
+            raise ValueError(f"teacher_weight.{name} must be {dtype}, but got {tensor.dtype}; make it by float8_weight")
+    vocab, width = scale.numel(), hidden.shape[-1]
+    _check_float8_width("teacher_weight", width)
+    if scale.shape != (vocab,) or data.shape != (padded(vocab), width) or not data.is_contiguous() or vocab == 0:
+        raise ValueError(
+            f"teacher_weight must have scale [V] and contiguous data [V rounded up to a multiple of 64, {width}] to "
+            f"fit teacher_hidden, but got {list(scale.shape)} and {list(data.shape)}; make it by float8_weight"
+        )
+    tensors = {"weight.data": data, "weight.scale": scale, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"teacher_{name} must be on the device of teacher_hidden, {hidden.device}, but is on {tensor.device}"
+            )
+    if bias is not None:
+        check_teacher("teacher_bias", bias, None)
+        if bias.shape != scale.shape:
+            raise ValueError(f"teacher_bias must be [V] = [{vocab}], but got {list(bias.shape)}")
+    hidden = _autocast(hidden)
+    return hidden, weight, None if bias is None else bias.to(hidden.dtype)
+
+
+def _check_float8_width(name: str, width: int) -> None:
+    if width % WIDTH_MULTIPLE:
+        raise ValueError(
+            f"8-bit floats need a teacher whose hidden width is a multiple of {WIDTH_MULTIPLE}, but that of {name} is "
+            f"{width}; leave its head as it is"
+        )
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
+from ._float8 import Float8Product, padded
 from ._meta import META
 from ._plan import (
     Plan,
@@ -26,10 +27,6 @@ from ._torch.block import BlockLoss
 from ._torch.head_gradient import HeadGradient
 from ._torch.meta import MetaBlockLoss
 
-# Ids that the rows of a chunk of logits are apart, a multiple of 128 bytes of bf16. Rows of an odd length would start
-# anywhere, and Triton then loads 16 bits at a time and cuBLAS leaves its aligned path.
-_ROW_MULTIPLE = 64
-
 
 class Heads(NamedTuple):
     """Hold the inputs of the matrix products; the teacher's are None where it is not needed."""
@@ -40,6 +37,7 @@ class Heads(NamedTuple):
     teacher_hidden: Tensor | None  # [N, D]
     teacher_weight: Tensor | None  # [V', D]
     teacher_bias: Tensor | None  # [V']
+    teacher_scale: Tensor | None = None  # [V'], of a teacher_weight in 8-bit floats
 
 
 class NeededGradients(NamedTuple):
@@ -82,13 +80,14 @@ class LinearKD(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
+        teacher_scale: Tensor | None,
         labels: Tensor,
         plan: Plan,
         chunk_tokens: int | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
-        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
         ctx.needed = NeededGradients(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
         ctx.recomputes = ctx.needed.wait_for_backward(plan.reduction)
         needed_now = ctx.needed.before_backward(plan.reduction)
@@ -112,7 +111,7 @@ class LinearKD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         refuse_transforms(grad_loss)
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if grad_loss is None:
             return None, None, None, *nothing
         with torch.no_grad():
@@ -257,19 +256,28 @@ class _Chunks:
             return None if head is None else head[:vocab]
 
         def buffer(like: Tensor) -> Tensor:
-            return like.new_empty(size, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE)[:, :vocab]
+            return like.new_empty(size, padded(vocab))
 
         self.weight, self._bias = heads.weight[:vocab], cut(heads.bias)
         self._teacher_weight, self._teacher_bias = cut(heads.teacher_weight), cut(heads.teacher_bias)
-        self._student = buffer(heads.hidden)
-        self._teacher = None if heads.teacher_weight is None else buffer(heads.teacher_weight)
+        self._vocab, self._student = vocab, buffer(heads.hidden)
+        self._teacher = None if heads.teacher_hidden is None else buffer(heads.teacher_hidden)
+        self._float8 = None
+        if heads.teacher_scale is not None:
+            quantised = heads.teacher_weight, heads.teacher_scale, self._teacher_bias
+            self._float8 = Float8Product(*quantised, vocab, self._teacher.dtype)
 
     def fill(self, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute a chunk's logits ``[C, V]`` of both models from their hidden states ``[C, D]``."""
-        student = _logits(hidden, self.weight, self._bias, self._student[: len(hidden)])
+        student = _logits(hidden, self.weight, self._bias, self._student[: len(hidden), : self._vocab])
         if self._teacher is None:
             return student, None
-        teacher = _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, self._teacher[: len(hidden)])
+        rows = self._teacher[: len(hidden)]
+        teacher = rows[:, : self._vocab]
+        if self._float8 is None:
+            _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, teacher)
+        else:
+            self._float8(teacher_hidden, rows)
         return student, teacher
 
 
@@ -289,8 +297,8 @@ def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: 
     if chunk_tokens is not None:
         return chunk_tokens
     element_bytes = heads.hidden.element_size()
-    if heads.teacher_weight is not None:
-        element_bytes += heads.teacher_weight.element_size()
+    if heads.teacher_hidden is not None:
+        element_bytes += heads.teacher_hidden.element_size()
     return chunk_size(n_tokens, vocab, element_bytes, heads.hidden.device)
 
 

@@ -19,13 +19,18 @@ class _OnMeta(NamedTuple):
 
     device: torch.device
     account: Callable[[int], object]
+    account_product: Callable[[int, int], object]
 
 
 _arguments: ContextVar["_OnMeta | None"] = ContextVar("on_meta", default=None)
 
 
 @contextmanager
-def on_meta(device: torch.device | str, account: Callable[[int], object] = lambda size: None) -> Iterator[None]:
+def on_meta(
+    device: torch.device | str,
+    account: Callable[[int], object] = lambda size: None,
+    account_product: Callable[[int, int], object] = lambda flops, size: None,
+) -> Iterator[None]:
     """Let ``linear_kd_loss`` of meta tensors, and its backward pass, do what they would do on `device`, without values.
 
     It makes the same matrix products in the same chunks, and the same allocations: buffers of logits, gradients, and
@@ -35,8 +40,10 @@ def on_meta(device: torch.device | str, account: Callable[[int], object] = lambd
     Args:
         device (torch.device | str): whose sizes of chunks and workspaces are taken, and whose ``backend="auto"``.
         account (Callable[[int], object]): told for each chunk the bytes that its arithmetic would read and write.
+        account_product (Callable[[int, int], object]): told the FLOPs and the bytes of each product of 8-bit floats,
+            which is left out too.
     """
-    token = _arguments.set(_OnMeta(torch.device(device), account))
+    token = _arguments.set(_OnMeta(torch.device(device), account, account_product))
     try:
         yield
     finally:
@@ -53,3 +60,9 @@ def account(size: int) -> None:
     """Tell the caller of :func:`on_meta` that so many bytes would be read and written."""
     if (arguments := _arguments.get()) is not None:
         arguments.account(size)
+
+
+def account_product(flops: int, size: int) -> None:
+    """Tell the caller of :func:`on_meta` of a product of 8-bit floats: its FLOPs, and the bytes it reads and writes."""
+    if (arguments := _arguments.get()) is not None:
+        arguments.account_product(flops, size)

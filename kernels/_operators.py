@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._checks import check_label_values
 from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
+from ._float8 import FLOAT8, Float8Weight, padded, quantised_weight
 from ._linear import (
     Gradients,
     Heads,
@@ -77,6 +78,12 @@ def if_needed(tensor: Tensor, needed: bool) -> Tensor | None:
 def shared_ids(student: Tensor, teacher: Tensor | None, dim: int) -> int:
     """Return the size that both models' tensors share along `dim`, the vocabulary."""
     return student.shape[dim] if teacher is None else min(student.shape[dim], teacher.shape[dim])
+
+
+def shared_vocab_of(heads: Heads) -> int:
+    """Return the number of ids that both heads score; one in 8-bit floats has more rows than ids."""
+    scored = heads.teacher_weight if heads.teacher_scale is None else heads.teacher_scale
+    return shared_ids(heads.weight, scored, 0)
 
 
 def fake_results(student: Tensor, teacher: Tensor | None, n_tokens: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +166,23 @@ def softmax_kd_op(
 # --------------------------------------------------------------------------------------------- from hidden states
 
 
+@torch.library.custom_op(f"{NAMESPACE}::float8_weight", mutates_args=())
+def _float8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return data and scale of ``Float8Weight``."""
+    return tuple(quantised_weight(weight))
+
+
+@_float8_weight.register_fake
+def _(weight):
+    vocab, width = weight.shape
+    return weight.new_empty(padded(vocab), width, dtype=FLOAT8), weight.new_empty(vocab, dtype=torch.float32)
+
+
+def float8_weight_op(weight: Tensor) -> Float8Weight:
+    """Do in a graph what ``quantised_weight`` does eagerly."""
+    return Float8Weight(*_float8_weight(weight))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::linear_kd", mutates_args=())
 def _linear_kd(
     hidden: Tensor,
@@ -167,6 +191,7 @@ def _linear_kd(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_scale: Tensor | None,
     labels: Tensor,
     plan: str,
     needed: str,
@@ -175,8 +200,8 @@ def _linear_kd(
     inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, sums of the metrics, number of valid tokens, `Gradients`; `inputs` as for ``softmax_kd``."""
-    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    settings = unpack(plan)._replace(vocab=shared_ids(weight, teacher_weight, 0))
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+    settings = unpack(plan)._replace(vocab=shared_vocab_of(heads))
     check_label_values(labels, settings.vocab, settings.objective.ignore_index)
     now = unpack_needed(needed).before_backward(settings.reduction)
     *results, grads = linear_forward(heads, labels, settings, chunk_tokens, backend, now)
@@ -185,11 +210,11 @@ def _linear_kd(
 
 @_linear_kd.register_fake
 def _(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, plan, needed, chunk_tokens, backend,
-    inputs,
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale, labels, plan, needed,
+    chunk_tokens, backend, inputs,
 ):  # fmt: skip
     settings = unpack(plan)
-    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
     now = unpack_needed(needed).before_backward(settings.reduction)
     results = fake_results(hidden, teacher_hidden, hidden.shape[0], settings)
     return *results, *_fake_gradients(heads, chunk_tokens, now)
@@ -202,7 +227,7 @@ def _fake_gradients(heads: Heads, chunk_tokens: int | None, needed: NeededGradie
     if needed.hidden:
         of_hidden = torch.empty_like(hidden)
     if needed.weight:
-        single = one_chunk(heads, shared_ids(weight, heads.teacher_weight, 0), chunk_tokens)
+        single = one_chunk(heads, shared_vocab_of(heads), chunk_tokens)
         of_weight = torch.empty_like(weight, dtype=head_gradient_dtype(weight.dtype, single))
     if needed.bias:
         of_bias = weight.new_empty(weight.shape[0], dtype=working_dtype(hidden, heads.teacher_hidden))
@@ -252,6 +277,7 @@ def _linear_kd_recomputed(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_scale: Tensor | None,
     labels: Tensor,
     grad_loss: Tensor,
     plan: str,
@@ -263,8 +289,8 @@ def _linear_kd_recomputed(
     """Return the gradients of Σ grad_loss·loss, by walking the chunks again."""
     if compiled:
         refuse_graph_of_gradients()
-    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    settings = unpack(plan)._replace(vocab=shared_ids(weight, teacher_weight, 0))
+    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+    settings = unpack(plan)._replace(vocab=shared_vocab_of(heads))
     rows = grad_loss.unsqueeze(-1)
     grads = recomputed_gradients(heads, labels, settings, chunk_tokens, backend, unpack_needed(needed), rows)
     out = scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype)
@@ -273,8 +299,8 @@ def _linear_kd_recomputed(
 
 @_linear_kd_recomputed.register_fake
 def _(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, grad_loss, plan, needed, chunk_tokens,
-    backend, compiled,
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale, labels, grad_loss, plan, needed,
+    chunk_tokens, backend, compiled,
 ):  # fmt: skip
     of_hidden, of_weight, of_bias = unpack_needed(needed)
     return (
@@ -285,8 +311,8 @@ def _(
 
 
 def _linear_context(ctx, inputs, output) -> None:
-    heads, labels = Heads(*inputs[:6]), inputs[6]
-    ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, graph = inputs[7:]
+    heads, labels = Heads(*inputs[:7]), inputs[7]
+    ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, graph = inputs[8:]
     ctx.reduction = unpack(ctx.plan).reduction
     ctx.recomputes = unpack_needed(ctx.needed).wait_for_backward(ctx.reduction)
     ctx.dtypes = heads.hidden.dtype, heads.weight.dtype
@@ -299,7 +325,7 @@ def _linear_context(ctx, inputs, output) -> None:
 def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     refuse_transforms(grad_loss)
     if grad_loss is None:
-        return (None,) * 12
+        return (None,) * 13
     with torch.no_grad():
         if ctx.recomputes:
             graph, *inputs = ctx.saved_tensors
@@ -310,7 +336,7 @@ def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, 
             settings = (ctx.reduction, ctx.needed, *ctx.dtypes, ctx.backend, is_traced())
             grads = _linear_kd_backward(*stored, grad_loss, count, *settings)
     given = tuple(map(if_needed, grads, unpack_needed(ctx.needed)))
-    return *on_graph_of(given, grad_loss, graph), *(None,) * 9
+    return *on_graph_of(given, grad_loss, graph), *(None,) * 10
 
 
 _linear_kd.register_autograd(_linear_gradient, setup_context=_linear_context)
@@ -323,6 +349,7 @@ def linear_kd_op(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_scale: Tensor | None,
     labels: Tensor,
     plan: Plan,
     chunk_tokens: int | None,
@@ -331,6 +358,6 @@ def linear_kd_op(
     """Do in a graph what ``LinearKD.apply`` does eagerly."""
     trained = (hidden, weight, bias)
     needed = NeededGradients(*[plan.want_grad and t is not None and t.requires_grad for t in trained])
-    heads = (*trained, teacher_hidden, teacher_weight, teacher_bias)
+    heads = (*trained, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
     inputs = anchor(*trained) if plan.want_grad else None
     return _linear_kd(*heads, labels, pack(plan), pack_needed(needed), chunk_tokens, backend, inputs)[:3]

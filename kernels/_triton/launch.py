@@ -34,12 +34,12 @@ class Blocks(NamedTuple):
 # narrow rows                      V up    4      168        one step over the whole row
 # KLs, TVD                         1024    4      64         8 programs an SM: 32 warps, each with two blocks in flight
 # JSD, skewed KLs                  1024    4      80         6 programs an SM; they would spill at 72
-# with metrics of probabilities    1024    4      96         sums of their own
-# the same in fp32                 1024    4      16 more    twice the registers for what is loaded
+# the same with metrics            1024    4      96, 112    sums of their own; agreement alone needs none
+# all of these in fp32             1024    4      16 more    twice the registers for what is loaded
 # rows that start anywhere         1024    4      168        8 loads of one id each, and as many addresses
 _NARROW = 1024
 _REGISTERS = {"jsd": 80, "skew_forward_kl": 80, "skew_reverse_kl": 80}
-_REGISTERS_ELSE, _WITH_METRICS, _MOST = 64, 96, 168
+_REGISTERS_ELSE, _FOR_METRICS, _FOR_FP32, _MOST = 64, 32, 16, 168
 
 
 def blocks_for(vocab: int, variant: "Variant", width: int) -> Blocks:
@@ -48,8 +48,8 @@ def blocks_for(vocab: int, variant: "Variant", width: int) -> Blocks:
         return Blocks(min(1024, max(256, triton.next_power_of_2(vocab))), 4, _MOST)
     registers = _REGISTERS.get(variant.DIVERGENCE, _REGISTERS_ELSE)
     if variant.KL or variant.ENTROPIES or variant.ACCEPTANCE:
-        registers = _WITH_METRICS
-    return Blocks(1024, 4, registers + (0 if width == 8 else 16))
+        registers += _FOR_METRICS
+    return Blocks(1024, 4, registers + (0 if width == 8 else _FOR_FP32))
 
 
 def launch_options(warps: int, registers: int | None = None) -> dict[str, int | bool]:

@@ -37,6 +37,14 @@ def test_both_recipes_add_up(config):
     assert "it would take" not in plan.as_text(found)
 
 
+def test_a_teachers_head_in_8_bits_is_ours_alone(config):
+    plain = plan.both(config)
+    config.teacher_head = "float8"
+    found = plan.both(config)
+    assert found["stock"] == plain["stock"]
+    assert found["torchtune_kd"]["memory"]["most"] != plain["torchtune_kd"]["memory"]["most"]
+
+
 @pytest.mark.parametrize("key", ["fsdp_cpu_offload", "enable_activation_offloading"])
 def test_no_time_is_expected_of_a_run_that_offloads(config, key):
     config.merge_with({"devices": 2, "gpu": "H100", key: True, "enable_activation_checkpointing": True})

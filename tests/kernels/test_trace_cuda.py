@@ -133,7 +133,7 @@ with FakeTensorMode():
     *results, grad = ops.softmax_kd(student, teacher, labels, plan, "triton", None)
     back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton", True)
     hidden, weight, teacher_hidden, teacher_weight, _ = inputs["linear"]
-    heads = hidden, weight, None, teacher_hidden, teacher_weight, None, labels.cpu()
+    heads = hidden, weight, None, teacher_hidden, teacher_weight, None, None, labels.cpu()
     more = ops.linear_kd(*heads, plan, "hidden,weight", 4, "triton", None)
     dtypes = hidden.dtype, weight.dtype
     last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", "hidden,weight", *dtypes, "triton", True)
@@ -179,6 +179,7 @@ for labels_on in ("cpu", "cuda"):
         for settings in (
             {}, {"reduction": "none"}, {"reduction": "sum", "temperature": 2.0}, {"return_metrics": METRICS},
             {"backend": "triton", **({"chunk_tokens": 3} if name == "linear" else {})},
+            *([{"teacher_head_dtype": "float8"}] if name == "linear" else []),
         ):
             calls.append((name, inputs, settings))
 
@@ -220,9 +221,9 @@ print(json.dumps([caught, len(calls), counts]))
 def test_no_call_waits_for_the_gpu_but_for_the_number_of_valid_tokens():
     caught, calls, counts = trace(GPU)
     assert caught, "the debug mode does not see a synchronisation"
-    assert calls == 20
+    assert calls == 22
     # reduction "none" with a trained head finds the valid tokens again in backward
-    assert counts == [1, 2, 1, 1, 1]
+    assert counts == [1, 2, 1, 1, 1, 1]
 
 
 CAPTURE = """

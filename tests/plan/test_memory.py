@@ -16,6 +16,7 @@ from helpers.measured import SIZES, allocated, measured_step, sized_config, weig
 from helpers.tiny import make_config
 from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
+from torchtune_kd.plan.meta_models import as_run
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
 from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.recipes.kd import KDRecipe
@@ -29,7 +30,7 @@ WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 def plan(cfg, layout=None, **more):
     config = read_config(cfg, distributed=layout is not None)
     layout = layout or Layout()
-    return plan_memory(config, build_models(config, layout.shards), layout, **more)[0]
+    return plan_memory(config, as_run(config, build_models(config, layout.shards)), layout, **more)[0]
 
 
 def check(tmp_path, size, kind, **overrides):
@@ -54,6 +55,8 @@ def check(tmp_path, size, kind, **overrides):
         ("full", {"optimizer___component_": "torchtune_kd.training.master_adamw.MasterAdamW"}),
         ("full", {"kd_ratio": 1.0, "dtype": "fp32", "clip_grad_norm": 1.0}),
         ("lora", {}),
+        ("lora", {"teacher_head": "float8"}),
+        ("full", {"teacher_head": "float8", "dtype": "fp32"}),
         ("dora", {"enable_activation_checkpointing": True}),
         ("qlora", {}),
     ],
@@ -180,6 +183,21 @@ def test_fsdp_cpu_offload_leaves_the_shares_to_the_host():
     config = read_config(cfg, distributed=True)
     memory = plan_memory(config, build_models(config), Layout(2, 1, True), 64)[0]
     assert memory.teacher < 0.1 * GIB and memory.optimizer == 0 and memory.gathered > 2 * GIB
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_a_head_in_8_bits_is_half_as_large_and_whole_on_every_process(shards):
+    cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")
+    config = read_config(cfg, distributed=True)
+    models, layout = build_models(config), Layout(shards, 1, True)
+    with_head = config.with_keys({"teacher_head": "float8"})
+    plain, float8 = (plan_memory(c, as_run(c, models), layout, 64)[0] for c in (config, with_head))
+    vocab, width = 128256, 4096  # Llama 3.1 8B's own head
+    in_8_bits, in_bf16 = vocab * width + 4 * vocab, 2 * vocab * width
+    assert float8.teacher - plain.teacher == pytest.approx(in_8_bits - in_bf16 // shards, abs=1)
+    if shards > 1:  # it is not gathered
+        assert plain.gathered - float8.gathered == in_bf16
+    assert float8.total < plain.total
 
 
 def test_unknown_optimizer_is_said_not_guessed(tmp_path):

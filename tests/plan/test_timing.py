@@ -1,5 +1,7 @@
 """FLOPs against closed formulas, bytes that travel against counting by hand, and the roofline between them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +10,18 @@ from helpers.checkout import benchmarks
 from helpers.measured import SIZES, sized_config
 from torchtune_kd.plan import Layout, build_models
 from torchtune_kd.plan.communication import Communication, communication
-from torchtune_kd.plan.devices import Device
+from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
+from torchtune_kd.plan.meta_models import as_run
 from torchtune_kd.plan.optimizer_cost import OptimizerCost
-from torchtune_kd.plan.timing import ACHIEVED_BANDWIDTH, ACHIEVED_FLOPS, ACHIEVED_LINK, flops_by_phase, step_time
+from torchtune_kd.plan.timing import (
+    ACHIEVED_BANDWIDTH,
+    ACHIEVED_FLOPS,
+    ACHIEVED_LINK,
+    FLOAT8_TIME,
+    flops_by_phase,
+    step_time,
+)
 from torchtune_kd.plan.timing import SECONDS_PER_OPERATION as LEAST
 from torchtune_kd.plan.tracker import Operation
 from torchtune_kd.training import read_config
@@ -87,10 +97,10 @@ def test_what_travels(built):
     assert communication(models, settings, Layout()).total == 0
 
 
-def time(operations, layout=None, travels=NOTHING, trained=0, state=0.0, network=50.0, steps=1):
+def time(operations, layout=None, travels=NOTHING, trained=0, state=0.0, network=50.0, steps=1, device=DEVICE):
     trainable = [nn.Parameter(torch.empty(trained, device="meta", dtype=torch.bfloat16))]
     cost = OptimizerCost(state, 0, 0)
-    return step_time(operations, steps, trainable, cost, layout or Layout(), travels, DEVICE, "bf16", network)
+    return step_time(operations, steps, trainable, cost, layout or Layout(), travels, device, "bf16", network)
 
 
 def test_an_operation_is_bound_by_what_takes_longest():
@@ -102,6 +112,32 @@ def test_an_operation_is_bound_by_what_takes_longest():
     assert time([Operation("loss", 1, 1)], steps=3).phases["loss"] == pytest.approx(3 * LEAST)
     both = time([Operation("loss", flops, 1), Operation("teacher", 1, size)])
     assert both.total == pytest.approx(by_flops + by_bytes)
+
+
+def test_a_product_of_8_bit_floats_is_faster_where_the_device_has_it():
+    flops, size = int(1e12), int(1e9)
+    one = [Operation("loss", flops, 1, float8=True)]
+    assert time(one).total == pytest.approx(FLOAT8_TIME * flops / (100e12 * ACHIEVED_FLOPS))
+    without = dataclasses.replace(DEVICE, float8=False)
+    assert time(one, device=without).total == pytest.approx(flops / (10e12 * ACHIEVED_FLOPS))  # in fp32
+    assert time([Operation("loss", 1, size, float8=True)]).total == pytest.approx(size / (1000e9 * ACHIEVED_BANDWIDTH))
+    assert {device.name for device in DEVICES if not device.float8} == {"A100"}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_head_in_8_bits_is_one_product_of_as_many_flops(tmp_path, dtype):
+    """On a GPU in bf16; elsewhere it is emulated, and its products are of fp32."""
+    cfg = sized_config(tmp_path, 12, "lora", dtype=dtype)
+    cfg.device = "cuda"
+    config = read_config(cfg, distributed=False)
+    models = build_models(config)
+    *_, width, _, vocab = SIZES[12]
+    with_head = config.with_keys({"teacher_head": "float8"})
+    plain, float8 = (dry_step(c, as_run(c, models), B, S).operations for c in (config, with_head))
+    assert flops_by_phase(float8, 1) == flops_by_phase(plain, 1)
+    flops = [operation.flops for operation in float8 if operation.float8]
+    assert sum(flops) == (2 * B * S * vocab * width if dtype == "bf16" else 0)
+    assert not any(operation.float8 for operation in plain)
 
 
 def test_the_optimizer_moves_weights_gradients_and_state():

@@ -240,6 +240,10 @@ CHANGES = {
         lambda cfg, folder: OmegaConf.update(cfg, "kd_ratio", 0.25),
         r"`kd_ratio` \(0.5 then, 0.25 now\)",
     ),
+    "teacher's head": (
+        lambda cfg, folder: OmegaConf.update(cfg, "teacher_head", "float8"),
+        r"`teacher_head` \(none then, float8 now\)",
+    ),
     "batch": (lambda cfg, folder: OmegaConf.update(cfg, "batch_size", 3), r"sequences per step.* \(4 then, 3 now\)"),
 }
 

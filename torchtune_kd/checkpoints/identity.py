@@ -36,6 +36,8 @@ def run_identity(config: Config, dataset: Dataset, *, seed: int, sequences_per_s
     settings, teacher = config.settings, {}
     if settings.uses_teacher:
         teacher = _leaves(config.teacher_model)
+        if config.teacher_head is not None:
+            teacher["teacher_head"] = config.teacher_head
         teacher["weights of the teacher"] = weights_fingerprint(config.teacher_checkpointer)
     student = _leaves(config.model) | {"dtype": settings.dtype}
     student["weights that the student starts from"] = weights_fingerprint(config.checkpointer)

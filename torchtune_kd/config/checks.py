@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.training import ModelType
 
 from torchtune_kd.config.sections import Section
-from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, Settings
+from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, TEACHER_HEADS, Settings
 from torchtune_kd.errors import UserError, nearest
 from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
 
@@ -156,6 +156,13 @@ def check_needed_sections(written: DictConfig, settings: Settings) -> None:
     for name in REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if settings.uses_teacher else ()):
         if written.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
             raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
+
+
+def check_teacher_head(written: DictConfig) -> None:
+    """Refuse a ``teacher_head`` that there is not."""
+    name = written.get("teacher_head")
+    if name is not None and name not in TEACHER_HEADS:
+        raise UserError(f"Expected `teacher_head` to be {' or '.join(TEACHER_HEADS)} or null, got {name!r}: change it.")
 
 
 def check_kd_loss(section: Section) -> None:

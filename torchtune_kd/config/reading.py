@@ -8,7 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_kd.config.checks import check_kd_loss, check_needed_sections, check_random_weights
+from torchtune_kd.config.checks import (
+    check_kd_loss,
+    check_needed_sections,
+    check_random_weights,
+    check_teacher_head,
+)
 from torchtune_kd.config.sections import (
     Section,
     check_component,
@@ -35,6 +40,7 @@ class Config:
         checkpointer (Section | None): the student's files; None with ``random_weights: True``.
         teacher_model (Section | None): may be None at ``kd_ratio: 0``, like the next.
         teacher_checkpointer (Section | None): None with ``random_weights: True`` as well.
+        teacher_head (str | None): one of :data:`~torchtune_kd.config.settings.TEACHER_HEADS`; None as it is.
         dataset_val (tuple[Section, ...]): validation data; empty where there is none.
         lr_scheduler (Section | None): None for a constant rate.
         profiler (Section | None): torchtune's.
@@ -51,6 +57,7 @@ class Config:
     checkpointer: Section | None
     teacher_model: Section | None
     teacher_checkpointer: Section | None
+    teacher_head: str | None
     dataset_val: tuple[Section, ...]
     lr_scheduler: Section | None
     profiler: Section | None
@@ -88,6 +95,7 @@ def read_config(written: DictConfig, *, distributed: bool | None = None) -> Conf
     settings = read_settings(written, distributed=started_by_launcher() if distributed is None else distributed)
     check_random_weights(written, asked=settings.random_weights, uses_teacher=settings.uses_teacher)
     check_needed_sections(written, settings)
+    check_teacher_head(written)
     config = _assembled(written, settings)
     check_kd_loss(config.kd_loss)
     for section in components_in(written):
@@ -121,6 +129,7 @@ def _assembled(written: DictConfig, settings: Settings) -> Config:
         checkpointer=optional("checkpointer"),
         teacher_model=optional("teacher_model"),
         teacher_checkpointer=optional("teacher_checkpointer"),
+        teacher_head=written.get("teacher_head"),
         dataset_val=sections_of("dataset_val", written.get("dataset_val")),
         lr_scheduler=optional("lr_scheduler"),
         profiler=optional("profiler"),

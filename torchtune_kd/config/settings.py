@@ -1,8 +1,8 @@
 """The config surface: every key a recipe reads, its type and default, in one place.
 
 A key of the YAML is either a setting (a field of :class:`Settings`), a component (a section with a
-``_component_``, listed in :data:`COMPONENTS`), or a name that other keys interpolate (``${name}``). Anything else
-is an error that names the key and the nearest known one.
+``_component_``, listed in :data:`COMPONENTS`; ``teacher_head`` names one by a word), or a name that other keys
+interpolate (``${name}``). Anything else is an error that names the key and the nearest known one.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ REQUIRED_COMPONENTS = (
 TEACHER_COMPONENTS = ("teacher_model", "teacher_checkpointer")  # not needed at kd_ratio 0
 OPTIONAL_COMPONENTS = ("dataset_val", "lr_scheduler", "profiler")
 COMPONENTS = REQUIRED_COMPONENTS + TEACHER_COMPONENTS + OPTIONAL_COMPONENTS
+TEACHER_HEADS = ("float8",)  # what `teacher_head` may name; null leaves the head as it is
 DISTRIBUTED_ONLY = (
     "custom_sharded_layers",
     "data_parallel_replicate_dim",
@@ -108,7 +109,8 @@ class Settings:
         return self.kd_ratio > 0
 
 
-KEYS = (*(field.name for field in dataclasses.fields(Settings)), *COMPONENTS)  # what the recipes read
+# what the recipes read
+KEYS = (*(field.name for field in dataclasses.fields(Settings)), *COMPONENTS, "teacher_head")
 
 
 def read_settings(written: DictConfig, *, distributed: bool) -> Settings:

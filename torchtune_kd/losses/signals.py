@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from torchtune_kd.kernels import Float8Weight
+
 
 class Head(NamedTuple):
     """The linear map from hidden states to logits."""
 
-    weight: Tensor  # [V, D]
+    weight: Tensor | Float8Weight  # [V, D]
     bias: Tensor | None  # [V]
 
 

@@ -19,7 +19,7 @@ from torchtune_kd.errors import OutOfMemory, RunError
 from torchtune_kd.plan.communication import Layout
 from torchtune_kd.plan.dry_run import dry_step, dry_validation
 from torchtune_kd.plan.memory import plan_memory
-from torchtune_kd.plan.meta_models import build_models
+from torchtune_kd.plan.meta_models import as_run, build_models
 from torchtune_kd.training.run import Run
 
 GIB = 2**30
@@ -51,7 +51,7 @@ class Case:
         Raises:
             UserError: if a model cannot be built.
         """
-        models = build_models(self.config, self.layout.shards)
+        models = as_run(self.config, build_models(self.config, self.layout.shards))
         run = dry_validation if self.shape.validation else dry_step
         shape = self.shape
         memory, _ = plan_memory(self.config, models, self.layout, shape.sequence, batch_size=shape.batch_size, run=run)

@@ -22,6 +22,7 @@ class Device:
         bandwidth (float): of its memory, GB/s.
         link (float): to the other GPUs of its node, GB/s in one direction.
         source (str): where the figures are from.
+        float8 (bool): multiplies 8-bit floats: compute capability 8.9 and later.
     """
 
     name: str
@@ -30,14 +31,17 @@ class Device:
     bandwidth: float
     link: float
     source: str
+    float8: bool = True
 
 
-def _gpu(name: str, gib: int, bf16: float, fp32: float, bandwidth: float, link: float, source: str) -> Device:
-    return Device(name, gib * 2**30, {"bf16": bf16, "fp32": fp32}, bandwidth, link, source)
+def _gpu(
+    name: str, gib: int, bf16: float, fp32: float, bandwidth: float, link: float, source: str, float8: bool = True
+) -> Device:
+    return Device(name, gib * 2**30, {"bf16": bf16, "fp32": fp32}, bandwidth, link, source, float8)
 
 
 DEVICES = (
-    _gpu("A100", 80, 312, 19.5, 2039, 300, "NVIDIA A100 80GB SXM datasheet, June 2021"),
+    _gpu("A100", 80, 312, 19.5, 2039, 300, "NVIDIA A100 80GB SXM datasheet, June 2021", float8=False),
     _gpu("H100", 80, 989.5, 67, 3350, 450, "NVIDIA H100 SXM datasheet (bf16 without sparsity: half of 1979)"),
     _gpu("H200", 141, 989.5, 67, 4800, 450, "NVIDIA H200 SXM datasheet (bf16 without sparsity: half of 1979)"),
     _gpu("B200", 180, 2250, 75, 8000, 900, "NVIDIA HGX B200 and DGX B200 datasheets, an eighth of eight GPUs"),

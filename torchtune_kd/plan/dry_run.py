@@ -24,7 +24,7 @@ from torchtune_kd.distributed.world import World
 from torchtune_kd.kernels import on_meta
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.student import Student
-from torchtune_kd.plan.meta_models import Models
+from torchtune_kd.plan.meta_models import Models, head_tensors
 from torchtune_kd.plan.tracker import Operation, Tracker
 from torchtune_kd.teachers.base import NoTeacher, Teacher
 from torchtune_kd.teachers.live import LiveTeacher
@@ -119,7 +119,7 @@ class _DryRun:
 def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
     settings, kd_loss = config.settings, config.kd_loss.build()
     student = Student(models.student, kd_loss, settings.kd_ratio)
-    teacher = LiveTeacher(models.teacher) if models.teacher is not None else NoTeacher()
+    teacher = LiveTeacher(models.teacher, models.teacher_head) if models.teacher is not None else NoTeacher()
     if settings.enable_activation_offloading:
         student.offload_activations = _offloaded()
     tracker = Tracker()
@@ -128,7 +128,9 @@ def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> 
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, student, "offload_activations", contextlib.nullcontext())
         sizes = stack.enter_context(_phases(tracker, student, teacher))
-        stack.enter_context(on_meta(settings.torch_device, account=functools.partial(tracker.account, 0)))
+        in_8_bits = functools.partial(tracker.account, float8=True)
+        account = functools.partial(tracker.account, 0)
+        stack.enter_context(on_meta(settings.torch_device, account=account, account_product=in_8_bits))
         yield _DryRun(tracker, student, teacher, kd_loss, Batch(labels, labels), sizes)
 
 
@@ -137,6 +139,7 @@ def hold_weights(tracker: Tracker, models: Models) -> None:
     for name, model in zip(WEIGHTS, (models.teacher, models.student), strict=True):
         if model is not None:
             tracker.hold(name, (*model.parameters(), *model.buffers()))
+    tracker.hold(WEIGHTS[0], head_tensors(models))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.plan.communication import Layout, scatter_buffer, sharded_weights
 from torchtune_kd.plan.dry_run import WEIGHTS, DryStep, dry_step
-from torchtune_kd.plan.meta_models import Models, table_bytes, weight_bytes
+from torchtune_kd.plan.meta_models import Models, head_tensors, table_bytes, weight_bytes
 from torchtune_kd.plan.optimizer_cost import OptimizerCost, optimizer_cost
 from torchtune_kd.plan.tracker import tensor_bytes
 
@@ -95,6 +95,9 @@ def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep,
             weights = sharded_weights(model, settings, layout)
             held[name] = weights.share + table_bytes(model)
             gathered += weights.gathered
+    in_8_bits = sum(map(tensor_bytes, head_tensors(models)))  # whole on every process
+    whole[WEIGHTS[0]] += in_8_bits
+    held[WEIGHTS[0]] += in_8_bits
     if layout.shards > 1:
         gathered += scatter_buffer(models, settings)
     sizes = [-(-parameter.numel() // layout.shards) for parameter in models.trainable]

@@ -1,5 +1,6 @@
 """Teacher and student on the meta device, ready for a dry step, and what they consist of."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,16 +13,22 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
+from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
+from torchtune_kd.models.float8_head import replace_head
 from torchtune_kd.plan.tracker import tensor_bytes
 
 
 @dataclass(frozen=True)
 class Models:
-    """Both decoders with rotary tables, the trainable parameters marked; ``teacher`` is None at kd_ratio 0."""
+    """Both decoders with rotary tables, the trainable parameters marked; ``teacher`` is None at kd_ratio 0.
+
+    ``teacher_head`` is in 8-bit floats, where the teacher has lost its own to :func:`as_run`.
+    """
 
     student: TransformerDecoder
     teacher: TransformerDecoder | None
+    teacher_head: Head | None = None
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -64,6 +71,27 @@ def build_models(config: Config, shards: int = 1) -> Models:
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(student, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     return Models(student, teacher)
+
+
+def as_run(config: Config, models: Models) -> Models:
+    """Return the models as the recipe holds them while it runs, with its ``teacher_head``.
+
+    Raises:
+        UserError: if the teacher's head cannot be quantised.
+    """
+    if config.teacher_head is None or models.teacher is None:
+        return models
+    teacher = copy.deepcopy(models.teacher)
+    head = replace_head(teacher, lambda name: teacher.get_parameter(name).detach())
+    return replace(models, teacher=teacher, teacher_head=head)
+
+
+def head_tensors(models: Models) -> list[Tensor]:
+    """Return what the teacher's head in 8-bit floats consists of; nothing where it has none."""
+    if models.teacher_head is None:
+        return []
+    weight, bias = models.teacher_head
+    return [tensor for tensor in (*weight, bias) if tensor is not None]
 
 
 def count_parameters(models: Models) -> Parameters:

@@ -12,7 +12,7 @@ from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
-from torchtune_kd.plan.meta_models import Models, Parameters, build_models, count_parameters
+from torchtune_kd.plan.meta_models import Models, Parameters, as_run, build_models, count_parameters
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.request import SEQUENCE, Request
 from torchtune_kd.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
@@ -27,6 +27,7 @@ class RunPlan:
         settings (Settings): the run's plain values.
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
+        teacher_head (str | None): as in the config.
         missing_tokenizer (tuple[str, ...]): files of the tokenizer that are not there, so that it is not checked.
         parameters (Parameters): of both models.
         memory (Memory): of a device.
@@ -42,6 +43,7 @@ class RunPlan:
     settings: Settings
     layout: Layout
     sequence: int
+    teacher_head: str | None
     missing_tokenizer: tuple[str, ...]
     parameters: Parameters
     memory: Memory
@@ -86,7 +88,8 @@ def plan_run(
     missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
         check_tokenizer(config.tokenizer.build(), check_vocabularies(models.student, models.teacher))
-    sequence = _sequence(request, config, models)
+    sequence, parameters = _sequence(request, config, models), count_parameters(models)
+    models = as_run(config, models)
     memory, dry = plan_memory(config, models, layout, sequence, run=step)
     most = None
     if room is not None and memory.total is not None:
@@ -109,8 +112,9 @@ def plan_run(
         settings=settings,
         layout=layout,
         sequence=sequence,
+        teacher_head=config.teacher_head if settings.uses_teacher else None,
         missing_tokenizer=tuple(map(str, missing)),
-        parameters=count_parameters(models),
+        parameters=parameters,
         memory=memory,
         flops=flops_by_phase(dry.operations, steps),
         communication=moved,

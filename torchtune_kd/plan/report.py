@@ -12,6 +12,7 @@ from torchtune_kd.plan.timing import (
     ACHIEVED_FLOPS,
     ACHIEVED_LINK,
     DEVICES_PER_NODE,
+    FLOAT8_TIME,
     SECONDS_PER_OPERATION,
 )
 
@@ -56,6 +57,12 @@ def assumptions(plan: RunPlan) -> list[str]:
         said.append(
             f"an operation reaches {ACHIEVED_FLOPS:.0%} of the device's dense {settings.dtype} peak or "
             f"{ACHIEVED_BANDWIDTH:.0%} of its memory bandwidth, and takes {SECONDS_PER_OPERATION * 1e6:.0f} us at least"
+        )
+    if plan.teacher_head is not None and plan.devices and settings.dtype == "bf16":
+        without = [device.name for device in plan.devices if not device.float8]
+        said.append(
+            f"the product of the teacher's head in 8-bit floats takes {FLOAT8_TIME:g} of the time of one in bf16, as "
+            "measured on an H200" + (f"; {', '.join(without)} emulates it in fp32" if without else "")
         )
     if plan.layout.processes > 1 and plan.devices:
         said.append(

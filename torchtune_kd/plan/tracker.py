@@ -21,6 +21,7 @@ class Operation(NamedTuple):
     phase: str
     flops: int
     bytes: int
+    float8: bool = False  # a product of 8-bit floats
 
 
 class Tracker(TorchDispatchMode):
@@ -59,9 +60,9 @@ class Tracker(TorchDispatchMode):
             self._add(tensor, category)
         self._look()
 
-    def account(self, flops: int, size: int) -> None:
+    def account(self, flops: int, size: int, *, float8: bool = False) -> None:
         """Count an operation that is not run here: its FLOPs, and the bytes that it reads and writes."""
-        self.operations.append(Operation(self.phase, flops, size))
+        self.operations.append(Operation(self.phase, flops, size, float8))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):

@@ -19,6 +19,7 @@ from torchtune_kd.data.steps import build_loaders, steps_per_epoch
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, say
 from torchtune_kd.models.build import build_student, check_sharded_layers, check_vocabularies, on_meta
+from torchtune_kd.models.float8_head import check_head
 from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.training.events import Events
@@ -58,6 +59,8 @@ def check_run(config: Config, tokenizer: Any, world: World, *, resumed: bool = F
     if settings.uses_teacher:
         check_checkpoint_files(config.teacher_checkpointer)
         teacher = on_meta(config.teacher_model, settings, world)
+        if config.teacher_head is not None:
+            check_head(teacher)
         longest = min(longest, teacher.max_seq_len)
         check_tokenizer_files((config.checkpointer, config.teacher_checkpointer))
     vocab = check_vocabularies(student, teacher)
