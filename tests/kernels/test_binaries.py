@@ -13,8 +13,9 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from checkout import CHECKOUT, benchmarks
 from packaging.version import Version
+
+from helpers.checkout import CHECKOUT, benchmarks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 OLD_TRITON = pytestmark.args[0] or Version(version("triton")) < Version("3.9")

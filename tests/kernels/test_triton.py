@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid import GRID, VALUES
-from grid_checks import check_hidden, check_logits
 
+from helpers.grid import GRID, VALUES
+from helpers.grid_checks import check_hidden, check_logits
 from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, softmax_kd_loss
 from torchtune_kd.kernels._plan import Plan
 
