@@ -356,7 +356,7 @@ def compile_binary(
         shared_bytes=shared,
         programs_per_sm=programs,
         warps_per_sm=programs * warps,
-        passes=_passes(binary, text, warps),
+        passes=_passes(binary, text, ttir, warps),
         loads=_widths("ld", code.asm["ptx"]),
         stores=_widths("st", code.asm["ptx"]),
         scalar_loads=len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ttir)),
@@ -367,17 +367,12 @@ def compile_binary(
 def passes_of(binary: Binary, arch: int) -> tuple[Pass, ...]:
     """Return what each pass over a row costs on ``sm_<arch>``, whichever that is."""
     code = compiled(binary, arch)
-    return _passes(binary, disassemble(code.asm["cubin"], _BIN), code.metadata.num_warps)
+    return _passes(binary, disassemble(code.asm["cubin"], _BIN), code.asm["ttir"], code.metadata.num_warps)
 
 
-def _passes(binary: Binary, text: str, warps: int) -> tuple[Pass, ...]:
-    constants = dict(binary.constants)
-    block, read = constants.get("BLOCK", 0), _bytes_read(binary)
-    found = passes(text, read, block / (32 * warps)) if block and read else ()
-    reverse = constants.get("DIVERGENCE") in ("reverse_kl", "symmetric_kl")
-    if reverse and binary.kernel in ("rows_kernel", "first_pass_kernel"):
-        found = found[:1] + found[2:]  # without ruled_out_pass, which only rows with masked ids take
-    return found
+def _passes(binary: Binary, text: str, ttir: str, warps: int) -> tuple[Pass, ...]:
+    block, read = dict(binary.constants).get("BLOCK", 0), _bytes_read(binary)
+    return passes(text, ttir, read, block / (32 * warps)) if block and read else ()
 
 
 def _bytes_read(binary: Binary) -> int:

@@ -147,15 +147,6 @@ _LOG_BF16 = ("log_probabilities_bf16", "cross_entropy")
 
 IMPLEMENTATIONS = (
     Implementation("ours-triton", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("triton"), needs_gpu=True),
-    Implementation(
-        "ours-triton-backwards",
-        "torchtune_kd",
-        ("softmax",),
-        EVERY,
-        _ours("triton-backwards"),
-        needs_gpu=True,
-        slow=True,
-    ),
     Implementation("ours-torch", "torchtune_kd", ("softmax", "linear"), EVERY, _ours("torch"), slow=True),
     *(
         Implementation(key, "torchtune", (op,), STOCK, call, lacks, cpu_reason=reason, slow=slow)

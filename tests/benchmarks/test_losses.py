@@ -140,7 +140,7 @@ def adapters():
     """Every implementation with every divergence and variation; of interpreted ones most are slow."""
     for one in implementations.IMPLEMENTATIONS:
         interpreted = one.key.startswith("ours-triton")
-        slow = one.key.endswith("compile") or one.key == "ours-triton-backwards"
+        slow = one.key.endswith("compile")
         for op, divergence, variation in itertools.product(one.ops, one.divergences, VARIATIONS):
             one_of_many = interpreted and variation != "main" and divergence not in ("forward_kl", "jsd")
             marks = pytest.mark.slow if slow or one_of_many else ()
