@@ -1,4 +1,4 @@
-# make demo: distils a real language model and shows what came of it.    make test: runs every test.
+# make demo: distils a real language model and shows what came of it.    make test: runs the tests.
 # Both create .venv first. Without a GPU, `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` saves
 # the download of the CUDA libraries. PYTHON=... picks the interpreter.
 
@@ -16,8 +16,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
 JOBS ?= 2
-test test-fast test-oldest: export OMP_NUM_THREADS ?= 1
-CHECKED := tests/test_package.py tests/test_versions.py $(addprefix tests/,checkpoints config configs data distributed losses models storage)
+check test test-nightly test-fast test-oldest: export OMP_NUM_THREADS ?= 1
+CHECKED := $(wildcard tests/test_*.py) tests/recipes/test_plan.py $(addprefix tests/,checkpoints config configs data demo \
+	distributed docs launch losses models plan storage tools training) $(addsuffix .py,$(addprefix tests/kernels/test_, \
+	host_sync linear_cost meta metrics properties readme softmax_autograd workspaces))
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
 # PyTorch 2.6 and what was new when it was: what pyproject.toml promises to work with
 OLDEST := .venv-oldest
@@ -25,7 +27,7 @@ OLDEST := .venv-oldest
 EXPORTS := .venv-exports
 
 .DEFAULT_GOAL := install
-.PHONY: install exports demo docs check test test-fast test-oldest lint types format build clean
+.PHONY: install exports demo docs check test test-nightly test-fast test-oldest lint types format build clean
 
 install: $(INSTALLED)
 
@@ -40,11 +42,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m torchtune_kd.demo
 
-# Lint, types, and what can be tested within this process in half a minute: no compiler, process, recipe or kernel runs.
+# Lint, types, and what can be tested within this process in half a minute: no compiler, other process or recipe runs, and of
+# the kernels' tests not the grids.
 check: lint types
 	$(PYTEST) -m 'not slow and not heavy' $(CHECKED)
 
 test: lint exports
+	$(PYTEST) -m 'not nightly'
+
+test-nightly: lint exports
 	$(PYTEST)
 
 test-fast: lint

@@ -1,7 +1,7 @@
 """Memory that the shipped configs need per device: ``python -m benchmarks.memory [CONFIG ...]``.
 
-Nothing is loaded, trained or measured: the figures are those of ``tune run torchtune_kd/plan`` (``torchtune_kd.training
-.plan``), in one line a config. The heads of configs/**/*.yaml hold them; ``--write`` puts them there.
+Nothing is loaded, trained or measured: the figures are those of ``tune run torchtune_kd/plan``, in one line a
+config. The heads of configs/**/*.yaml hold them; ``--write`` puts them there.
 """
 
 import argparse

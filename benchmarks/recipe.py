@@ -23,8 +23,7 @@ from statistics import median
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_kd.errors import exit_with_message
-from torchtune_kd.tools import fetch_smollm2
-from torchtune_kd.tools.layer_choice import prune_checkpoint, select_layers
+from torchtune_kd.tools import fetch_smollm2, prune_checkpoint, select_layers
 
 from ._measure import describe_machine
 from ._recipe_parts import print_parts

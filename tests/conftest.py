@@ -33,6 +33,13 @@ def pytest_report_header() -> str:
     return f"torchtune_kd: a wheel in {kernels.parents[1]}, not this checkout"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a model that is downloaded: `make check` does not wait for a network."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.heavy)
+
+
 def pytest_collection_finish() -> None:
     """Keep the thousands of collected tests out of every later garbage collection, which they make seconds long."""
     gc.collect()
@@ -54,6 +61,6 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct."""
-    from assets import smollm2_folder
+    from helpers.assets import smollm2_folder
 
     return smollm2_folder()

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from tiny import make_config, run_in_process
 
 import torchtune_kd.training as kd
+from helpers.forked import ForkedRun
+from helpers.tiny import make_config, run_in_process
 from torchtune_kd.models import build
 from torchtune_kd.recipes import kd as recipe
 from torchtune_kd.teachers import live
@@ -63,7 +63,7 @@ def test_cleaning_up_after_a_good_end_may_fail():
 @pytest.mark.slow
 def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_path):
     start = time.monotonic()
-    run = ForkedRun(make_config(tmp_path), 2, recipe="ending_worker")
+    run = ForkedRun(make_config(tmp_path), 2, recipe="helpers.ending_worker")
     assert run.join(60) == [3, 2]
     assert time.monotonic() - start < 60
     assert run.output(0) == "error: The memory of cuda:0 ran out.\n"
@@ -73,6 +73,7 @@ def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "section", "room"), [("teacher", "teacher_model", live), ("student", "model", build)]
 )
@@ -89,6 +90,7 @@ def test_memory_that_is_too_small_for_a_model_names_it(tmp_path, monkeypatch, mo
         run_in_process(make_config(tmp_path))
 
 
+@pytest.mark.heavy
 def test_memory_for_the_gradients_norm_counts_as_the_optimizers(tmp_path, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -108,6 +110,7 @@ def test_a_process_that_hangs_in_the_first_step_is_waited_for_five_times_as_long
     run.kill()
 
 
+@pytest.mark.heavy
 def test_sigint_while_a_run_is_set_up_is_one_sentence(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

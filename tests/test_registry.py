@@ -130,6 +130,7 @@ def test_installed_files_are_all_listed(registry):
     assert len({entry.name for entry in entries}) == len(entries)
 
 
+@pytest.mark.heavy
 def test_register_in_a_program_that_imports_torch_alone(tmp_path):
     """Two small modules of ours, one finder, nothing of torchtune; the cost is printed, not asserted."""
     result = python(
@@ -197,6 +198,7 @@ def test_a_list_imported_before_us_is_completed(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.heavy
 def test_import_torch_survives_whatever_is_wrong(tmp_path):
     """A `tune` with an unreadable torchao: `import torch` works, and the last line says what is wrong."""
     broken = tmp_path / "site" / "torchao-0.18.0.dist-info"
@@ -210,6 +212,7 @@ def test_import_torch_survives_whatever_is_wrong(tmp_path):
     assert last.startswith("torchtune-kd: torchtune 0.6.1 needs torchao>=0.10,<0.16, but torchao 0.18.0 is installed")
 
 
+@pytest.mark.heavy
 def test_torch_without_torchtune(tmp_path):
     """No torchtune in reach: nothing is said and nothing fails."""
     result = python(
@@ -235,12 +238,14 @@ def tune(folders, *args, cwd, **env):
     return python("-c", TUNE, *folders, *args, cwd=cwd, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **env)
 
 
+@pytest.mark.heavy
 def test_tune_copies_by_name(folders, tmp_path):
     result = tune(folders, "cp", "torchtune_kd/fam/x_single_device", "mine.yaml", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "mine.yaml").read_text() == "name: fam/x_single_device\n"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", ["kd_single_device", "plan"])
 def test_tune_runs_by_name(folders, tmp_path, recipe):
     """The recipe and the config are found by name, from a folder that has nothing to do with them."""
@@ -272,6 +277,7 @@ def test_tune_runs_by_name_under_torchrun(folders, tmp_path):
     assert ran == [f"ran kd.py {rank} --config {config} x=1" for rank in (0, 1)], result.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("autoload", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_second_door(tmp_path, autoload):
     """`python -m torchtune_kd` is `tune`, with and without PyTorch's call of our entry point."""

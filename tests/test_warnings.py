@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 from omegaconf import OmegaConf
-from tiny import make_config
 
+from helpers.tiny import make_config
 from torchtune_kd import _warnings
 
 BIN = os.path.dirname(sys.executable)
@@ -36,6 +36,7 @@ def lines(command, cwd, code=0, **environment):
     return done.stdout.splitlines()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "command, environment",
     [
@@ -50,6 +51,7 @@ def test_plan_says_nothing_before_its_first_line(tmp_path, command, environment)
     assert not any("cpp extensions" in line or "Mismatch dtype" in line for line in printed)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "command, first",
     [

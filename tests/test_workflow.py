@@ -1,4 +1,4 @@
-"""The workflow on GitHub runs what one types here: ``.ci/run`` and ``make test-oldest``."""
+"""The workflow on GitHub runs what one types here: ``.ci/run``, ``make test-oldest`` and ``make test-nightly``."""
 
 import re
 import shutil
@@ -34,12 +34,16 @@ def make_targets(script: str) -> list[str]:
 
 
 def test_the_jobs_run_what_one_types():
-    assert {job: commands(job) for job in JOBS} == {"test": [".ci/run"], "oldest": ["make test-oldest"]}
+    assert {job: commands(job) for job in JOBS} == {
+        "test": [".ci/run"],
+        "oldest": ["make test-oldest"],
+        "nightly": ["make test-nightly"],
+    }
 
 
 def test_the_commands_are_targets_of_the_makefile():
     script = (ROOT / ".ci" / "run").read_text()
-    targets = make_targets(script) + make_targets("\n".join(commands("oldest")))
+    targets = make_targets(script) + make_targets("\n".join(commands("oldest") + commands("nightly")))
     assert make_targets(script)
     for target in targets:
         assert re.search(rf"^{re.escape(target)}:", MAKEFILE, re.MULTILINE), target

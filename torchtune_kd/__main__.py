@@ -6,15 +6,12 @@ The same as ``tune``, also where ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` keeps PyTor
 import sys
 
 from torchtune_kd._registry import append_recipes, say_at_exit
-from torchtune_kd._torchtune import recipe_registry, tune
-from torchtune_kd._versions import check_versions
-from torchtune_kd._warnings import silence_known_warnings
+from torchtune_kd._torchtune import prepare_import, recipe_registry, tune
 
 
 def main() -> None:
-    silence_known_warnings()  # also where PyTorch loads no plug-ins
     try:
-        check_versions()
+        prepare_import()
         append_recipes(recipe_registry())
     except (ImportError, FileNotFoundError) as error:
         say_at_exit(error)

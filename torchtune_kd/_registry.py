@@ -29,12 +29,13 @@ def register() -> None:
     if _RegistryFinder not in sys.meta_path:
         sys.meta_path.insert(0, _RegistryFinder)
     if _REGISTRY in sys.modules:
-        _append_or_say_why(sys.modules[_REGISTRY])
+        _or_say_why(append_recipes, sys.modules[_REGISTRY])
     program = str((getattr(sys, "argv", None) or [""])[0])
     if program.endswith(("/tune", "\\tune", "\\tune.exe")):
         # With a torchao it cannot live with, torchtune ends in a traceback before it reaches its list.
-        _say_why_versions_fail()
-        _silence_known_warnings()
+        from torchtune_kd._torchtune import prepare_import
+
+        _or_say_why(prepare_import)
 
 
 def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
@@ -91,35 +92,17 @@ class _RegistryFinder:
 
         def execute_and_append(module):
             execute(module)
-            _append_or_say_why(module)
+            _or_say_why(append_recipes, module)
 
         spec.loader.exec_module = execute_and_append
         return spec
 
 
-def _append_or_say_why(registry) -> None:
+def _or_say_why(action, *args) -> None:
+    """Call ``action``; whatever is wrong with us, ``import torch`` and torchtune's own recipes must go on working."""
     try:
-        append_recipes(registry)
-    except Exception as error:  # whatever is wrong with us, torchtune's own recipes must go on working
-        say_at_exit(error)
-
-
-def _say_why_versions_fail() -> None:
-    try:
-        from torchtune_kd._versions import check_versions
-
-        check_versions()
-    except Exception as error:  # `import torch` must not fail because of us
-        say_at_exit(error)
-
-
-def _silence_known_warnings() -> None:
-    """Here, since `tune run` imports torchao, which warns, long before it runs a recipe."""
-    try:
-        from torchtune_kd._warnings import silence_known_warnings
-
-        silence_known_warnings()
-    except Exception as error:  # `import torch` must not fail because of us
+        action(*args)
+    except Exception as error:
         say_at_exit(error)
 
 

@@ -9,6 +9,20 @@ from pathlib import Path
 from typing import Any
 
 
+def prepare_import() -> None:
+    """Do what has to come before torchtune and torchao are imported.
+
+    Raises:
+        ImportError: in one sentence, for versions that do not work together: torchtune's own failure with a wrong
+            torchao says nothing.
+    """
+    from torchtune_kd._versions import check_versions
+    from torchtune_kd._warnings import silence_known_warnings
+
+    silence_known_warnings()  # also where PyTorch loads no plug-ins
+    check_versions()
+
+
 def component_from_path(dotted: str) -> Any:
     """Return the class or function that a ``_component_`` names.
 

@@ -1,7 +1,7 @@
 """The versions that torchtune-kd works with, checked before torchtune is imported.
 
 torchtune does not declare that it needs torch and torchao, and fails deep inside its own import when torchao
-is too new. Our packages that import torchtune call `check_versions` first, so that one sentence says why.
+is too new. Our packages that import torchtune have it checked first, so that one sentence says why.
 """
 
 import re

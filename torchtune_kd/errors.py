@@ -222,9 +222,9 @@ def nearest(key: str, known: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, with a full stop."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith((".", "?", "!")) else f"{text}."
+    """Return :func:`first_line` with a full stop, to end a sentence."""
+    text = first_line(error)
+    return text if text.endswith(("?", "!")) else f"{text}."
 
 
 def say(sentence: str) -> None:
@@ -248,15 +248,12 @@ def loading(model: str, device: torch.device) -> Iterator[None]:
             f"The memory of {device} ran out while loading the {model}, before the first step: `dtype: bf16`, a QLoRA "
             "builder as `model._component_`, more processes that share the weights or `fsdp_cpu_offload: True` take "
             "less of it; `tune run torchtune_kd/plan` with this config shows what each part takes. "
-            f"({' '.join(str(error).split())[:300]})"
+            f"({_shortened(error)})"
         ) from error
 
 
-PHASES = ("teacher", "student forward", "loss", "backward", "optimizer")
-
-
 class OutOfMemory(Exception):
-    """The device's memory is full. ``phase`` is one of :data:`PHASES`."""
+    """The device's memory is full. ``phase``: "teacher", "student forward", "loss", "backward" or "optimizer"."""
 
     def __init__(self, phase: str) -> None:
         super().__init__(phase)

@@ -18,7 +18,7 @@ def run(job: Job, emit: Emit) -> None:
     folder = Path(job.folder)
     cfg = our_config(job.part, folder, job.device, job.rehearse)
     try:
-        printed = tune_run("torchtune_kd/plan", cfg, folder, "json=True", timeout=job.seconds)
+        printed = tune_run("benchmarks/plan.py", cfg, folder, "json=True", timeout=job.seconds)
         planned = json.loads(printed[printed.index("{") :])
     except (Failed, ValueError) as error:
         emit({"kind": job.part, "error": str(error)})

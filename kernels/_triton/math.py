@@ -43,7 +43,7 @@ def reciprocal(x, APPROXIMATE: tl.constexpr):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return 1.0 / x
+    return tl.div_rn(1.0, x)
 
 
 @triton.jit
@@ -122,6 +122,12 @@ def mixture_ratio(own_share, other_share, x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def inverse(ratio, excess, APPROXIMATE: tl.constexpr):
+    """Compute own/m, exactly 1 where the models are equal, whatever the approximation makes of 1."""
+    return tl.where(excess == 0.0, 1.0, reciprocal(ratio, APPROXIMATE))
+
+
+@triton.jit
 def jsd_logarithms(beta, one_minus_beta, x, BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr):
     """Compute ln(m/q) and ln(m/p) of m = beta·p + one_minus_beta·q: one from the other, as ln(m/p) = ln(m/q) + x.
 
@@ -164,9 +170,9 @@ def divergence_terms(
         first = q * to_q
         second = p * to_p
     elif DIVERGENCE == "skew_forward_kl":
-        to_p, _, ratio = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
+        to_p, excess, ratio = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
         first = one_minus_beta * difference(p, q, x) - p * to_p
-        second = q * reciprocal(ratio, APPROXIMATE)
+        second = q * inverse(ratio, excess, APPROXIMATE)
     else:  # skew_reverse_kl
         to_q, excess, ratio = mixture_ratio(beta, one_minus_beta, -x, APPROXIMATE)
         first = -q * to_q - one_minus_beta * difference(p, q, x)
@@ -217,8 +223,8 @@ def divergence_gradient(
         to_q, _ = jsd_logarithms(beta, one_minus_beta, x, BETA_ABOVE_HALF, APPROXIMATE)
         grad = (weight * one_minus_beta) * (q * (centre - to_q))
     elif DIVERGENCE == "skew_forward_kl":
-        _, _, ratio = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
-        grad = (weight * one_minus_beta) * (q * (centre - reciprocal(ratio, APPROXIMATE)))
+        _, excess, ratio = mixture_ratio(beta, one_minus_beta, x, APPROXIMATE)
+        grad = (weight * one_minus_beta) * (q * (centre - inverse(ratio, excess, APPROXIMATE)))
     else:  # skew_reverse_kl
         to_q, excess, ratio = mixture_ratio(beta, one_minus_beta, -x, APPROXIMATE)
         grad = weight * (q * (beta * (excess * reciprocal(ratio, APPROXIMATE)) - to_q - centre))

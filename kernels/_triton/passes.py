@@ -71,8 +71,10 @@ def load_ahead(row, start, stride, full, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     mask = offsets < full - start  # all or none, so that loads stay 128 bits wide
     if stride == 1:
-        return tl.load(row + (start + offsets), mask=mask)
-    return tl.load(row + (start + offsets).to(tl.int64) * stride, mask=mask)
+        logits = tl.load(row + (start + offsets), mask=mask)
+    else:
+        logits = tl.load(row + (start + offsets).to(tl.int64) * stride, mask=mask)
+    return logits
 
 
 @triton.jit
@@ -271,9 +273,16 @@ def ruled_out_pass(
 def first_id(row, largest, of_groups, steps, n_ids, stride, BLOCK: tl.constexpr):
     """Find the first id at `largest`, in the first block in which a group's maximum ``[G]`` has come to it."""
     step = tl.min(tl.where(of_groups == largest, steps, NO_ID), 0)
-    offsets = tl.minimum(step, n_ids) + tl.arange(0, BLOCK)
+    # a step is the first id of a block, which the compiler sees here, and loads 128 bits at a time
+    offsets = tl.minimum(step, n_ids) // BLOCK * BLOCK + tl.arange(0, BLOCK)
     logits = load_ids(row, offsets, stride, offsets < n_ids)
     return tl.min(tl.where(logits == largest, offsets, NO_ID), 0)
+
+
+@triton.jit
+def gap_of(d_s, d_t):
+    """Compute ln(d_t/d_s), exactly 0 where both are equal; a GPU's plain division may not even give 1 there."""
+    return tl.where(d_t == d_s, 0.0, tl.log2(tl.div_rn(d_t, d_s)) * LN2)
 
 
 @triton.jit
@@ -285,12 +294,12 @@ def kl_from_statistics(c, d_s, d_t, forward, reverse, ruled_out, largest_ratio):
         x is held to, for the gradient of the reverse KL. All in nats.
     """
     factor = c * LN2
-    gap = tl.log2(d_t / d_s) * LN2
-    forward_kl = forward / d_t * factor - gap
+    gap = gap_of(d_s, d_t)
+    forward_kl = tl.div_rn(forward, d_t) * factor - gap
     limit = tl.maximum(largest_ratio * factor + gap, 0.0) + BEYOND_FINITE
     # in the form of x, so that it is x where one id has all of q
-    mean = reverse / d_s * factor + gap
-    mean += weighted(ruled_out / d_s, limit - gap)
+    mean = tl.div_rn(reverse, d_s) * factor + gap
+    mean += weighted(tl.div_rn(ruled_out, d_s), limit - gap)
     reverse_kl = tl.where(ruled_out > 0.0, float("inf"), mean)
     return forward_kl, reverse_kl, mean, tl.where(ruled_out > 0.0, limit, HUGE)
 
@@ -403,10 +412,10 @@ def second_pass(
     acceptance = tl.zeros([BLOCK // GROUP], tl.float32)
     log2_d_s = tl.log2(d_s)
     log2_d_t = tl.log2(d_t)
-    gap = tl.log2(d_t / d_s) * LN2
+    gap = gap_of(d_s, d_t)
     log2_n_s = tl.log2(n_s)
     log2_n_t = tl.log2(n_t)
-    gap_1 = tl.log2(n_t / n_s) * LN2
+    gap_1 = gap_of(n_s, n_t)
     # KL(p‖q) at T = 1 is the divergence itself
     SAME: tl.constexpr = (HAS_KD and DIVERGENCE == "forward_kl") and not TEACHER_AT_1
     ids = tl.arange(0, BLOCK)
@@ -474,7 +483,7 @@ def fill_zeros(out, n_ids, stride, BLOCK: tl.constexpr):
 def centre_of(DIVERGENCE: tl.constexpr, centres, mass):
     """Return the centre for ``divergence_gradient``; Σ q as the divisor makes both of its terms equal where p = q."""
     if DIVERGENCE == "skew_forward_kl":
-        return tl.where(centres == mass, 1.0, centres / mass)
+        return tl.where(centres == mass, 1.0, tl.div_rn(centres, mass))
     return centres
 
 

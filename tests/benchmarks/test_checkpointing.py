@@ -1,9 +1,9 @@
 """The sides of ``benchmarks.checkpointing`` differ in nothing but checkpoints, and both are configs that run."""
 
 import pytest
-from checkout import benchmarks
 from omegaconf import OmegaConf
 
+from helpers.checkout import benchmarks
 from torchtune_kd.training import read_config
 
 

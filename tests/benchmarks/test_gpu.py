@@ -6,13 +6,13 @@ import sys
 import time
 from datetime import datetime, timezone
 
-import oracle
 import pytest
 import torch
-from checkout import CHECKOUT
-from checkout import benchmarks as part
 
 import torchtune_kd.kernels
+from helpers import oracle
+from helpers.checkout import CHECKOUT
+from helpers.checkout import benchmarks as part
 
 sections, runner, report_file, jobs = (part(f"gpu.{name}") for name in ("_sections", "_runner", "_report", "_job"))
 kernels, more, cases, formulas = part("gpu.kernels"), part("gpu._more"), part("gpu._cases"), part("gpu._formulas")

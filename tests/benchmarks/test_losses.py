@@ -2,11 +2,12 @@
 
 import itertools
 
-import oracle
 import pytest
 import torch
-from checkout import benchmarks as part
-from interpreter import patch_language_once_a_launch
+
+from helpers import oracle
+from helpers.checkout import benchmarks as part
+from helpers.interpreter import patch_language_once_a_launch
 
 patch_language_once_a_launch()
 

@@ -4,7 +4,8 @@ import json
 from datetime import datetime, timezone
 
 import pytest
-from checkout import benchmarks as part
+
+from helpers.checkout import benchmarks as part
 
 cases, counts, inputs_of = part("losses._case"), part("losses._counts"), part("losses._inputs")
 implementations, cells, runs = part("losses._implementations"), part("losses._cell"), part("losses._run")

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 from omegaconf import OmegaConf
-from tiny import make_config
+
+from helpers.tiny import make_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FILES = sorted((CHECKOUT / "configs").rglob("*.yaml"))

@@ -1,10 +1,10 @@
 """The sides of ``benchmarks.recipe`` differ in recipe and loss alone; the parts of a step are its own."""
 
 import pytest
-from checkout import benchmarks
 from omegaconf import OmegaConf
-from tiny import LORA, STUDENT, TEACHER, VOCAB, make_config
 
+from helpers.checkout import benchmarks
+from helpers.tiny import LORA, STUDENT, TEACHER, VOCAB, make_config
 from torchtune_kd.training import read_config
 
 

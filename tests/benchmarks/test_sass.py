@@ -1,7 +1,8 @@
 """How instructions are counted in machine code, on code written down here."""
 
 import pytest
-from checkout import benchmarks
+
+from helpers.checkout import benchmarks
 
 sass = benchmarks("_sass")
 

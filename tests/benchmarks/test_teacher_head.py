@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from checkout import benchmarks
 from omegaconf import OmegaConf
-from tiny import TEACHER, VOCAB, model_section
 from torchtune import config
 
+from helpers.checkout import benchmarks
+from helpers.tiny import TEACHER, VOCAB, model_section
 from torchtune_kd.kernels import float8_weight
 
 teacher_head = benchmarks("teacher_head")

@@ -1,6 +1,6 @@
 """The benchmark of waiting threads: both environments, in turn, quiet and beside a neighbour."""
 
-from checkout import benchmarks
+from helpers.checkout import benchmarks
 
 waiting = benchmarks("waiting")
 

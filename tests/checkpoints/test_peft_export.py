@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from tiny import make_config, run_in_process
 from torchtune.models.convert_weights import tune_to_hf
 
+from helpers.tiny import make_config, run_in_process
 from torchtune_kd.checkpoints.peft_export import peft_weights
 
 

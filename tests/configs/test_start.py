@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from assets import llama3_tokenizer, qwen2_5_tokenizer, smollm2_folder
-from forked import ForkedRun, needs_fsdp2_on_a_cpu
 from omegaconf import DictConfig, OmegaConf
-from tiny import read_log
 from torchtune import config
 
+from helpers.assets import llama3_tokenizer, qwen2_5_tokenizer, smollm2_folder
+from helpers.forked import ForkedRun, needs_fsdp2_on_a_cpu
+from helpers.tiny import read_log
 from torchtune_kd.config.checks import check_tokenizer
 from torchtune_kd.data.batches import check_ids
 from torchtune_kd.plan import as_dict, plan_run, read_request
@@ -135,7 +135,7 @@ def test_text_gives_no_id_beyond_llamas_rows():
 @pytest.mark.heavy
 def test_a_row_with_an_image_is_named_before_models_load(tmp_path):
     cfg = small(CONFIGS / "llama3_2" / "8B_to_1B_KD_full_single_device.yaml", tmp_path)
-    cfg.dataset = {"_component_": "tiny.image_dataset"}
+    cfg.dataset = {"_component_": "helpers.tiny.image_dataset"}
     run = ForkedRun(cfg)
     assert run.join() == [2]
     assert "row 1 of `dataset` holds 128256" in run.output()

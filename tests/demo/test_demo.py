@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from assets import reference_text
 from safetensors.torch import load_file
+
+from helpers.assets import reference_text
 
 
 def texts(file):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import TEACHER, model_section
 from torchtune import config
 
+from helpers.tiny import TEACHER, model_section
 from torchtune_kd.demo import text
 from torchtune_kd.evaluation import speed
 from torchtune_kd.generation import engine as generate

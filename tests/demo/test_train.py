@@ -17,6 +17,7 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.heavy
 def test_progress_is_shown_and_everything_is_kept(tmp_path, capsys):
     code = r"import sys; print('the config'); sys.stderr.write('\r 50%'); sys.stderr.write('\r100%\nstep 2\n')"
     train.run_training(python(code), tmp_path / "run" / "tune.log")
@@ -24,6 +25,7 @@ def test_progress_is_shown_and_everything_is_kept(tmp_path, capsys):
     assert (tmp_path / "run" / "tune.log").read_bytes() == b"the config\n\r 50%\r100%\nstep 2\n"
 
 
+@pytest.mark.heavy
 def test_a_failure_is_one_sentence_with_its_exit_code(tmp_path):
     code = "import sys; print('error: Unknown key `lrr`: did you mean `lr`?', file=sys.stderr); sys.exit(7)"
     with pytest.raises(DemoError, match=r"exit code 7 \(error: Unknown key `lrr`: did you mean `lr`\?\)") as error:
@@ -32,6 +34,7 @@ def test_a_failure_is_one_sentence_with_its_exit_code(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.heavy
 def test_ctrl_c_ends_the_training_process_too(tmp_path):
     script = (
         # a shell that starts the tests in the background lets them ignore SIGINT, and children inherit that

@@ -24,12 +24,12 @@ from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.live import build_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from steps import accumulate
+from helpers.steps import accumulate
 
 cfg = OmegaConf.load(sys.argv[1])
 config = kd.read_config(cfg, distributed=True)
 settings = config.settings
-world = join_process_group("cpu", replicate_dim=settings.data_parallel_replicate_dim)
+world = join_process_group(settings)
 names = {world.mesh.get_group(i).group_name: name for i, name in enumerate(world.mesh.mesh_dim_names)}
 
 

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-from checkout import benchmarks
 from omegaconf import OmegaConf
-from tiny import TEACHER, make_config, model_section, write_checkpoint
+
+from helpers.checkout import benchmarks
+from helpers.tiny import TEACHER, make_config, model_section, write_checkpoint
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 

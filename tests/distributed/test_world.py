@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import STUDENT, make_config, model_section
 from torch.torch_version import TorchVersion
 
+from helpers.tiny import STUDENT, make_config, model_section
 from torchtune_kd.config.sections import section_of
+from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.world import describe_layout, join_process_group, mesh_shape
 from torchtune_kd.models.build import on_meta
 from torchtune_kd.training import UserError, World, read_config
@@ -27,7 +28,8 @@ def test_processes_that_do_not_divide_are_refused(monkeypatch, size, replicate_d
     for name, value in {"RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=f"the number of processes, {size}, got {replicate_dim} x {shard_dim}: "):
-        join_process_group("cpu", replicate_dim=replicate_dim, shard_dim=shard_dim)
+        dims = {"data_parallel_replicate_dim": replicate_dim, "data_parallel_shard_dim": shard_dim}
+        join_process_group(Settings(output_dir="", device="cpu", **dims))
 
 
 def test_fsdp2_on_a_cpu_needs_a_pytorch_that_can(monkeypatch):
@@ -35,7 +37,7 @@ def test_fsdp2_on_a_cpu_needs_a_pytorch_that_can(monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cpu"))
     with pytest.raises(UserError, match=r"^Expected PyTorch 2.7 or later .*2\.6\.0\+cpu fails: install a later one"):
-        join_process_group("cpu")
+        join_process_group(Settings(output_dir="", device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,7 @@ def test_one_process_has_everything_itself():
     world = World(CPU)
     assert (world.num_shards, world.reads_files, world.is_rank_zero) == (1, True, True)
     assert world.gather("x") == ["x"]
+    assert world.first("x") == "x" and world.first(None) is None
     assert world.share_in_node(torch.arange(3)).tolist() == [0, 1, 2]
     world.barrier()
     world.set_timeout(1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from torchtune_kd.config import settings
+from torchtune_kd.plan import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
@@ -56,6 +57,18 @@ def code_blocks(text):
     """The indented lines of a text, without comments and the space before them."""
     lines = (re.sub(r"\s+# .*$", "", line) for line in text.splitlines() if line.startswith("    "))
     return [line for line in lines if line.strip()]
+
+
+def commands(text):
+    """What a reader types: indented lines, continued ones as one, and inline code, without comments."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    lines = [line.strip() for line in code_blocks(text)]
+    lines += re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", text, flags=re.MULTILINE))
+    found = (re.sub(r"\s+# .*$", "", " ".join(line.split())) for line in lines)
+    return [line for line in found if re.match(r"(\w+=\S+ )?(python -m|tune (run|cp|ls)|make|pytest) \S", line)]
+
+
+COMMANDS = sorted({command for file in TEXTS for command in commands(file.read_text())})
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
@@ -139,6 +152,54 @@ def test_commands_name_what_is_there():
     components = set(re.findall(r"\btorchtune_kd(?:\.\w+)+", text))
     for name in components:
         assert importable(name), name
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_are_where_the_text_has_them(file):
+    """Paths in inline code, from the root of the repository or of the package, or from the page itself."""
+    text = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = text.partition("## Room for what is planned")[0]
+    for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|sh|slurm|txt|yaml|yml))`", text):
+        places = (ROOT, ROOT / "torchtune_kd", ROOT / "kernels", file.parent)
+        assert any((place / path).is_file() for place in places), path
+
+
+def test_targets_of_make_are_there():
+    targets = {word for command in COMMANDS for word in re.findall(r"^make ([\w-]+)$", command)}
+    assert {"demo", "install", "check", "test", "test-nightly"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert [target for target in sorted(targets) if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def test_overrides_are_keys_of_configs():
+    """``key=value`` behind ``tune run`` or the demo: a setting, a section, a key of the plan, or a name of a config."""
+    known = {*settings.KEYS, *(field.name for field in fields(Request))}
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        known |= set(re.findall(r"^(\w+):", file.read_text(), flags=re.MULTILINE))
+    overrides = {
+        key
+        for command in COMMANDS
+        if re.match(r"tune run|python -m torchtune_kd.demo", command)
+        for key in re.findall(r" (\w+)(?:\.\w+)*=", command)
+    }
+    assert {"devices", "max_minutes", "data_dir", "optimizer"} <= overrides
+    assert overrides <= known
+
+
+@pytest.mark.slow
+def test_options_of_commands_are_there():
+    options = {}
+    for command in COMMANDS:
+        if match := re.match(r"python -m ((?:torchtune_kd|benchmarks)[\w.]*)", command):
+            options.setdefault(match[1], set()).update(re.findall(r" (--[\w-]+)", command))
+    assert {"--num-layers", "--strategy"} <= options["torchtune_kd.tools.prune"]
+    for module, names in options.items():
+        if names:
+            shown = subprocess.run(
+                [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+            )
+            assert shown.returncode == 0, shown.stderr
+            assert names <= set(re.findall(r"--[\w-]+", shown.stdout)), module
 
 
 def importable(name):

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from exports_environment import exports_python
 from omegaconf import OmegaConf
-from tiny import ROWS, make_config, read_log
+
+from helpers.exports_environment import exports_python
+from helpers.tiny import ROWS, make_config, read_log
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

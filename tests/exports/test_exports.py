@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from exports_environment import exports_python
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, make_config, run_in_process, write_tokenizer
 from torchtune import config
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
+from helpers.exports_environment import exports_python
+from helpers.tiny import VOCAB, make_config, run_in_process, write_tokenizer
 from torchtune_kd.checkpoints.export import full_state_dict
 from torchtune_kd.models.adapters import leave_biases_unscaled
 

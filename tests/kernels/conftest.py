@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import patch_language_once_a_launch
 
+from helpers.interpreter import patch_language_once_a_launch
 from torchtune_kd.kernels import DIVERGENCES, Objective, _api, _checks
 
 HERE = Path(__file__).parent

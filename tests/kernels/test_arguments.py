@@ -171,6 +171,7 @@ def test_the_signatures_are_as_promised():
             ("teacher_logits", empty),
             ("labels", None),
             *shared,
+            ("scale", 1.0),
             *last,
             ("group", None),
         ],

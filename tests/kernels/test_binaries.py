@@ -13,8 +13,9 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from checkout import CHECKOUT, benchmarks
 from packaging.version import Version
+
+from helpers.checkout import CHECKOUT, benchmarks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 OLD_TRITON = pytestmark.args[0] or Version(version("triton")) < Version("3.9")
@@ -248,8 +249,8 @@ print(json.dumps([unknown, compiled]))
     assert OLD_TRITON or (len(lanes) >= 5 and set(lanes) == {64})
 
 
-def test_no_difference_of_products_is_contracted():
-    """a·c - b·c as one multiply-add and a product is not 0 where a = b, and equal models are not where it is."""
+def test_equal_models_are_equal_in_compiled_code():
+    """No a·c - b·c as a multiply-add and a product, not 0 where a = b; no quick division, whose a/a is not 1."""
     code = """
 import re
 answer = {}
@@ -262,6 +263,7 @@ for name in sys.argv[1:]:
         fused = re.findall(r"fma\\.rn\\.f32\\s+%[rf]\\d+, (\\S+), \\S+, (%[rf]\\d+);", ptx)
         key = f"{name}: {binary.kernel}"
         answer[key] = sum(negated.get(addend) in factors and factors[negated[addend]] == c for c, addend in fused)
+        answer[key] += len(re.findall(r"div\\.(?:full|approx)", ptx))
         assert fused or "results" in key, key
 print(json.dumps(answer))
 """
@@ -269,6 +271,8 @@ print(json.dumps(answer))
         "forward_kl T=1 ce gradient",
         "forward_kl T=1 loss",
         "reverse_kl T=2 loss",
+        "jsd T=2 gradient",
+        "skew_forward_kl T=2 ce gradient",
         "tvd T=2 ce gradient all-metrics",
         "symmetric_kl T=2 ce gradient shards",
         "symmetric_kl T=2 ce loss shards",
@@ -299,6 +303,23 @@ print(json.dumps(answer))
     for binaries, narrowest, spilled in compiling(code):
         assert (binaries, narrowest) == (1, 128)
         assert spilled <= SPILLED
+
+
+def test_rows_with_gaps_compile():
+    code = """
+import torch
+from torchtune_kd.kernels import Objective
+from torchtune_kd.kernels._softmax import softmax_forward
+answer = []
+for vocab, dtype in ((50257, torch.float32), (7, torch.bfloat16)):
+    logits = torch.empty(3, 2 * vocab, dtype=dtype, device="meta")[:, ::2]
+    plan = binaries.Plan(Objective("forward_kl"), (), vocab, "mean", True, True)
+    with binaries.recorded() as found:
+        softmax_forward(logits, logits, torch.empty(3, dtype=torch.int64, device="meta"), plan, "triton")
+    answer += [binaries.compile_binary("gaps", binary, 90).spilled_bytes for binary in found]
+print(json.dumps(answer))
+"""
+    assert compiling(code) == [0, 0]
 
 
 def test_what_the_gpu_compares_to_the_bit_is_one_binary():

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from checkout import CHECKOUT
+
+from helpers.checkout import CHECKOUT
 
 # as if there were a GPU, of which collecting the tests needs nothing
 PRETEND = (

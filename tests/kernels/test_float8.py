@@ -5,12 +5,12 @@ Legend: N tokens, V vocabulary, D hidden width of the teacher.
 
 import math
 
-import oracle
 import pytest
 import torch
 from allocations import Memory
-from grid_checks import make_inputs
 
+from helpers import oracle
+from helpers.grid_checks import make_inputs
 from torchtune_kd.kernels import Float8Weight, _float8, _plan, float8_weight, linear_kd_loss, on_meta
 from torchtune_kd.kernels._operators import NAMESPACE
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_checks import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtune_kd.kernels as kernels
+from helpers.grid_checks import make_inputs
 from torchtune_kd.kernels import _checks, _linear, _plan, _scaling, _softmax, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._plan import is_capturing
 

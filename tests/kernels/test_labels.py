@@ -3,10 +3,10 @@
 Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
 """
 
-import oracle
 import pytest
 import torch
 
+from helpers import oracle
 from torchtune_kd.kernels import linear_kd_loss, softmax_kd_loss
 
 N, V, D = 6, 20, 4

@@ -1,12 +1,12 @@
 """linear_kd_loss against the fp64 formula."""
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import GRID, VALUES
-from grid_checks import check_hidden, logits, make_inputs
 
+from helpers import oracle
+from helpers.grid import GRID, VALUES
+from helpers.grid_checks import check_hidden, logits, make_inputs
 from torchtune_kd.kernels import METRICS, Objective, _checks, _linear, linear_kd_loss, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from grid_checks import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.grid_checks import make_inputs
 from torchtune_kd.kernels import linear_kd_loss
 from torchtune_kd.kernels._plan import chunk_size
 

@@ -1,10 +1,10 @@
 """The metrics against their definitions, and what asking for them costs."""
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers import oracle
 from torchtune_kd.kernels import METRICS, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._torch import block
 

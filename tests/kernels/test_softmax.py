@@ -1,12 +1,12 @@
 """softmax_kd_loss against the fp64 formula, in value and gradient."""
 
-import oracle
 import pytest
 import torch
-from grid import GRID, VALUES
-from grid_checks import check_logits, gradient, worst
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import oracle
+from helpers.grid import GRID, VALUES
+from helpers.grid_checks import check_logits, gradient, worst
 from torchtune_kd.kernels import Objective, _checks, _plan, _scaling, _softmax, softmax_kd_loss
 from torchtune_kd.kernels._torch import divergences
 

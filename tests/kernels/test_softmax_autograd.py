@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from grid_checks import gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.grid_checks import gradient
 from torchtune_kd.kernels import softmax_kd_loss
 
 BF16, F32 = torch.bfloat16, torch.float32

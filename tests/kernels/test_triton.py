@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid import GRID, VALUES
-from grid_checks import check_hidden, check_logits
 
+from helpers.grid import GRID, VALUES
+from helpers.grid_checks import check_hidden, check_logits
 from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective, softmax_kd_loss
 from torchtune_kd.kernels._plan import Plan
 
@@ -102,16 +102,37 @@ def test_ids_that_the_teacher_rules_out_in_one_of_several_blocks(divergence, rul
     assert grads[1].sum(-1).abs().max() < 1e-4
 
 
-def test_triton_3_2_and_3_3_compile_every_condition():
-    """They refuse ``A or B or C``, which later ones and the interpreter take."""
+def _device_functions():
+    """Yield the file and the tree of each function of the kernels."""
     package = inspect.getsourcefile(row_kernels).rpartition("/")[0]
-    conditions = 0
     for file in sorted(Path(package).glob("*.py")):
         for function in ast.walk(ast.parse(file.read_text())):
             decorators = map(ast.unparse, getattr(function, "decorator_list", ()))
             if any(text.startswith("triton.jit") for text in decorators):
-                found = [node for node in ast.walk(function) if isinstance(node, ast.BoolOp)]
-                conditions += len(found)
-                chained = [f"{file.name}:{node.lineno} {ast.unparse(node)}" for node in found if len(node.values) > 2]
-                assert not chained
+                yield file, function
+
+
+def test_triton_3_6_inlines_every_function():
+    """One that returns early, where a value of the run decides, it compiles apart, and fails at tensors in and out."""
+    early = []
+    for file, function in _device_functions():
+        for node in ast.walk(function):
+            returns = isinstance(node, ast.If) and any(
+                isinstance(inner, ast.Return) and inner.value is not None for inner in ast.walk(node)
+            )
+            constant = all(
+                name.id.isupper() for name in ast.walk(getattr(node, "test", node)) if isinstance(name, ast.Name)
+            )
+            if returns and not constant:
+                early.append(f"{file.name}:{node.lineno} {ast.unparse(node.test)}")
+    assert not early
+
+
+def test_triton_3_2_and_3_3_compile_every_condition():
+    """They refuse ``A or B or C``, which later ones and the interpreter take."""
+    conditions = 0
+    for file, function in _device_functions():
+        found = [node for node in ast.walk(function) if isinstance(node, ast.BoolOp)]
+        conditions += len(found)
+        assert not [f"{file.name}:{node.lineno} {ast.unparse(node)}" for node in found if len(node.values) > 2]
     assert conditions > 10

@@ -168,7 +168,7 @@ def refused(sentence, *tensors, **settings):
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
-    from interpreter import patch_language_once_a_launch
+    from helpers.interpreter import patch_language_once_a_launch
 
     patch_language_once_a_launch()
     main(Path(sys.argv[1]), [int(size) for size in sys.argv[2].split(",")])

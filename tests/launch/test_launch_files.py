@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from tiny import ROWS, make_config
 
 import torchtune_kd
+from helpers.tiny import ROWS, make_config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.launch.__main__ import main
 
@@ -91,6 +91,7 @@ def test_a_job_whose_time_is_up_writes_a_checkpoint_and_is_requeued(tmp_path):
     assert (tmp_path / "slurm" / "requeued").read_text() == str(os.getpid())
 
 
+@pytest.mark.heavy
 def test_a_job_that_fails_is_tried_again_and_then_ends_with_its_code(tmp_path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "tune").write_text("#!/bin/bash\nexit 7\n")

@@ -25,12 +25,14 @@ def output(command, given, cwd=ROOT):
     return done.stdout.split()
 
 
+@pytest.mark.heavy
 @USERS
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make(given, policy):
     assert output(["make", "--no-print-directory", "--eval", f"shown: ; @echo $${NAME}", "shown"], given) == [policy]
 
 
+@pytest.mark.heavy
 @USERS
 def test_demo_started_by_hand(given, policy):
     """It is set before PyTorch is loaded, which reads it then; `--steps 0` ends the demo before it loads it."""
@@ -43,12 +45,14 @@ def test_demo_started_by_hand(given, policy):
     assert output([sys.executable, "-c", code], given) == [policy, "False"]
 
 
+@pytest.mark.heavy
 @USERS
 def test_benchmarks(given, policy):
     code = f"import os, sys, benchmarks; print(os.environ['{NAME}'], 'torch' in sys.modules)"
     assert output([sys.executable, "-c", code], given) == [policy, "False"]
 
 
+@pytest.mark.heavy
 @USERS
 def test_slurm_script(given, policy):
     exports = re.findall(rf"^export {NAME}=.*$", (LAUNCH / "kd_multinode.slurm").read_text(), re.MULTILINE)

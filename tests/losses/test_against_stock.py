@@ -2,11 +2,11 @@
 
 import inspect
 
-import oracle
 import pytest
 import torch
 from torchtune.modules import loss as stock
 
+from helpers import oracle
 from torchtune_kd import losses
 
 PAIRS = ["ForwardKL", "ReverseKL", "SymmetricKL"]

@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import oracle
 import pytest
 import torch
 
+from helpers import oracle
 from torchtune_kd import losses
 from torchtune_kd.kernels import DIVERGENCES, linear_kd_loss, softmax_kd_loss
 

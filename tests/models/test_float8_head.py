@@ -3,9 +3,9 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import TEACHER, VOCAB, model_section
 from torchtune import config
 
+from helpers.tiny import TEACHER, VOCAB, model_section
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError

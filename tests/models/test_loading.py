@@ -1,8 +1,9 @@
 """What the processes of a node learn from the one that reads."""
 
 import pytest
-from forked import ForkedRun
-from tiny import make_config
+
+from helpers.forked import ForkedRun
+from helpers.tiny import make_config
 
 
 @pytest.mark.slow

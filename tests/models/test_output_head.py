@@ -3,11 +3,11 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import LORA, STUDENT, VOCAB, model_section
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 from torchtune import config
 from torchtune.modules.peft.lora import QATLoRALinear
 
+from helpers.tiny import LORA, STUDENT, VOCAB, model_section
 from torchtune_kd.models.output_head import output_head, skip_output_head
 
 

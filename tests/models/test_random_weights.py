@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import STUDENT, make_config, model_section, read_log, run_in_process, run_tune, write_rows, write_tokenizer
 from torchtune import config
 from torchtune.modules.peft import LoRALinear
 
+from helpers.tiny import (
+    STUDENT,
+    make_config,
+    model_section,
+    read_log,
+    run_in_process,
+    run_tune,
+    write_rows,
+    write_tokenizer,
+)
 from torchtune_kd.models.random_weights import NoInitialValues, RandomWeights
 from torchtune_kd.plan import Layout, build_models, plan_memory
 from torchtune_kd.training import UserError, read_config

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from assets import reference_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from torchtune.data import Message
 from torchtune.datasets import alpaca_dataset, chat_dataset, text_completion_dataset
 
+from helpers.assets import reference_text
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
 from torchtune_kd.models.smollm2.tokenizer import DEFAULT_SYSTEM_PROMPT
 

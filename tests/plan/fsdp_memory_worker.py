@@ -7,8 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measured import measured_step, sized_config, weight_bytes
-
+from helpers.measured import measured_step, sized_config, weight_bytes
 from torchtune_kd.plan import Layout, build_models, plan_memory
 from torchtune_kd.recipes.kd import KDRecipe
 from torchtune_kd.training import leave_process_group, read_config

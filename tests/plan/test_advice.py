@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measured import measured_step, sized_config
-from tiny import make_config
 from torchtune.models.llama3_2 import llama3_2
 
+from helpers.measured import measured_step, sized_config
+from helpers.tiny import make_config
 from torchtune_kd.plan import Layout
 from torchtune_kd.plan.advice import Case, Shape, advice, changes
 from torchtune_kd.recipes.kd import KDRecipe
@@ -19,6 +19,7 @@ def case_of(cfg, *, validation=False, layout=None):
     return Case(config, layout or Layout(), Shape(config.settings.batch_size, 128, validation=validation))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("key", "overrides"),

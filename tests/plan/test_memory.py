@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from measured import SIZES, allocated, measured_step, sized_config, weight_bytes
 from omegaconf import OmegaConf
-from tiny import make_config
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.modules import loss as stock_losses
 
+from helpers.checkout import benchmarks
+from helpers.measured import SIZES, allocated, measured_step, sized_config, weight_bytes
+from helpers.tiny import make_config
 from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
 from torchtune_kd.plan.meta_models import as_run
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
-from torchtune_kd.plan.stock import dry_stock_step
 from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.recipes.kd import KDRecipe
 from torchtune_kd.training import read_config
 
+stock_step = benchmarks("_stock_step")
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 
@@ -45,6 +46,7 @@ def check(tmp_path, size, kind, **overrides):
     assert sum(planned.at_peak.values()) == planned.total == max(planned.phases.values())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [
@@ -110,12 +112,13 @@ def test_plan_is_what_the_true_8b_to_1b_takes_on_a_gpu(tmp_path, kind):
     assert planned.total == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
     """Its loss step, on the CPU: torchtune's models and losses in the order of its recipe."""
     cfg = sized_config(tmp_path, 12, kind, gradient_accumulation_steps=1, batch_size=2)
     config = read_config(cfg, distributed=False)
-    planned = plan_memory(config, build_models(config), Layout(), 128, run=dry_stock_step)[1]
+    planned = plan_memory(config, build_models(config), Layout(), 128, run=stock_step.dry_stock_step)[1]
     recipe = KDRecipe(cfg)
     recipe.setup()
     student, teacher = recipe._run.student.decoder, recipe._run.teacher.decoder

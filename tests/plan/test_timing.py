@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from measured import SIZES, sized_config
 from torch import nn
 
+from helpers.checkout import benchmarks
+from helpers.measured import SIZES, sized_config
 from torchtune_kd.plan import Layout, build_models
 from torchtune_kd.plan.communication import Communication, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
 from torchtune_kd.plan.meta_models import as_run
 from torchtune_kd.plan.optimizer_cost import OptimizerCost
-from torchtune_kd.plan.stock import dry_stock_step
 from torchtune_kd.plan.timing import (
     ACHIEVED_BANDWIDTH,
     ACHIEVED_FLOPS,
@@ -26,6 +26,7 @@ from torchtune_kd.plan.timing import SECONDS_PER_OPERATION as LEAST
 from torchtune_kd.plan.tracker import Operation
 from torchtune_kd.training import read_config
 
+stock_step = benchmarks("_stock_step")
 NOTHING = Communication(0, 0, 0, 0, 0)
 DEVICE = Device("test", 0, {"bf16": 100.0, "fp32": 10.0}, 1000.0, 100.0, "")
 B, S = 4, 128
@@ -65,7 +66,7 @@ def test_flops_are_those_of_the_formulas(built):
     twice = flops_by_phase(dry_step(config, models, B, S).operations, microbatches=2)
     assert twice == {phase: 2 * count for phase, count in flops.items()}
 
-    stock = flops_by_phase(dry_stock_step(config, models, B, S).operations, microbatches=1)
+    stock = flops_by_phase(stock_step.dry_stock_step(config, models, B, S).operations, microbatches=1)
     assert stock["teacher"] == flops["teacher"] + head and stock["student"] == flops["student"] + head
     assert sum(stock.values()) == sum(flops.values())
 
@@ -91,7 +92,7 @@ def test_what_travels(built):
     assert found.heads == rest * 3 // 4  # once per step
     assert found.gradients == student * 3 // 4  # once per step
     assert found.replicas == 2 * (student // 4) // 2
-    stock = communication(models, settings, Layout(4, 1, True), stock=True)
+    stock = stock_step.stock_communication(models, settings, Layout(4, 1, True))
     assert stock.gradients == 2 * found.gradients and stock.heads == 2 * found.heads and stock.replicas == 0
     assert communication(models, settings, Layout()).total == 0
 

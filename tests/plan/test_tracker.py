@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from measured import allocated
 from torch import nn
 from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
 
+from helpers.measured import allocated
 from torchtune_kd.plan.tracker import Tracker, tensor_bytes
 
 

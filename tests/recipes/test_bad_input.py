@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import (
+from torchtune import config, training
+
+from helpers.tiny import (
     STUDENT,
     TEACHER,
     make_config,
@@ -17,8 +19,6 @@ from tiny import (
     run_tune,
     write_rows,
 )
-from torchtune import config, training
-
 from torchtune_kd.models.build import check_sharded_layers
 from torchtune_kd.recipes.kd import KDRecipe
 from torchtune_kd.training import RunError, UserError, read_config
@@ -225,7 +225,7 @@ def test_every_stock_config_moves_over_by_the_three_lines_of_the_readme():
 
 def test_empty_dataset(tmp_path):
     cfg = make_config(tmp_path)
-    cfg.dataset = {"_component_": "tiny.empty_dataset"}
+    cfg.dataset = {"_component_": "helpers.tiny.empty_dataset"}
     message = refuse(cfg)
     assert "`dataset`" in message and "empty" in message
     cfg = make_config(tmp_path)

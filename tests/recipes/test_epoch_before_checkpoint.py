@@ -1,10 +1,10 @@
 """Epochs that end before the first checkpoint is due."""
 
 import pytest
-from forked import ForkedRun
-from resumable import assert_same_run, resumable_config
-from tiny import run_in_process
 
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, resumable_config
+from helpers.tiny import run_in_process
 from torchtune_kd.checkpoints.folders import step_folders
 
 

@@ -11,14 +11,14 @@ import time
 
 import pytest
 import torch
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import assert_same_run, resumable_config, weights_of
 from safetensors.torch import load_file, save_file
-from tiny import make_config, read_log, run_in_process
 from torchtune.modules import TransformerDecoder
 
 import torchtune_kd.models.student as models_module
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, resumable_config, weights_of
+from helpers.tiny import make_config, read_log, run_in_process
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.storage.manifest import Manifest
 from torchtune_kd.teachers.live import LiveTeacher
@@ -267,7 +267,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(tmp_path,
 def test_a_signal_within_a_step_waits_for_the_microbatch_only(tmp_path, size, more):
     """The step is given up and done anew: its dropout, its data, which are random here, and the reduced gradients."""
     split = {"batch_size": 1, "gradient_accumulation_steps": 4 // size, "save_every_n_steps": None}
-    split |= {"dataset___component_": "tiny.noisy_dataset", **more}
+    split |= {"dataset___component_": "helpers.tiny.noisy_dataset", **more}
     cfg = resumable_config(tmp_path, "lora", output_dir=str(tmp_path / "stopped"), **split)
     run = ForkedRun(cfg, size, hold=("microbatch", 2 * 4 // size + 1))  # the first of step 3
     assert run.wait_for("microbatch", 2 * 4 // size + 1)

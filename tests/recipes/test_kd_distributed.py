@@ -1,9 +1,10 @@
 """The same tokens on any number of processes: real processes, gloo."""
 
 import pytest
-from forked import ForkedRun
 from safetensors.torch import load_file
-from tiny import ROWS, make_config, read_log, run_in_process, run_tune
+
+from helpers.forked import ForkedRun
+from helpers.tiny import ROWS, make_config, read_log, run_in_process, run_tune
 
 RECIPE = "torchtune_kd/kd_distributed"
 NAMES = ("loss", "class_loss", "kd_loss", "kl", "grad_norm", "top1_agreement", "acceptance_rate", "lr")

@@ -8,7 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tiny import (
+from torchtune import config, training
+from torchtune.models.convert_weights import hf_to_tune
+
+from helpers.tiny import (
     LORA,
     ROWS,
     STUDENT,
@@ -22,9 +25,6 @@ from tiny import (
     write_checkpoint,
     write_rows,
 )
-from torchtune import config, training
-from torchtune.models.convert_weights import hf_to_tune
-
 from torchtune_kd.teachers.base import NoTeacher
 
 

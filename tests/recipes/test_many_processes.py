@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkout import benchmarks
 
 import torchtune_kd
+from helpers.checkout import benchmarks
 
 topologies = benchmarks("topologies")
 

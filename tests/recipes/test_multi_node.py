@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkout import benchmarks
-from forked import ForkedRun
 from omegaconf import DictConfig, OmegaConf
-from resumable import resumable_config, weights_of
 from safetensors.torch import load_file
-from tiny import ROWS, make_config, read_log
 
+from helpers.checkout import benchmarks
+from helpers.forked import ForkedRun
+from helpers.resumable import resumable_config, weights_of
+from helpers.tiny import ROWS, make_config, read_log
 from torchtune_kd.checkpoints.folders import step_folders
 
 agents = benchmarks("_agents")

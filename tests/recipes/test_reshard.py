@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import resumable_config, weights_of
-from tiny import read_log
 
+from helpers.forked import ForkedRun
+from helpers.resumable import resumable_config, weights_of
+from helpers.tiny import read_log
 from torchtune_kd.checkpoints.folders import step_folders
 
 

@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 import torch
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import assert_same_run, log_of, weights_of
-from resumable import resumable_config as config
-from tiny import (
+
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, log_of, weights_of
+from helpers.resumable import resumable_config as config
+from helpers.tiny import (
     ROWS,
     TEACHER,
     model_section,
@@ -21,7 +22,6 @@ from tiny import (
     write_checkpoint,
     write_rows,
 )
-
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.storage.manifest import Manifest
 from torchtune_kd.training import UserError

@@ -8,12 +8,12 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import assert_same_run, resumable_config
-from tiny import run_in_process
 
 import torchtune_kd.checkpoints.writer as snapshots
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, resumable_config
+from helpers.tiny import run_in_process
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.checkpoints.writer import SnapshotWriter
 from torchtune_kd.distributed.world import World
@@ -34,8 +34,8 @@ class Meeting:
     def __init__(self):
         self.barrier, self.values = threading.Barrier(2, timeout=20), [None, None]
 
-    def gather(self, writer, value):
-        self.values[writer._world.rank] = value
+    def gather(self, world, value):
+        self.values[world.rank] = value
         self.barrier.wait()
         values = list(self.values)
         self.barrier.wait()
@@ -45,7 +45,8 @@ class Meeting:
 def save_on_two(monkeypatch, outputs, steps):
     """Return whether each rank's saves succeed, and what is said; each writes one file into its ``outputs``."""
     meeting, said, good = Meeting(), [], [[], []]
-    monkeypatch.setattr(SnapshotWriter, "_gather", lambda writer, value: meeting.gather(writer, value))
+    monkeypatch.setattr(World, "gather", lambda world, value: meeting.gather(world, value))
+    monkeypatch.setattr(World, "barrier", lambda world: meeting.gather(world, None))
 
     def write_own(state, storage_writer, **_):
         folder = storage_writer.path

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import ROWS, make_config, read_log, run_in_process, run_tune
 from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss as StockForwardKL
 
+from helpers.tiny import ROWS, make_config, read_log, run_in_process, run_tune
 from torchtune_kd import losses
 
 STOCK = "knowledge_distillation_single_device"

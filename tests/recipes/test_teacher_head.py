@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import assert_same_run, resumable_config
 from safetensors.torch import load_file, save_file
-from tiny import TEACHER, make_config, model_section, read_log, run_in_process, write_checkpoint
 
+from helpers.forked import ForkedRun
+from helpers.resumable import assert_same_run, resumable_config
+from helpers.tiny import TEACHER, make_config, model_section, read_log, run_in_process, write_checkpoint
 from torchtune_kd.recipes.kd import KDRecipe
 from torchtune_kd.training import UserError
 

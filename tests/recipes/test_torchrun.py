@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import log_of, resumable_config, weights_of
-from tiny import make_config, run_tune
 
+from helpers.forked import ForkedRun
+from helpers.resumable import log_of, resumable_config, weights_of
+from helpers.tiny import make_config, run_tune
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.checkpoints.writer import check_whole
 from torchtune_kd.distributed.world import World

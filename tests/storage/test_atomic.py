@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_kd.storage import atomic as _folders
 from torchtune_kd.storage.atomic import complete_folder
 
 
@@ -101,11 +100,11 @@ def test_interruption_keeps_the_old_folder_or_has_the_new_one(
         is_new = target == old and path.name == "new"
         if (step == "before the old one moves" and is_old) or (step == "before the new one moves" and is_new):
             raise KeyboardInterrupt
-        path.rename(target)
+        os.rename(path, target)
         if step == "after both have moved" and is_new:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_folders.os, "replace", interrupted)
+    monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _write(old, source)
     assert (old / "config.json").read_text() == ("new" if step == "after both have moved" else "old")
@@ -118,9 +117,9 @@ def test_old_folder_survives_where_it_cannot_be_moved_back(
     def failing(path: Path, target: Path) -> None:
         if path != old:
             raise PermissionError("not allowed")
-        path.rename(target)
+        os.rename(path, target)
 
-    monkeypatch.setattr(_folders.os, "replace", failing)
+    monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(PermissionError):
         _write(old, source)
     assert [path.read_text() for path in tmp_path.glob(".old.*/old/config.json")] == ["old"]

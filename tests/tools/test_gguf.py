@@ -379,6 +379,7 @@ def test_command_line_mistakes(tmp_path: Path, capsys, monkeypatch: pytest.Monke
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.heavy
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torchtune_kd.tools.gguf", "no.gguf", "hf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tiny import TEACHER, VOCAB, model_section, write_checkpoint
 from torch import nn
 from torchtune import config
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
+from helpers.tiny import TEACHER, VOCAB, model_section, write_checkpoint
 from torchtune_kd.models.smollm2 import smollm2_tokenizer
 from torchtune_kd.tools import layer_influence, prune, prune_checkpoint, removal_influence, select_layers, text_batches
 from torchtune_kd.tools.prune import main

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from assets import reference_text
 from torchtune.training import FullModelHFCheckpointer
 
+from helpers.assets import reference_text
 from torchtune_kd.models.smollm2 import smollm2_135m, smollm2_tokenizer
 from torchtune_kd.tools import fetch_smollm2
 from torchtune_kd.tools import smollm2 as assets

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from steps import accumulate
-from tiny import STUDENT, TEACHER, VOCAB, model_section
 from torch.nn.functional import cross_entropy, log_softmax
 from torchtune import config
 
+from helpers.steps import accumulate
+from helpers.tiny import STUDENT, TEACHER, VOCAB, model_section
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.distributed.world import World
 from torchtune_kd.losses import ForwardKLLoss, JSDLoss, ReverseKLLoss

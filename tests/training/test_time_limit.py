@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
-from forked import ForkedRun
 from omegaconf import OmegaConf
-from resumable import resumable_config
-from tiny import dataset_section, make_config, read_log, run_in_process
 
+from helpers.forked import ForkedRun
+from helpers.resumable import resumable_config
+from helpers.tiny import dataset_section, make_config, read_log, run_in_process
 from torchtune_kd.errors import UserError
 from torchtune_kd.training.time_limit import LEAST_STEPS, TimeLimit
 
@@ -97,6 +97,7 @@ def slow_steps(clock):
     return {"step": pass_time(10), "validation": pass_time(3)}
 
 
+@pytest.mark.heavy
 def test_the_run_ends_with_validation_export_and_the_schedules_end(tmp_path, slow_steps, capsys):
     cfg = make_config(tmp_path, epochs=5, lr_scheduler=COSINE, max_minutes=1.75)  # 6 steps an epoch, 10 in the time
     cfg.dataset_val = dataset_section(tmp_path / "rows.jsonl")
@@ -113,6 +114,7 @@ def test_the_run_ends_with_validation_export_and_the_schedules_end(tmp_path, slo
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.heavy
 def test_a_run_shorter_than_its_minutes_is_as_without_them(tmp_path, slow_steps):
     logs = []
     for name, minutes in (("without", None), ("with", 60)):
@@ -125,6 +127,7 @@ def test_a_run_shorter_than_its_minutes_is_as_without_them(tmp_path, slow_steps)
         assert with_minutes == pytest.approx(without)
 
 
+@pytest.mark.heavy
 def test_two_processes_end_after_the_same_step(tmp_path):
     """By the real clock: each rank has its own, and rank 0's decides."""
     cfg = make_config(tmp_path, epochs=400, lr_scheduler=COSINE, max_minutes=0.06)
@@ -137,6 +140,7 @@ def test_two_processes_end_after_the_same_step(tmp_path):
     assert (Path(cfg.output_dir) / "epoch_399").is_dir()
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_has_what_is_left_of_its_minutes(tmp_path, slow_steps, clock, capsys):
     cfg = resumable_config(tmp_path, max_minutes=1.75)  # validates after 4 and 8 of 12 steps, saves each 2nd
 

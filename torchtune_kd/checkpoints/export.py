@@ -19,7 +19,7 @@ from torchtune_kd.checkpoints.folders import output_folder
 from torchtune_kd.checkpoints.peft_export import adapter_config, finish_export
 from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import RunError, one_line
+from torchtune_kd.errors import RunError, first_line
 from torchtune_kd.models.adapters import without_checkpoint_wrapper
 from torchtune_kd.models.loading import gather_weights
 from torchtune_kd.models.student import Student
@@ -72,7 +72,7 @@ def save_epoch(
                 finish_export(written, student.decoder, adapter, checkpointer, config.checkpointer, settings)
                 announce("rename")
         except _FAILURES as error:
-            problem = f"({one_line(error).rstrip('.')}): make room there, "
+            problem = f"({first_line(error)}): make room there, "
             if folders.step_folders(folder.parent):
                 problem += "then go on from the last checkpoint with `resume_from_checkpoint: True`."
             else:

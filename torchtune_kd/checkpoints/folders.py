@@ -9,7 +9,7 @@ from pathlib import Path
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import UserError, one_line
+from torchtune_kd.errors import UserError, first_line
 from torchtune_kd.storage.atomic import OLD, REPLACED
 
 STEP = re.compile(r"step_(\d+)")
@@ -85,7 +85,7 @@ def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
         except OSError as error:
-            why = one_line(error)
+            why = first_line(error)
     name, why = world.gather((mark.name, why))[0]
     blind = [rank for rank, seen in enumerate(world.gather(os.path.isfile(folder / name))) if not seen]
     if why is not None:

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torchtune_kd
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.progress import Progress
 from torchtune_kd.distributed.world import SETUP_TIMEOUT, World
-from torchtune_kd.errors import UserError, one_line
+from torchtune_kd.errors import UserError, first_line
 from torchtune_kd.storage import atomic
 from torchtune_kd.storage.manifest import Damaged, Manifest, file_facts
 
@@ -62,15 +63,14 @@ class SnapshotWriter:
         say: Callable[[str], None],
         announce: Callable[[str], None],
     ) -> None:
+        if in_background and world.sharded:  # a group of its own, since the training thread uses the other meanwhile
+            world = replace(world, host_group=dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT))
         self._output, self._world, self._previous_run = output, world, previous_run
         self._say, self._announce = say, announce
         self._keep_last_n, self._is_better = keep_last_n, is_better
         self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._under_way: Future[bool] | None = None
         self._good = True  # the last checkpoint could be written
-        self._group = world.host_group
-        if in_background and world.sharded:  # its own, since the training thread uses the other one meanwhile
-            self._group = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
 
     def write(self, state: dict[str, Any], manifest: Manifest) -> None:
         """Write ``step_<n>``; one that cannot be written is given up with a sentence, and :meth:`finish` tells.
@@ -108,8 +108,8 @@ class SnapshotWriter:
         self._announce("save")
         folder = folders.step_folder(self._output, manifest.progress["global_step"])
         partial = atomic.partial(folder)
-        problem = self._first(problem) if self._pool is not None else problem
-        written = self._gather(self._write_shards(state, partial) if problem is None else (problem, {}))
+        problem = self._world.first(problem) if self._pool is not None else problem
+        written = self._world.gather(self._write_shards(state, partial) if problem is None else (problem, {}))
         problem = next((problem for problem, _ in written if problem is not None), None)
         if self._world.is_rank_zero and problem is None:
             manifest.files = {name: fact for _, facts in written for name, fact in facts.items()}
@@ -124,7 +124,7 @@ class SnapshotWriter:
                 problem = _cause(error)
             if problem is None:
                 self._rotate()
-        problem = self._first(problem)
+        problem = self._world.first(problem)
         if problem is None:
             return True
         if self._world.reads_files:  # each node's, since it may not be the same folder
@@ -134,7 +134,7 @@ class SnapshotWriter:
                 f"warning: the checkpoint {folder} could not be written ({problem}): the run goes on, and the "
                 "checkpoint before it stays the last."
             )
-        self._gather(None)  # nobody begins the next one before all have deleted this one
+        self._world.barrier()  # nobody begins the next one before all have deleted this one
         return False
 
     def _write_shards(self, state: dict[str, Any], partial: Path) -> tuple[str | None, dict[str, Any]]:
@@ -144,7 +144,7 @@ class SnapshotWriter:
                 dcp.save(
                     state,
                     storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
-                    **_members(self._group, self._world),
+                    **_members(self._world),
                 )
             return None, {path.name: file_facts(path) for path in partial.iterdir() if self._is_mine(path)}
         except _FAILURES as error:
@@ -175,17 +175,6 @@ class SnapshotWriter:
                 except OSError as error:
                     self._say(f"warning: the old checkpoint {folder} could not be deleted ({_cause(error)}).")
 
-    def _first(self, problem: str | None) -> str | None:
-        """Return, on all processes, the problem of the first one that has any."""
-        return next((problem for problem in self._gather(problem) if problem is not None), None)
-
-    def _gather(self, value: Any) -> list[Any]:
-        if not self._world.sharded:
-            return [value]
-        values = [None] * self._world.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
 
 def host_copy(tensor: Tensor) -> Tensor:
     """Copy a tensor of any type, layout and sharding to the CPU; nothing shares memory with ``tensor``.
@@ -214,7 +203,7 @@ def check_whole(folder: Path, world: World) -> Manifest:
         manifest.check_files(folder, sorted(manifest.files)[world.rank :: world.size])
     except (Damaged, OSError) as error:
         problem = str(error)
-    problem = next((problem for problem in world.gather(problem) if problem is not None), None)
+    problem = world.first(problem)
     if problem is not None:
         raise Damaged(problem)
     differences = Progress.differences(manifest.progress)
@@ -230,11 +219,7 @@ def check_whole(folder: Path, world: World) -> Manifest:
 def read_state(folder: Path, state: dict[str, Any], world: World) -> None:
     """Fill ``state``, laid out like what was written, in place; DTensors get their shards."""
     with _single_process_is_no_surprise():
-        dcp.load(
-            state,
-            storage_reader=dcp.FileSystemReader(folder),
-            **_members(world.host_group, world),
-        )
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), **_members(world))
 
 
 def pack(value: Any) -> Tensor:
@@ -276,10 +261,10 @@ def _missing_on_rank_zero(partial: Path, facts: list[dict[str, Any]]) -> str | N
     return None
 
 
-def _members(group: dist.ProcessGroup | None, world: World) -> dict[str, Any]:
+def _members(world: World) -> dict[str, Any]:
     """Tell torch who writes or reads together; without a process group it knows by itself (2.6 cannot be told)."""
     alone = dist.is_initialized() and not world.sharded
-    return {"process_group": group} | ({"no_dist": True} if alone else {})
+    return {"process_group": world.host_group} | ({"no_dist": True} if alone else {})
 
 
 @contextlib.contextmanager
@@ -296,4 +281,4 @@ def _cause(error: BaseException) -> str:
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return one_line(cause or error).rstrip(".")
+    return first_line(cause or error)

@@ -142,7 +142,7 @@ def read_settings(written: DictConfig, *, distributed: bool) -> Settings:
     values = {}
     for name, field in fields.items():
         if name in written and (distributed or name not in DISTRIBUTED_ONLY):
-            values[name] = _typed(name, written[name], field.type)
+            values[name] = typed(name, written[name], field.type)
         elif field.default is dataclasses.MISSING:
             raise UserError(f"Expected the key `{name}` in the config, but it is missing: add it.")
     settings = Settings(**values)
@@ -223,7 +223,7 @@ def _positive(value: float | str) -> bool:
         return False
 
 
-def _typed(name: str, value: Any, type_: Any) -> Any:
+def typed(name: str, value: Any, type_: Any) -> Any:
     """Return ``value`` if it is of the field's type (int counts as float); else raise an error that names the key."""
     if isinstance(value, ListConfig):
         value = OmegaConf.to_container(value)

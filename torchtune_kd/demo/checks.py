@@ -74,7 +74,7 @@ def _check_overrides(overrides: list[str], *, by_the_clock: bool) -> None:
 
     import torchtune_kd.training as kd
     from torchtune_kd.demo.train import read_config
-    from torchtune_kd.errors import one_line
+    from torchtune_kd.errors import first_line
     from torchtune_kd.training.optim import check_optimizer
 
     written = " ".join(overrides)
@@ -82,17 +82,14 @@ def _check_overrides(overrides: list[str], *, by_the_clock: bool) -> None:
         config = read_config([*overrides, "max_minutes=1"] if by_the_clock else overrides)
     except Exception as error:  # OmegaConf and YAML raise several kinds
         raise DemoError(
-            f"Expected key=value overrides in YAML, but {written} cannot be read "
-            f"({one_line(error).rstrip('.')}): correct them."
+            f"Expected key=value overrides in YAML, but {written} cannot be read ({first_line(error)}): correct them."
         ) from error
     try:
         read = kd.read_config(config, distributed=False)
         read.kd_loss.build()
         check_optimizer(read, torch.device("cpu"))
     except (kd.UserError, OmegaConfBaseException) as error:
-        raise DemoError(
-            f"The overrides {written} cannot be used ({one_line(error).rstrip('.')}): correct them."
-        ) from error
+        raise DemoError(f"The overrides {written} cannot be used ({first_line(error)}): correct them.") from error
     length = config.tokenizer.max_seq_len
     if not isinstance(length, int) or length < 2:
         raise DemoError(f"Expected tokenizer.max_seq_len of at least 2, but got {length!r}: change it.")

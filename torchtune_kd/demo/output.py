@@ -1,7 +1,6 @@
 """The demo's output folder, and how the demo ends early."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -13,43 +12,16 @@ class DemoError(Exception):
         self.exit_code = exit_code
 
 
-@dataclass(frozen=True)
 class OutputFolder:
     """Names of what the demo writes; nothing else in the folder is ever touched."""
 
-    path: Path
-
-    @property
-    def train_text(self) -> Path:
-        return self.path / "train.jsonl"
-
-    @property
-    def held_out_text(self) -> Path:
-        return self.path / "val.jsonl"
-
-    @property
-    def untrained(self) -> Path:
-        return self.path / "student-untrained"
-
-    @property
-    def trained(self) -> Path:
-        return self.run / "epoch_0"
-
-    @property
-    def run(self) -> Path:
-        return self.path / "run"
-
-    @property
-    def curves(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def _unfinished(self) -> Path:
-        return self.path / ".unfinished"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.train_text, self.held_out_text = path / "train.jsonl", path / "val.jsonl"
+        self.untrained, self.run = path / "student-untrained", path / "run"
+        self.trained = self.run / "epoch_0"
+        self.curves, self.results = path / "curves.png", path / "results.json"
+        self._unfinished = path / ".unfinished"
 
     def check(self, *, overwrite: bool) -> None:
         """See that the folder may be claimed; nothing is written.

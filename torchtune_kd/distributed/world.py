@@ -88,6 +88,10 @@ class World:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def first(self, value: Any) -> Any:
+        """Return, on all processes, the first process's ``value`` that is not None; None if there is none."""
+        return next((found for found in self.gather(value) if found is not None), None)
+
     def share_in_node(self, tensor: Tensor) -> Tensor:
         """Send the reader's ``tensor`` to the device of every process of its node.
 
@@ -131,28 +135,17 @@ def join_world(settings: Settings) -> World:
     """
     if not started_by_launcher() and "torchtune_kd/kd_distributed" not in sys.orig_argv:
         return World(device=_device(settings.device))
-    return join_process_group(
-        settings.device,
-        cpu_offload=settings.fsdp_cpu_offload,
-        replicate_dim=settings.data_parallel_replicate_dim,
-        shard_dim=settings.data_parallel_shard_dim,
-    )
+    return join_process_group(settings)
 
 
-def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim: int = 1, shard_dim: int = -1) -> World:
+def join_process_group(settings: Settings) -> World:
     """Join the process group that the launcher prepared: NCCL on CUDA, gloo on the CPU.
 
-    Args:
-        device (str): ``cuda`` or ``cpu``.
-        cpu_offload (bool): also open a gloo group for the tensors that FSDP keeps in host memory.
-        replicate_dim (int): number of copies of the weights (hybrid sharding); 1 shards them over all processes.
-        shard_dim (int): number of processes that share one copy; -1: as many as there are for each.
-
     Raises:
-        UserError: if a part of the launcher's environment is missing, there are fewer
-            devices than processes on this host, the processes do not divide as asked, or PyTorch is too old for FSDP2
-            on the CPU.
+        UserError: if a part of the launcher's environment is missing, there are fewer devices than processes on this
+            host, the processes do not divide as asked, or PyTorch is too old for FSDP2 on the CPU.
     """
+    device = settings.torch_device.type
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -162,20 +155,22 @@ def join_process_group(device: str, *, cpu_offload: bool = False, replicate_dim:
             "or use torchtune_kd/kd_single_device."
         )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.device(device).type == "cuda" and local_size > torch.cuda.device_count():
+    if device == "cuda" and local_size > torch.cuda.device_count():
         raise UserError(
             f"Expected one CUDA device per process, but --nproc_per_node is {local_size} and this host has "
             f"{torch.cuda.device_count()}: lower --nproc_per_node or set `device: cpu`."
         )
+    replicate_dim, shard_dim = settings.data_parallel_replicate_dim, settings.data_parallel_shard_dim
     shape = mesh_shape(int(os.environ["WORLD_SIZE"]), replicate_dim, shard_dim)
-    if torch.device(device).type == "cpu" and torch.__version__ < "2.7":
+    if device == "cpu" and torch.__version__ < "2.7":
         raise UserError(
             f"Expected PyTorch 2.7 or later for kd_distributed with `device: cpu`, where FSDP2 of {torch.__version__} "
             "fails: install a later one, set `device: cuda` or use torchtune_kd/kd_single_device."
         )
-    here = _device(device)
+    here = _device(settings.device)
     if not dist.is_initialized():
-        backend = training.get_distributed_backend(here.type, offload_ops_to_cpu=cpu_offload)
+        # with offloading gloo as well, for the tensors that FSDP keeps in host memory
+        backend = training.get_distributed_backend(device, offload_ops_to_cpu=settings.fsdp_cpu_offload)
         dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
     names = ("dp_replicate", "dp_shard")[-len(shape) :]
     host_group, step_group = (dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT) for _ in range(2))
@@ -212,7 +207,12 @@ def describe_layout(nodes: Sequence[str], shards: int) -> str:
 
 
 def mesh_shape(size: int, replicate_dim: int, shard_dim: int) -> tuple[int, ...]:
-    """Return ``(shards,)``, or ``(replicas, shards)`` for hybrid sharding; arguments as :func:`join_process_group`.
+    """Return ``(shards,)``, or ``(replicas, shards)`` for hybrid sharding.
+
+    Args:
+        size (int): number of processes.
+        replicate_dim (int): number of copies of the weights; 1 shards them over all processes.
+        shard_dim (int): number of processes that share one copy; -1: as many as there are for each.
 
     Raises:
         UserError: if ``size`` processes do not divide as asked.

@@ -22,7 +22,7 @@ from torchtune_kd.errors import UserError, loading, nearest, one_line
 from torchtune_kd.kernels import shared_vocab
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.adapters import initial_adapters, leave_biases_unscaled
-from torchtune_kd.models.loading import check_weights, load_sharded, load_whole
+from torchtune_kd.models.loading import check_weights, load
 from torchtune_kd.models.nf4 import check_nf4_shapes
 from torchtune_kd.models.output_head import output_head
 from torchtune_kd.models.random_weights import NoInitialValues, RandomWeights
@@ -147,9 +147,7 @@ def build_student(
         if world.sharded:
             shard(student, settings, world, extra_layers=settings.custom_sharded_layers)
             student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
-            load_sharded(decoder, weights, adapter_weights, settings, world)
-        else:
-            load_whole(decoder, weights, adapter_weights)
+        load(decoder, weights, adapter_weights, settings, world)
     student.offload_activations = training.get_act_offloading_ctx_manager(
         decoder, settings.enable_activation_offloading
     )

@@ -47,12 +47,10 @@ def load_weights(section: Section | None, world: World | None = None) -> tuple[A
         except UserError as unreadable:
             error = str(unreadable)
     layout = {key: (weight.shape, weight.dtype) for key, weight in weights.items()} if world.is_rank_zero else {}
-    everywhere = world.gather((error, layout))
-    error = next((error for error, _ in everywhere if error is not None), None)
+    error, layout = world.first(error), world.gather(layout)[0]
     if error is not None:
         raise UserError(error)
     if not world.reads_files:
-        layout = everywhere[0][1]
         weights = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in layout.items()}
     return checkpointer, weights
 
@@ -87,27 +85,24 @@ def check_weights(decoder: TransformerDecoder, weights: Mapping[str, Tensor], na
             )
 
 
-def load_whole(
-    decoder: TransformerDecoder, weights: Mapping[str, Tensor], adapter_weights: Mapping[str, Tensor]
-) -> None:
-    """Write the weights into a decoder that is not sharded; names and shapes were compared before."""
-    if isinstance(weights, RandomWeights):
-        weights.write_all(decoder)
-        weights = {}
-    decoder.load_state_dict({**weights, **adapter_weights}, strict=False)
-
-
-def load_sharded(
+def load(
     decoder: TransformerDecoder,
     weights: Mapping[str, Tensor],
     adapter_weights: Mapping[str, Tensor],
     settings: Settings,
     world: World,
 ) -> None:
-    """Give a sharded decoder on the meta device its weights, tensor by tensor; names and shapes were compared before.
+    """Give a decoder its weights, a sharded one, which is on the meta device, tensor by tensor.
 
-    Only the values that a node's reader holds in ``weights`` and ``adapter_weights`` count.
+    Names and shapes were compared before. Only the values that a node's reader holds in ``weights`` and
+    ``adapter_weights`` count.
     """
+    if not world.sharded:
+        if isinstance(weights, RandomWeights):
+            weights.write_all(decoder)
+            weights = {}
+        decoder.load_state_dict({**weights, **adapter_weights}, strict=False)
+        return
     state = {}
     for name, target in decoder.state_dict().items():
         whole = torch.empty(target.shape, dtype=target.dtype, device="meta")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchtune.modules.peft import get_adapter_params
 
+from torchtune_kd.models.adapters import without_checkpoint_wrapper
+
 STANDARD_DEVIATION = 0.02  # that of Llama's and Qwen's own initialisation
 # Normal values are drawn once and read round and round: 8 billion draws would take a minute, copies take seconds. The
 # length is prime, so no two rows of a matrix are equal.
@@ -35,7 +37,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
     def __init__(self, decoder: nn.Module, section: str, dtype: torch.dtype, seed: int) -> None:
         adapters = get_adapter_params(decoder)
-        names = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in decoder.named_parameters()}
+        names = {without_checkpoint_wrapper(name): p for name, p in decoder.named_parameters()}
         self._shapes = {name: p.shape for name, p in names.items() if name not in adapters}
         self._key = f"{seed}/{section}"
         self._dtype = dtype
@@ -70,7 +72,7 @@ class RandomWeights(Mapping[str, Tensor]):
     def write_all(self, decoder: nn.Module) -> None:
         """Fill every parameter of ``decoder``, which is not sharded, in place; NF4 weights are quantised."""
         for name, parameter in decoder.named_parameters():
-            name = name.replace("_checkpoint_wrapped_module.", "")
+            name = without_checkpoint_wrapper(name)
             if name not in self._shapes:
                 continue
             if type(parameter.data) is Tensor:

@@ -1,8 +1,8 @@
 """What a run will need, from its config alone: ``tune run torchtune_kd/plan``.
 
 Models are built on the meta device and one microbatch of the real step runs there, so the figures follow the code:
-:mod:`.dry_run` (the step), :mod:`.stock` (torchtune's), :mod:`.memory`, :mod:`.communication` (FSDP2's buffers and
-traffic), :mod:`.timing` (a roofline over :mod:`.devices`), :mod:`.planner` (all of it), :mod:`.report` (text and JSON).
+:mod:`.dry_run` (the step), :mod:`.memory`, :mod:`.communication` (FSDP2's buffers and traffic), :mod:`.timing` (a
+roofline over :mod:`.devices`), :mod:`.planner` (all of it), :mod:`.report` (text and JSON).
 """
 
 from torchtune_kd.plan.advice import out_of_memory_explained

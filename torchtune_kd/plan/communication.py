@@ -105,14 +105,13 @@ class Communication:
         return self.teacher_layers + self.student_layers + self.heads + self.gradients + self.replicas
 
 
-def communication(models: Models, settings: Settings, layout: Layout, *, stock: bool = False) -> Communication:
+def communication(models: Models, settings: Settings, layout: Layout) -> Communication:
     """Count what travels in one step.
 
     Args:
         models (Models): of the run.
         settings (Settings): its plain values.
         layout (Layout): its processes.
-        stock (bool): as in torchtune's recipe, which reduces gradients and gathers the heads in every microbatch.
     """
     ring = (layout.shards - 1) / layout.shards
     across = 2 * (layout.replicas - 1) / layout.replicas / layout.shards  # an all-reduce of each process's share
@@ -121,11 +120,10 @@ def communication(models: Models, settings: Settings, layout: Layout, *, stock: 
     gradients = parameter_groups(models.student, settings, lambda p: p.requires_grad).all
     teacher = Groups([], 0) if models.teacher is None else parameter_groups(models.teacher, settings)
     reshards = settings.fsdp_reshard_after_forward
-    often = steps if stock else 1
     return Communication(
-        teacher_layers=round(ring * sum(teacher.layers) * (steps if reshards else often)),
-        student_layers=round(ring * sum(student.layers) * (2 * steps if reshards else often)),
-        heads=round(ring * (student.rest + teacher.rest) * often),
-        gradients=round(ring * gradients * often),
-        replicas=round(across * gradients * often),
+        teacher_layers=round(ring * sum(teacher.layers) * (steps if reshards else 1)),
+        student_layers=round(ring * sum(student.layers) * (2 * steps if reshards else 1)),
+        heads=round(ring * (student.rest + teacher.rest)),
+        gradients=round(ring * gradients),
+        replicas=round(across * gradients),
     )

@@ -30,7 +30,6 @@ from torchtune_kd.teachers.base import NoTeacher, Teacher
 from torchtune_kd.teachers.live import LiveTeacher
 from torchtune_kd.training.step import gradient_scale
 
-PHASES = ("teacher", "student", "loss", "backward")
 WEIGHTS = ("teacher weights", "student weights")
 
 

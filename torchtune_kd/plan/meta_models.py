@@ -16,7 +16,6 @@ from torchtune_kd.distributed.world import World
 from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.float8_head import replace_head
-from torchtune_kd.models.output_head import output_head
 from torchtune_kd.plan.tracker import tensor_bytes
 
 
@@ -112,11 +111,6 @@ def weight_bytes(model: nn.Module) -> int:
 def table_bytes(model: nn.Module) -> int:
     """Rotary tables, each once: buffers that every process holds whole."""
     return sum(map(tensor_bytes, {id(buffer): buffer for buffer in model.buffers()}.values()))
-
-
-def heads(models: Models) -> list[Tensor]:
-    """Return the heads' weights [V, D] of student and, where there is one, teacher."""
-    return [output_head(model)[0] for model in (models.student, models.teacher) if model is not None]
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

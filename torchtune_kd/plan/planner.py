@@ -1,6 +1,6 @@
 """A run's plan: parameters, memory, FLOPs, communication, largest batch and step time, from its config alone."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchtune_kd.config.checks import check_tokenizer, missing_tokenizer_files
@@ -10,67 +10,49 @@ from torchtune_kd.errors import UserError
 from torchtune_kd.models.build import check_vocabularies
 from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
-from torchtune_kd.plan.dry_run import DryStep, dry_step
+from torchtune_kd.plan.dry_run import dry_step
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
 from torchtune_kd.plan.meta_models import Models, Parameters, as_run, build_models, count_parameters
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.request import SEQUENCE, Request
-from torchtune_kd.plan.stock import dry_stock_step, why_stock_cannot
 from torchtune_kd.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
 
 
 @dataclass(frozen=True)
-class RecipePlan:
-    """One recipe on this config.
-
-    Attributes:
-        memory (Memory): per device.
-        flops (dict[str, int]): per optimizer step and device, by phase.
-        communication (Communication): per optimizer step and device.
-        largest_batch (int | None): ``batch_size`` that fits ``device_memory``, 0 for none; None if it is not given.
-        times (dict[str, StepTime]): of one optimizer step, by device; empty where the plan says ``why_no_times``.
-    """
-
-    memory: Memory
-    flops: dict[str, int]
-    communication: Communication
-    largest_batch: int | None
-    times: dict[str, StepTime]
-
-
-@dataclass(frozen=True)
 class RunPlan:
-    """The plan of a run.
+    """The plan of a run; figures are per device, and of FLOPs, communication and times per optimizer step.
 
     Attributes:
         request (Request): what was asked for.
         settings (Settings): the run's plain values.
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
-        divergence (str): of the run's loss.
         teacher_head (str | None): as in the config.
         missing_tokenizer (tuple[str, ...]): files of the tokenizer that are not there, so that it is not checked.
         parameters (Parameters): of both models.
+        memory (Memory): of a device.
+        flops (dict[str, int]): by phase.
+        communication (Communication): what travels.
+        largest_batch (int | None): ``batch_size`` that fits ``device_memory``, 0 for none; None if it is not given.
         devices (tuple[Device, ...]): that times are given for.
-        why_no_times (str | None): why there are none; ``devices`` is empty then.
-        ours (RecipePlan): of this package's recipe.
-        stock (RecipePlan | None): of torchtune's recipe.
-        why_no_stock (str | None): why there is none.
+        times (dict[str, StepTime]): by device.
+        why_no_times (str | None): why there are none; ``devices`` and ``times`` are empty then.
     """
 
     request: Request
     settings: Settings
     layout: Layout
     sequence: int
-    divergence: str
     teacher_head: str | None
     missing_tokenizer: tuple[str, ...]
     parameters: Parameters
+    memory: Memory
+    flops: dict[str, int]
+    communication: Communication
+    largest_batch: int | None
     devices: tuple[Device, ...]
+    times: dict[str, StepTime]
     why_no_times: str | None
-    ours: RecipePlan
-    stock: RecipePlan | None
-    why_no_stock: str | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -79,77 +61,68 @@ class RunPlan:
         return self.layout.processes * settings.gradient_accumulation_steps * settings.batch_size * self.sequence
 
 
-def plan_run(request: Request, config: Config, layout: Layout) -> RunPlan:
+def plan_run(
+    request: Request,
+    config: Config,
+    layout: Layout,
+    step: StepFunction = dry_step,
+    travels: Callable[[Models, Settings, Layout], Communication] = communication,
+) -> RunPlan:
     """Work out what can be said of a run before it starts, without weights and without a GPU.
 
     Args:
         request (Request): what is asked for, as :func:`read_request` returns it, with the next two.
         config (Config): the run's.
         layout (Layout): its processes.
+        step (StepFunction): a microbatch of the recipe's step.
+        travels (Callable): what the recipe's step sends between devices.
 
     Raises:
         UserError: if the config, a device or a size cannot be read, a model cannot be built, or the tokenizer, where
             its files are there, does not fit the models.
     """
-    settings, memory = config.settings, request.memory_bytes
+    settings, room = config.settings, request.memory_bytes
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(config, layout.shards)
     missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
         check_tokenizer(config.tokenizer.build(), check_vocabularies(models.student, models.teacher))
-    sequence = _sequence(request, config, models)
+    sequence, parameters = _sequence(request, config, models), count_parameters(models)
+    models = as_run(config, models)
+    memory, dry = plan_memory(config, models, layout, sequence, run=step)
+    most = None
+    if room is not None and memory.total is not None:
 
-    def of_recipe(step: StepFunction, models: Models) -> RecipePlan:
-        return _of_recipe(config, models, layout, sequence, memory, devices, request.network_bandwidth, step)
+        def total(batch_size: int) -> int:
+            return plan_memory(config, models, layout, sequence, batch_size, run=step)[0].total
 
-    why = why_stock_cannot(settings, models)
+        most = largest_batch(total, room, {settings.batch_size: memory.total})
+    moved = travels(models, settings, layout)
+    cost = optimizer_cost(config.optimizer, models.trainable[0].dtype, settings.torch_device)
+    steps, network = settings.gradient_accumulation_steps, request.network_bandwidth
+    times = {
+        device.name: step_time(
+            dry.operations, steps, models.trainable, cost, layout, moved, device, settings.dtype, network
+        )
+        for device in devices
+    }
     return RunPlan(
         request=request,
         settings=settings,
         layout=layout,
         sequence=sequence,
-        divergence=config.kd_loss.build().divergence,
         teacher_head=config.teacher_head if settings.uses_teacher else None,
         missing_tokenizer=tuple(map(str, missing)),
-        parameters=count_parameters(models),
+        parameters=parameters,
+        memory=memory,
+        flops=flops_by_phase(dry.operations, steps),
+        communication=moved,
+        largest_batch=most,
         devices=devices,
+        times=times,
         why_no_times=why_no_times,
-        ours=of_recipe(dry_step, as_run(config, models)),
-        stock=None if why else of_recipe(dry_stock_step, models),
-        why_no_stock=why,
     )
-
-
-def _of_recipe(
-    config: Config,
-    models: Models,
-    layout: Layout,
-    sequence: int,
-    device_memory: int | None,
-    devices: Iterable[Device],
-    network: float,
-    step: StepFunction,
-) -> RecipePlan:
-    def at(batch_size: int) -> tuple[Memory, DryStep]:
-        return plan_memory(config, models, layout, sequence, batch_size, run=step)
-
-    settings = config.settings
-    memory, dry = at(settings.batch_size)
-    travels = communication(models, settings, layout, stock=step is dry_stock_step)
-    cost = optimizer_cost(config.optimizer, models.trainable[0].dtype, settings.torch_device)
-    steps = settings.gradient_accumulation_steps
-    most = None
-    if device_memory is not None and memory.total is not None:
-        known = {settings.batch_size: memory.total}
-        most = largest_batch(lambda batch_size: at(batch_size)[0].total, device_memory, known)
-    times = {
-        device.name: step_time(
-            dry.operations, steps, models.trainable, cost, layout, travels, device, settings.dtype, network
-        )
-        for device in devices
-    }
-    return RecipePlan(memory, flops_by_phase(dry.operations, steps), travels, most, times)
 
 
 def _sequence(request: Request, config: Config, models: Models) -> int:

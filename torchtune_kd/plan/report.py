@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torchtune_kd.plan.communication import Communication
 from torchtune_kd.plan.memory import CONTEXT_BYTES, GIB, USABLE, Memory, fits
-from torchtune_kd.plan.planner import RecipePlan, RunPlan
-from torchtune_kd.plan.stock import STOCK_LOSSES
+from torchtune_kd.plan.planner import RunPlan
 from torchtune_kd.plan.timing import (
     ACHIEVED_BANDWIDTH,
     ACHIEVED_FLOPS,
@@ -48,10 +48,6 @@ def assumptions(plan: RunPlan) -> list[str]:
         said.append("compile: True is not modelled: fused layers keep and move less")
     if settings.torch_device.type == "cuda":
         said.append("the loss runs in Triton kernels, without a workspace of their own")
-    if plan.stock is not None and not plan.parameters.adapters:
-        said.append("the stock recipe trains adapters alone: its column is what it would take to train this student")
-    if plan.stock is not None and plan.divergence not in STOCK_LOSSES:
-        said.append(f"the stock recipe has no {plan.divergence}: its forward KL is taken")
     if plan.request.memory_bytes is not None:
         said.append(
             f"of a device's memory {USABLE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB can be used: the rest is for the "
@@ -78,7 +74,11 @@ def assumptions(plan: RunPlan) -> list[str]:
 
 def as_dict(plan: RunPlan) -> dict[str, Any]:
     """Return the plan in plain values: bytes, FLOPs and seconds, per device; per optimizer step where it says so."""
-    layout, settings = plan.layout, plan.settings
+    layout, settings, memory, room = plan.layout, plan.settings, plan.memory, plan.request.memory_bytes
+    seconds = {
+        name: {"total": time.total, "exposed_communication": time.exposed, **time.phases}
+        for name, time in plan.times.items()
+    }
     return {
         "processes": layout.processes,
         "shards": layout.shards,
@@ -88,11 +88,22 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "tokens_per_step": plan.tokens_per_step,
         "dtype": settings.dtype,
-        "device_memory": plan.request.memory_bytes,
+        "device_memory": room,
         "parameters": asdict(plan.parameters),
-        "torchtune_kd": _recipe_dict(plan, plan.ours),
-        "stock": None if plan.stock is None else _recipe_dict(plan, plan.stock),
-        "why_no_stock": plan.why_no_stock,
+        "torchtune_kd": {
+            "memory": {
+                "total": memory.total,
+                "peak_phase": memory.peak_phase,
+                "most": _most(memory),
+                "at_peak": memory.at_peak,
+                "phases": memory.phases,
+            },
+            "fits": None if room is None or memory.total is None else fits(memory.total, room),
+            "largest_batch_size": plan.largest_batch,
+            "flops_per_step": plan.flops,
+            "communication_per_step": asdict(plan.communication),
+            "seconds_per_step": None if plan.why_no_times else seconds,
+        },
         "why_no_times": plan.why_no_times,
         "devices": [asdict(device) for device in plan.devices],
         "assumptions": assumptions(plan),
@@ -102,7 +113,6 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
 def as_text(plan: RunPlan) -> str:
     """Write the plan as a page."""
     layout, settings, counts = plan.layout, plan.settings, plan.parameters
-    recipes = [recipe for recipe in (plan.ours, plan.stock) if recipe is not None]
     shared = f", weights sharded over {layout.shards}" if layout.shards > 1 else ""
     shared += f" and copied {layout.replicas} times" if layout.replicas > 1 else ""
     lines = [
@@ -114,119 +124,75 @@ def as_text(plan: RunPlan) -> str:
         f"parameters: teacher {counts.teacher:,}, student {counts.student:,}, of which {counts.trained:,} are trained"
         + (f" ({counts.adapters:,} in adapters)" if counts.adapters else ""),
         "",
-        *_memory_lines(plan, recipes),
+        *_memory_lines(plan),
         "",
-        *_table(
-            "TFLOP per step and device",
-            _names(recipes),
-            [
-                (label, [_tera(recipe.flops.get(phase, 0)) for recipe in recipes])
-                for phase, label in _PHASES.items()
-                if phase != "optimizer"
-            ]
-            + [("together", [_tera(sum(recipe.flops.values())) for recipe in recipes])],
-        ),
+        *_flops_lines(plan.flops),
     ]
     if layout.processes > 1:
-        lines += ["", *_communication_lines(recipes)]
+        lines += ["", *_communication_lines(plan.communication)]
     if plan.devices:
-        lines += ["", *_time_lines(plan, recipes)]
+        lines += ["", *_time_lines(plan)]
     if plan.why_no_times:
         lines += ["", f"The expected time of a step is left out: {plan.why_no_times}."]
-    if plan.why_no_stock:
-        lines += ["", f"torchtune's stock recipe is left out: {plan.why_no_stock}."]
     return "\n".join([*lines, "", "Assumed:", *(f"- {said}" for said in assumptions(plan))])
 
 
-def _memory_lines(plan: RunPlan, recipes: Sequence[RecipePlan]) -> list[str]:
+def _memory_lines(plan: RunPlan) -> list[str]:
+    memory, most = plan.memory, _most(plan.memory)
     rows = []
     for part, label in _PARTS.items():
-        cells = []
-        for recipe in recipes:
-            cells += [_gib(_most(recipe.memory).get(part)), _gib(recipe.memory.at_peak.get(part, 0))]
+        cells = [_gib(most.get(part)), _gib(memory.at_peak.get(part, 0))]
         if any(cell not in ("0.00", "") for cell in cells):
             rows.append((label, cells))
         if part == "student weights" and plan.parameters.adapters:
-            rows.append(("  of which adapters", [_gib(r.memory.adapters) for r in recipes for _ in range(2)]))
-    totals = []
-    for recipe in recipes:
-        totals += [f"in {recipe.memory.peak_phase}:", _gib(recipe.memory.total, "unknown")]
-    rows.append(("highest point of a step", totals))
-    columns = [name for recipe in _names(recipes) for name in (recipe, "at highest")]
-    lines = _table("memory per device, GiB", columns, rows)
-    memory = plan.request.memory_bytes
-    if memory is not None:
-        said = []
-        for name, recipe in zip(_names(recipes), recipes, strict=True):
-            if recipe.largest_batch is None:
-                said.append(f"{name} unknown, since this optimizer's state is")
-            else:
-                verdict = "fits" if fits(recipe.memory.total, memory) else "does not fit"
-                said.append(f"{name} {verdict}, at most batch_size={recipe.largest_batch}")
-        lines += ["", f"in {memory / GIB:.1f} GiB of device memory: {'; '.join(said)}"]
+            rows.append(("  of which adapters", [_gib(memory.adapters)] * 2))
+    rows.append(("highest point of a step", [f"in {memory.peak_phase}:", _gib(memory.total, "unknown")]))
+    lines = _table("memory per device, GiB", rows, "most", "at highest")
+    room = plan.request.memory_bytes
+    if room is not None:
+        if plan.largest_batch is None:
+            said = "unknown, since this optimizer's state is"
+        else:
+            verdict = "fits" if fits(memory.total, room) else "does not fit"
+            said = f"{verdict}, at most batch_size={plan.largest_batch}"
+        lines += ["", f"in {room / GIB:.1f} GiB of device memory: {said}"]
     return lines
 
 
-def _communication_lines(recipes: Sequence[RecipePlan]) -> list[str]:
+def _flops_lines(flops: dict[str, int]) -> list[str]:
+    rows = [(label, [_tera(flops.get(phase, 0))]) for phase, label in _PHASES.items() if phase != "optimizer"]
+    return _table("TFLOP per step and device", [*rows, ("together", [_tera(sum(flops.values()))])])
+
+
+def _communication_lines(travels: Communication) -> list[str]:
     labels = {
         "teacher_layers": "teacher's layers, gathered",
         "student_layers": "student's layers, gathered",
         "heads": "embeddings, norms and heads, gathered",
         "gradients": "gradients, scattered",
         "replicas": "gradients, between copies",
+        "total": "together",
     }
-    rows = [
-        (label, [_gib(getattr(recipe.communication, name)) for recipe in recipes]) for name, label in labels.items()
-    ]
-    rows.append(("together", [_gib(recipe.communication.total) for recipe in recipes]))
-    return _table("received per step and device, GiB", _names(recipes), rows)
+    rows = [(label, [_gib(getattr(travels, name))]) for name, label in labels.items()]
+    return _table("received per step and device, GiB", rows)
 
 
-def _time_lines(plan: RunPlan, recipes: Sequence[RecipePlan]) -> list[str]:
+def _time_lines(plan: RunPlan) -> list[str]:
     rows = []
     for device in plan.devices:
-        cells = []
-        for recipe in recipes:
-            seconds = recipe.times[device.name].total
-            room = device.memory or plan.request.memory_bytes
-            fitting = room is None or recipe.memory.total is None or fits(recipe.memory.total, room)
-            cells += [f"{seconds:.2f}" if fitting else "no room", f"{plan.tokens_per_step / seconds:,.0f}"]
-            cells[-1] = cells[-1] if fitting else ""
+        seconds = plan.times[device.name].total
+        room = device.memory or plan.request.memory_bytes
+        fitting = room is None or plan.memory.total is None or fits(plan.memory.total, room)
+        cells = [f"{seconds:.2f}", f"{plan.tokens_per_step / seconds:,.0f}"] if fitting else ["no room", ""]
         rows.append((f"{device.name} ({_peaks(device, plan.settings.dtype)})", cells))
-    columns = [name for recipe in _names(recipes) for name in (recipe, "tokens/s")]
-    lines = _table("expected seconds per step", columns, rows)
+    lines = _table("expected seconds per step", rows, "seconds", "tokens/s")
     if len(plan.devices) == 1:
         (device,) = plan.devices
-        of_phases = []
-        for phase, label in _PHASES.items():
-            of_phases.append((label, [f"{r.times[device.name].phases.get(phase, 0.0):.3f}" for r in recipes]))
-        waits = [f"{r.times[device.name].exposed:.3f}" for r in recipes]
-        of_phases.append(("waiting for other devices", waits))
-        lines += ["", *_table(f"seconds per step on {device.name}", _names(recipes), of_phases)]
+        time = plan.times[device.name]
+        of_phases = [(label, [f"{time.phases.get(phase, 0.0):.3f}"]) for phase, label in _PHASES.items()]
+        of_phases.append(("waiting for other devices", [f"{time.exposed:.3f}"]))
+        lines += ["", *_table(f"seconds per step on {device.name}", of_phases)]
     return [*lines, "", *(f"{device.name}: {device.source}" for device in plan.devices)]
-
-
-def _recipe_dict(plan: RunPlan, recipe: RecipePlan) -> dict[str, Any]:
-    memory, room = recipe.memory, plan.request.memory_bytes
-    return {
-        "memory": {
-            "total": memory.total,
-            "peak_phase": memory.peak_phase,
-            "most": _most(memory),
-            "at_peak": memory.at_peak,
-            "phases": memory.phases,
-        },
-        "fits": None if room is None or memory.total is None else fits(memory.total, room),
-        "largest_batch_size": recipe.largest_batch,
-        "flops_per_step": recipe.flops,
-        "communication_per_step": asdict(recipe.communication),
-        "seconds_per_step": None
-        if plan.why_no_times
-        else {
-            name: {"total": time.total, "exposed_communication": time.exposed, **time.phases}
-            for name, time in recipe.times.items()
-        },
-    }
 
 
 def _most(memory: Memory) -> dict[str, int | None]:
@@ -243,10 +209,6 @@ def _most(memory: Memory) -> dict[str, int | None]:
     }
 
 
-def _names(recipes: Sequence[RecipePlan]) -> list[str]:
-    return ["torchtune-kd", "stock recipe"][: len(recipes)]
-
-
 def _peaks(device: Any, dtype: str) -> str:
     return f"{device.tflops[dtype]:g} TFLOP/s, {device.bandwidth:g} GB/s"
 
@@ -259,9 +221,9 @@ def _tera(flops: int) -> str:
     return f"{flops / 1e12:,.1f}" if flops >= 1e13 or not flops else f"{flops / 1e12:.3g}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+def _table(title: str, rows: Iterable[tuple[str, Sequence[str]]], *columns: str) -> list[str]:
     rows = list(rows)
     first = max(len(title), *(len(label) for label, _ in rows)) + 2
-    lines = [title.ljust(first) + "".join(name.rjust(14) for name in columns)]
-    lines.append("-" * len(lines[0]))
+    lines = [(title.ljust(first) + "".join(name.rjust(14) for name in columns)).rstrip()]
+    lines.append("-" * (first + 14 * len(rows[0][1])))
     return lines + [label.ljust(first) + "".join(cell.rjust(14) for cell in cells) for label, cells in rows]

@@ -2,12 +2,11 @@
 
 import dataclasses
 import difflib
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_kd.config.reading import Config, read_config
-from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings
+from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings, typed
 from torchtune_kd.distributed.world import mesh_shape
 from torchtune_kd.errors import UserError
 from torchtune_kd.plan.communication import Layout
@@ -23,7 +22,7 @@ class Request:
     Attributes:
         devices (int | None): processes of the run, one per device; None takes 2 for a config of ``kd_distributed``
             and 1 for one of ``kd_single_device``.
-        device_memory (str | None): of one device, such as 80GiB; None takes that of ``gpu``.
+        device_memory (str | int | None): of one device, such as 80GiB; None takes that of ``gpu``.
         gpu (str | None): a name out of the device table; None shows all.
         tflops (float | None): dense peak in the run's dtype, instead of the table's.
         bandwidth (float | None): GB/s of the device's memory, instead of the table's.
@@ -34,7 +33,7 @@ class Request:
     """
 
     devices: int | None = None
-    device_memory: str | None = None
+    device_memory: str | int | None = None
     gpu: str | None = None
     tflops: float | None = None
     bandwidth: float | None = None
@@ -66,7 +65,8 @@ def read_request(written: DictConfig) -> tuple[Request, Config, Layout]:
     """
     fields = {field.name: field for field in dataclasses.fields(Request)}
     run = OmegaConf.masked_copy(written, [key for key in written if key not in fields])
-    request = Request(**{name: _typed(name, written[name]) for name in fields if written.get(name) is not None})
+    given = {name: field for name, field in fields.items() if written.get(name) is not None}
+    request = Request(**{name: typed(name, written[name], field.type) for name, field in given.items()})
     for name in ("devices", "sequence_length", "network_bandwidth"):
         value = getattr(request, name)
         if value is not None and not value > 0:
@@ -89,19 +89,3 @@ def read_request(written: DictConfig) -> tuple[Request, Config, Layout]:
 def _layout(settings: Settings, devices: int, sharded: bool) -> Layout:
     *replicas, shards = mesh_shape(devices, settings.data_parallel_replicate_dim, settings.data_parallel_shard_dim)
     return Layout(shards=shards, replicas=replicas[0] if replicas else 1, sharded=sharded)
-
-
-def _typed(name: str, value: Any) -> Any:
-    kinds: dict[str, tuple[type, ...]] = {
-        "devices": (int,),
-        "sequence_length": (int,),
-        "json": (bool,),
-        "gpu": (str,),
-        "device_memory": (str, int),
-    }
-    expected = kinds.get(name, (int, float))
-    if not isinstance(value, expected) or (isinstance(value, bool) and name != "json"):
-        raise UserError(
-            f"Expected `{name}` to be {' or '.join(kind.__name__ for kind in expected)}, got {value!r}: change it."
-        )
-    return value

@@ -2,7 +2,8 @@
 
 ``step_40.partial`` is being written, ``step_40.old`` is what a new ``step_40`` is about to replace,
 ``step_40.deleted`` is being deleted, and ``step_40.damaged`` was found damaged when a run was resumed.
-``replaced_step_40`` is of an earlier run, which this one was told to overwrite.
+``replaced_step_40`` is of an earlier run, which this one was told to overwrite. A tool, which writes where it is told,
+keeps to hidden names of its own.
 """
 
 import contextlib
@@ -14,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL, OLD, DELETED, DAMAGED = ".partial", ".old", ".deleted", ".damaged"
-
-
 REPLACED = "replaced_"
 
 
@@ -24,13 +23,18 @@ def partial(folder: Path) -> Path:
     return folder.with_name(folder.name + PARTIAL)
 
 
-def publish(written: Path, folder: Path, previous_run: list[Path]) -> None:
+def publish(written: Path, folder: Path, previous_run: list[Path], old: Path | None = None) -> None:
     """Rename ``written`` to ``folder`` once all of it is on the disk; an older one of that name is replaced.
 
-    ``previous_run`` are the folders of an earlier run, which the first of this one replaces; the list is emptied. They
-    lose their names before, so that none of them is ever taken for this run's, and are deleted after.
+    Args:
+        written (Path): the folder, whole, on the same disk.
+        folder (Path): its name.
+        previous_run (list[Path]): the folders of an earlier run, which the first of this one replaces; the list is
+            emptied. They lose their names before, so that none of them is ever taken for this run's, and are deleted
+            after.
+        old (Path | None): where an older ``folder`` stays meanwhile; None: beside it, with :data:`OLD`.
     """
-    old = folder.with_name(folder.name + OLD)
+    old = old or folder.with_name(folder.name + OLD)
     flush(written)
     replaced = []
     while previous_run:
@@ -41,7 +45,12 @@ def publish(written: Path, folder: Path, previous_run: list[Path]) -> None:
         del previous_run[0]
     if folder.exists():
         folder.rename(old)
-    written.rename(folder)
+    try:
+        written.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     _flush_one(folder.parent)
     for path in (old, *replaced):  # what is written is whole by now, whether or not these go
         if path.exists():
@@ -118,7 +127,7 @@ def complete_folder(output_dir: str | Path, source: str | Path, *, overwrite: bo
     output_dir = check_output_dir(output_dir, source, overwrite=overwrite)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
-    new, old = scratch / "new", scratch / "old"
+    new, old = scratch / "new", scratch / "old"  # a name beside it could be another of the user's folders
     try:
         new.mkdir()
         yield new
@@ -126,13 +135,10 @@ def complete_folder(output_dir: str | Path, source: str | Path, *, overwrite: bo
         for file in new.rglob("*"):
             if file.is_file():
                 file.chmod(file_mode)
-        if output_dir.exists():
-            os.replace(output_dir, old)
-        os.replace(new, output_dir)
+        publish(new, output_dir, [], old)
     finally:
-        if old.exists() and not output_dir.exists():
-            os.replace(old, output_dir)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if output_dir.exists() or not old.exists():  # else it could not be moved back
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_output_dir(output_dir: str | Path, source: str | Path, *, overwrite: bool) -> Path:

@@ -5,9 +5,16 @@ import itertools
 from pathlib import Path
 
 WHOLE = 64 * 2**20  # bytes up to which a file is read whole
-
-
 STRIDE, BLOCK = 4 * 2**20, 16 * 2**10  # of a larger one: this much of every so much, and its end
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def files_fingerprint(paths: list[Path]) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torchtune_kd.storage.fingerprints import file_sha256
+
 NAME = "manifest.json"
 FORMAT = 1
 
@@ -81,12 +83,8 @@ class Manifest:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Return ``bytes`` and ``sha256`` of a file, as `sha256sum` prints it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    """Return ``bytes`` and ``sha256`` of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _checksum(content: dict[str, Any]) -> str:

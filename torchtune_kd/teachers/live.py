@@ -18,7 +18,7 @@ from torchtune_kd.errors import loading, phase, say
 from torchtune_kd.losses.signals import Head, Hidden
 from torchtune_kd.models.build import build_decoder
 from torchtune_kd.models.float8_head import described, loader, replace_head
-from torchtune_kd.models.loading import check_weights, load_sharded, load_weights, load_whole
+from torchtune_kd.models.loading import check_weights, load, load_weights
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.models.random_weights import RandomWeights
 from torchtune_kd.teachers.base import NoTeacher, Teacher
@@ -83,7 +83,5 @@ def build_teacher(config: Config, world: World) -> Teacher:
             training.compile_model(decoder, verbose=world.is_rank_zero)
         if world.sharded:
             shard(teacher, settings, world)
-            load_sharded(decoder, weights, {}, settings, world)
-        else:
-            load_whole(decoder, weights, {})
+        load(decoder, weights, {}, settings, world)
     return teacher

@@ -1,9 +1,6 @@
 """Turn a GGUF file of a Llama-architecture model into a Hugging Face checkpoint folder."""
 
-import hashlib
 import json
-import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +10,7 @@ from safetensors.torch import save_file
 from torchtune.models.convert_weights import tune_to_hf
 
 from torchtune_kd.storage.atomic import check_output_dir, complete_folder
-
-if sys.argv[:1] == ["-m"]:  # `python -m` imports the package first, and with it this module, and would warn of that
-    warnings.filterwarnings("ignore", r"'torchtune_kd\.models\.gguf' found in sys\.modules", RuntimeWarning)
+from torchtune_kd.storage.fingerprints import file_sha256
 
 # GGUF keeps the layout of Meta's checkpoints, which is torchtune's too: rotary pairs side by side.
 _TUNE_NAMES = {
@@ -104,15 +99,6 @@ def gguf_to_hf(
         tokenizer.save(str(folder / "tokenizer.json"))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return output_dir
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def import_gguf() -> ModuleType:

@@ -13,17 +13,6 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from torchtune_kd.tools.kept_layers import prune_checkpoint
-
-__all__ = [
-    "MEASURES",
-    "layer_influence",
-    "prune_checkpoint",
-    "removal_influence",
-    "select_layers",
-    "text_batches",
-]
-
 Batch = Tensor | Mapping[str, Any]
 Strategy = Literal["even", "influence", "removal"]
 _IGNORE_INDEX = -100  # labels that torchtune's losses leave out

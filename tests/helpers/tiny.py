@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked import needs_fsdp2_on_a_cpu
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -22,6 +21,8 @@ from torchtune import config
 from torchtune.data import Message
 from torchtune.datasets import text_completion_dataset
 from torchtune.models.convert_weights import tune_to_hf
+
+from helpers.forked import needs_fsdp2_on_a_cpu
 
 TEACHER = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512}
 STUDENT = {"num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}

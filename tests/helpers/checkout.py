@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def benchmarks(name: str) -> ModuleType:

@@ -14,8 +14,10 @@ from torchtune.modules import loss as stock_losses
 
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.dry_run import WEIGHTS, DryStep, gradients_counted, hold_weights
-from torchtune_kd.plan.meta_models import Models, heads
+from torchtune_kd.plan.meta_models import Models
 from torchtune_kd.plan.tracker import Tracker
 
 STOCK_LOSSES = {
@@ -26,11 +28,11 @@ STOCK_LOSSES = {
 _CHUNKS = 8  # its default, and that of its configs
 
 
-def why_stock_cannot(settings: Settings, models: Models) -> str | None:
+def why_stock_cannot(models: Models) -> str | None:
     """Say in a few words what keeps the stock recipe from running this config; None if nothing does."""
     if models.teacher is None:
         return "it always runs a teacher"
-    sizes = [head.shape[0] for head in heads(models)]
+    sizes = [output_head(model)[0].shape[0] for model in (models.student, models.teacher)]
     return None if sizes[0] == sizes[1] else f"its losses fail where heads differ ({sizes[0]} and {sizes[1]} ids)"
 
 
@@ -69,6 +71,19 @@ def dry_stock_step(config: Config, models: Models, batch_size: int, sequence: in
         loss=tracker.peaks["loss"] - before_loss,
         gradients=gradients,
         operations=tracker.operations,
+    )
+
+
+def stock_communication(models: Models, settings: Settings, layout: Layout) -> Communication:
+    """Count what travels in a step of the stock recipe: it reduces gradients and gathers the heads every microbatch."""
+    once, steps = communication(models, settings, layout), settings.gradient_accumulation_steps
+    layers = 1 if settings.fsdp_reshard_after_forward else steps  # ours gathers them every microbatch as well
+    return Communication(
+        teacher_layers=once.teacher_layers * layers,
+        student_layers=once.student_layers * layers,
+        heads=once.heads * steps,
+        gradients=once.gradients * steps,
+        replicas=once.replicas * steps,
     )
 
 

@@ -1,0 +1,1 @@
+"""What tests of several rooms share: tiny models and configs, oracles, runs in processes of their own."""
