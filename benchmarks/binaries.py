@@ -16,10 +16,8 @@ Without WORDs it is a table of each divergence with cross-entropy and gradient, 
 import argparse
 import inspect
 import json
-import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -174,18 +172,11 @@ class Report:
     programs_per_sm: int
     warps_per_sm: int
     passes: tuple[Pass, ...]
-    loads: dict[int, int]  # instructions by their width in bits, of which the source has...
-    stores: dict[int, int]
-    scalar_loads: int  # ...so many that load one number, not a part of a row
-    scalar_stores: int
 
     @property
     def narrow(self) -> int:
-        """Instructions of less than 128 bits that load or store a part of a row; a kernel without a block has none."""
-        if not self.block:
-            return 0
-        loads, stores = (sum(n for bits, n in of.items() if bits < WIDE) for of in (self.loads, self.stores))
-        return max(0, loads - self.scalar_loads) + max(0, stores - self.scalar_stores)
+        """Return how many passes load or store a part of the row by less than 128 bits."""
+        return sum(one.narrowest < WIDE for one in self.passes)
 
     @property
     def instructions(self) -> float:
@@ -340,7 +331,7 @@ def compile_binary(
     constants, options = dict(binary.constants), dict(binary.options)
     text = disassemble(code.asm["cubin"], _BIN)
     used = usage(text)
-    warps, shared, ttir = code.metadata.num_warps, code.metadata.shared, code.asm["ttir"]
+    warps, shared = code.metadata.num_warps, code.metadata.shared
     programs = programs_per_sm(arch, used["REG"], warps, shared)
     return Report(
         case=case,
@@ -356,11 +347,7 @@ def compile_binary(
         shared_bytes=shared,
         programs_per_sm=programs,
         warps_per_sm=programs * warps,
-        passes=_passes(binary, text, ttir, warps),
-        loads=_widths("ld", code.asm["ptx"]),
-        stores=_widths("st", code.asm["ptx"]),
-        scalar_loads=len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ttir)),
-        scalar_stores=len(re.findall(r"tt\.store [^\n]*: !tt\.ptr", ttir)),
+        passes=_passes(binary, text, code.asm["ttir"], warps),
     )
 
 
@@ -380,12 +367,6 @@ def _bytes_read(binary: Binary) -> int:
     signature, constants = dict(binary.signature), dict(binary.constants)
     names = ("student", "teacher") if constants.get("HAS_TEACHER", True) else ("student",)
     return sum(_BYTES[signature[name]] for name in (*names, "grad") if name in signature)
-
-
-def _widths(instruction: str, ptx: str) -> dict[int, int]:
-    """Accesses of global memory by bits."""
-    found = re.findall(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
-    return dict(sorted(Counter(int(vector or 1) * int(bits) for vector, bits in found).items()))
 
 
 def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
