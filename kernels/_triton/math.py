@@ -235,3 +235,21 @@ def divergence_gradient(
 def signed(value, x):
     """Return value·sign(x), 0 where x is NaN."""
     return tl.where(x > 0.0, value, tl.where(x < 0.0, -value, 0.0))
+
+
+@triton.jit
+def gap_of(d_s, d_t):
+    """Compute ln(d_t/d_s), exactly 0 where both are equal; a GPU's plain division may not even give 1 there."""
+    return tl.where(d_t == d_s, 0.0, tl.log2(tl.div_rn(d_t, d_s)) * LN2)
+
+
+@triton.jit
+def not_negative(x):
+    """Return max(x, 0), and NaN for NaN."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def cross_entropy(logit, largest, normaliser):
+    """Compute -ln softmax of the label's logit at T = 1."""
+    return (tl.log2(normaliser) - (logit - largest) * LOG2_E) * LN2

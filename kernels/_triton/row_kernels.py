@@ -11,16 +11,10 @@ No argument that grows with N is specialised on, but for strides between sequenc
 import triton
 import triton.language as tl
 
-from .math import weighted
-from .passes import (
-    centre_of,
-    cross_entropy,
-    fill_zeros,
-    first_pass,
-    kl_from_statistics,
-    not_negative,
-    second_pass,
-)
+from .blocks import fill_zeros
+from .first_pass import first_pass, kl_from_statistics
+from .math import cross_entropy, not_negative, weighted
+from .second_pass import centre_of, second_pass
 
 RESULTS = tl.constexpr(9)
 
@@ -138,8 +132,8 @@ def rows_kernel(
         student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
         HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1,
         FORWARD=(not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
-        REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", RATIO=False, AGREEMENT=AGREEMENT,
-        BLOCK=BLOCK, WIDTH=WIDTH,
+        REVERSE=HAS_KD and (DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl"), RATIO=False,
+        AGREEMENT=AGREEMENT, BLOCK=BLOCK, WIDTH=WIDTH,
     )  # fmt: skip
     if not STUDENT_AT_1:
         n_s = d_s

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._checks import check_label_values
 from .._plan import Plan, Rows, host_can_read
+from .blocks import NO_ID
 from .launch import rows_of
-from .passes import NO_ID
 from .shard_kernels import LABEL_LOGITS, MAXIMA
 from .walk import Walk
 
