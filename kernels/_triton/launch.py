@@ -111,7 +111,7 @@ def variant_of(plan: Plan, has_labels: bool) -> Variant:
         ACCEPTANCE=acceptance,
         GRADIENT=plan.want_grad,
         THREE_PASSES=has_kd and name not in ("forward_kl", "reverse_kl", "symmetric_kl"),
-        BETA_ABOVE_HALF=has_kd and name == "jsd" and objective.beta > 0.5,
+        BETA_ABOVE_HALF=has_kd and name == "jsd" and objective.beta is not None and objective.beta > 0.5,
         APPROXIMATE=torch.version.hip is None and not runs_interpreted(),
     )
 
@@ -178,7 +178,8 @@ def _addresses(tensor: Tensor) -> tuple[int, int, int, int]:
     try:
         flat = tensor.view(-1, tensor.shape[-1])
     except RuntimeError:
-        return tensor.shape[1], *tensor.stride()
+        outer, inner, ids = tensor.stride()
+        return tensor.shape[1], outer, inner, ids
     return 1, flat.stride(0), 0, flat.stride(1)
 
 
