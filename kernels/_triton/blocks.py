@@ -9,9 +9,9 @@ Legend: G = BLOCK / GROUP groups.
 import triton
 import triton.language as tl
 
-# Logits from here down are taken for -inf. A running maximum starts here, finite, so that differences are.
+# A running maximum starts here, finite, so that differences are; a row of logits from here down counts as all -inf.
 LOWEST = tl.constexpr(-1.0e30)
-GROUP = tl.constexpr(8)  # ids of a thread in a step, where blocks are those of ``launch.py``
+GROUP = tl.constexpr(8)  # ids of a thread in a step, in blocks of 1024; in those of narrow rows threads share them
 NO_ID = tl.constexpr(2147483647)
 
 

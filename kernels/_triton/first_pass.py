@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .._objective import BEYOND_FINITE as _BEYOND_FINITE
 from .blocks import GROUP, LOWEST, NO_ID, above, group_max, group_sum, groups, load_ahead, load_ids
-from .math import HUGE, LN2, LOG2_E, gap_of, weighted
+from .math import HUGE, LN2, LOG2_E, gap_of, infinite_where, weighted
 
 BEYOND_FINITE = tl.constexpr(_BEYOND_FINITE)
 
@@ -30,7 +30,7 @@ def moved_forward(forward, d_t, factor_t, move_s, move_t):
 
 @triton.jit
 def moved_reverse(reverse, d_s, factor_s, move_s, move_t):
-    """Rescale ``reverse`` of ``first_pass`` to new maxima; `d_s` without the ids that the teacher rules out."""
+    """Rescale ``reverse`` of ``first_pass`` to new maxima; `d_s` without what the teacher rules out, if anything."""
     return factor_s * (reverse - d_s * (move_t - move_s))
 
 
@@ -194,11 +194,11 @@ def ruled_out_pass(
         us = groups(load_ids(student, offsets, student_stride, inside), WIDTH) - m_s
         t = groups(load_ids(teacher, offsets, teacher_stride, inside), WIDTH)
         e_s = tl.exp2(us * c)
-        allowed = t > LOWEST
+        excluded = t <= LOWEST  # not where it is NaN, which has to be seen
         ratio = us - (t - m_t)
-        reverse += group_sum(tl.where(allowed, weighted(e_s, ratio), 0.0))
-        ruled_out += group_sum(tl.where(allowed, 0.0, e_s))
-        largest_ratio = tl.maximum(largest_ratio, group_max(tl.where(allowed, ratio, LOWEST)))
+        reverse += group_sum(tl.where(excluded, 0.0, weighted(e_s, ratio)))
+        ruled_out += group_sum(tl.where(excluded, e_s, 0.0))
+        largest_ratio = tl.maximum(largest_ratio, group_max(tl.where(excluded, LOWEST, ratio)))
     return tl.sum(reverse, 0), tl.sum(ruled_out, 0), tl.max(largest_ratio, 0)
 
 
@@ -227,5 +227,5 @@ def kl_from_statistics(c, d_s, d_t, forward, reverse, ruled_out, largest_ratio):
     # in the form of x, so that it is x where one id has all of q
     mean = tl.div_rn(reverse, d_s) * factor + gap
     mean += weighted(tl.div_rn(ruled_out, d_s), limit - gap)
-    reverse_kl = tl.where(ruled_out > 0.0, float("inf"), mean)
+    reverse_kl = infinite_where(ruled_out > 0.0, mean)
     return forward_kl, reverse_kl, mean, tl.where(ruled_out > 0.0, limit, HUGE)

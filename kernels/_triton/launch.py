@@ -3,6 +3,7 @@
 Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -28,10 +29,10 @@ class Blocks(NamedTuple):
 
 
 # Every choice of blocks, warps and registers, with its reason. `python -m benchmarks.binaries` prints what they compile
-# to; all have 8 ids a thread (one 128-bit load of bf16 per tensor and step) and none spills.
+# to; those of 1024 ids have 8 a thread (in bf16 one 128-bit load per tensor and step), and none spills.
 #
 # variant                          ids     warps  registers  why
-# narrow rows                      V up    4      168        one step over the whole row
+# narrow rows                      256 up  4      168        one step over the whole row, of 512 or 1024 ids if V asks
 # KLs, TVD                         1024    4      64         8 programs an SM: 32 warps, each with two blocks in flight
 # JSD, skewed KLs                  1024    4      80         6 programs an SM; they would spill at 72
 # the same with metrics            1024    4      96, 112    sums of their own; agreement alone needs none
@@ -144,7 +145,7 @@ def factors_of(plan: Plan, variant: Variant) -> Factors:
 
 
 def width_of(*tensors: Tensor) -> int:
-    """Return how many neighbouring ids a thread loads at a time: 128 bits of them; 1 where rows start anywhere."""
+    """Return how many neighbouring ids a thread loads, 128 bits of the widest dtype; 1 where rows start anywhere."""
     width = 16 // max(tensor.element_size() for tensor in tensors)
     round_ = all(
         tensor.stride(-1) == 1
@@ -185,7 +186,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int, int, int]:
 
 def on_device(device: torch.device):
     """Make `device` the current one, on which Triton launches, whatever device the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def rows_of(results: Tensor, plan: Plan) -> Rows:

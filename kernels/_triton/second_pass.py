@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 
 from .blocks import GROUP, group_sum, groups, load_ahead, load_ids
-from .math import HUGE, LN2, LOG2_E, divergence_gradient, divergence_terms, forward_kl_terms, gap_of, value_and_centre
+from .math import (
+    HUGE,
+    LN2,
+    LOG2_E,
+    divergence_gradient,
+    divergence_terms,
+    forward_kl_terms,
+    gap_of,
+    nan_unless_number,
+    value_and_centre,
+)
 
 
 @triton.jit
@@ -96,11 +106,11 @@ def second_pass(
     """Read both rows again, with the whole row's statistics known: sum over probabilities, write the gradient, or both.
 
     Args:
-        out: receives ``kd_weight·dD/dz + ce_weight·(q - [id = label])`` (if GRADIENT); may be `student`.
+        out: receives ``kd_weight·dD/dz + ce_weight·(q_1 - [id = label])`` (if GRADIENT); may be `student`.
         label: id in this shard of the row; any other number where the label lies elsewhere.
 
     Returns:
-        if TERMS: the value of D, its centre (see ``divergence_terms``), Σ q; KL(p‖q) at T = 1 (if KL), the entropies of
+        if TERMS: the value of D, its centre (see ``value_and_centre``), Σ q; KL(p‖q) at T = 1 (if KL), the entropies of
         q and p (if ENTROPIES), Σ min(p, q) (if ACCEPTANCE).
     """
     value = tl.zeros([BLOCK // GROUP], tl.float32)
@@ -116,7 +126,7 @@ def second_pass(
     log2_n_s = tl.log2(n_s)
     log2_n_t = tl.log2(n_t)
     gap_1 = gap_of(n_s, n_t)
-    # KL(p‖q) at T = 1 is the divergence itself
+    # KL(p‖q) at T = 1 is the divergence itself. (At another T it is not asked for, or the teacher is needed at 1.)
     SAME: tl.constexpr = (HAS_KD and DIVERGENCE == "forward_kl") and not TEACHER_AT_1
     ids = tl.arange(0, BLOCK)
     full = n_ids // BLOCK * BLOCK
@@ -157,13 +167,12 @@ def second_pass(
             TEACHER_AT_1=TEACHER_AT_1, KL=KL and not SAME, ENTROPIES=ENTROPIES, ACCEPTANCE=ACCEPTANCE, TERMS=TERMS,
             GRADIENT=GRADIENT, BETA_ABOVE_HALF=BETA_ABOVE_HALF, APPROXIMATE=APPROXIMATE, TAIL=True, WIDTH=WIDTH,
         )  # fmt: skip
-    row_value = tl.sum(value, 0)
-    row_kl = tl.sum(kl, 0)
+    # minima and maxima hide NaN
+    row_value = nan_unless_number(d_s + d_t, tl.sum(value, 0))
+    row_kl = nan_unless_number(d_s + d_t, tl.sum(kl, 0))
     if SAME:
         row_kl = row_value
-    row_acceptance = tl.sum(acceptance, 0)
-    if ACCEPTANCE:  # a minimum hides NaN, and the sums of exponentials do not
-        row_acceptance = tl.where(d_s + d_t == d_s + d_t, row_acceptance, float("nan"))
+    row_acceptance = nan_unless_number(d_s + d_t, tl.sum(acceptance, 0))
     return (
         row_value, tl.sum(centres, 0), tl.sum(mass, 0), row_kl, tl.sum(entropy_s, 0) * LN2, tl.sum(entropy_t, 0) * LN2,
         row_acceptance,

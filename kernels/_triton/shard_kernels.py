@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .blocks import LOWEST, NO_ID, fill_zeros
 from .first_pass import first_pass, kl_from_statistics, move_of, moved_forward, moved_reverse
-from .math import LOG2_E, cross_entropy
+from .math import LOG2_E, cross_entropy, infinite_where
 from .row_kernels import RESULTS, id_in, kl_value, row_start, store_first_results, store_results, store_zeros
 from .second_pass import centre_of, second_pass
 
@@ -241,7 +241,7 @@ def results_kernel(
     if AGREEMENT:
         agreement = tl.where(tl.load(firsts + row * 2) == tl.load(firsts + row * 2 + 1), 1.0, 0.0)
     if HAS_SUMS:
-        divergence = tl.where(ruled_out > 0.0, float("inf"), tl.load(sums))
+        divergence = infinite_where(ruled_out > 0.0, tl.load(sums))
         kl = tl.load(sums + 3)
         entropy_s = tl.load(sums + 4)
         entropy_t = tl.load(sums + 5)
