@@ -165,6 +165,7 @@ def softmax_kd_objective(
     if not has_teacher:
         teacher_logits = None
     else:
+        assert teacher_logits is not None  # resolve_metrics or check_teacher_present would have refused
         check_teacher("teacher_logits", teacher_logits, student_logits)
         vocab = shared_vocab(vocab, teacher_logits.shape[-1])
     flat_labels = None
@@ -178,11 +179,11 @@ def softmax_kd_objective(
     if backend == META:
         raise ValueError("on_meta knows the loss from hidden states alone; call linear_kd_loss inside of it")
     if group is not None:
-        outputs = _sharded(student_logits, teacher_logits, flat_labels, plan, backend, group)
+        loss, sums, count = _sharded(student_logits, teacher_logits, flat_labels, plan, backend, group)
     else:
         apply = softmax_kd_op if torch.compiler.is_compiling() else SoftmaxKD.apply
-        outputs = apply(student_logits, teacher_logits, flat_labels, plan, backend)
-    return _result(*outputs, plan, student_logits.shape[:-1], return_metrics)
+        loss, sums, count = apply(student_logits, teacher_logits, flat_labels, plan, backend)
+    return _result(loss, sums, count, plan, student_logits.shape[:-1], return_metrics)
 
 
 def linear_kd_loss(
@@ -325,12 +326,13 @@ def linear_kd_objective(
     check_teacher_present("teacher_hidden", teacher_hidden, objective)
     check_teacher_present("teacher_weight", teacher_weight, objective)
     has_teacher = needs_teacher(objective.kd_ratio, metrics)
-    if not has_teacher:
-        teacher_hidden = teacher_weight = teacher_bias = None
     student_hidden, student_weight, student_bias = check_head("student", student_hidden, student_weight, student_bias)
     vocab = student_weight.shape[0]
     teacher_scale = None
-    if has_teacher:
+    if not has_teacher:
+        teacher_hidden = teacher_weight = teacher_bias = None
+    else:
+        assert teacher_hidden is not None and teacher_weight is not None  # or it would have been refused above
         check_teacher("teacher_hidden", teacher_hidden, student_hidden)
         teacher_hidden, teacher_weight, teacher_bias, teacher_scale = _teacher_head(
             teacher_hidden, teacher_weight, teacher_bias, teacher_head_dtype
@@ -345,7 +347,7 @@ def linear_kd_objective(
     backend = resolve_backend(backend, student_hidden, teacher_hidden)
     apply = linear_kd_op if torch.compiler.is_compiling() else LinearKD.apply
     with torch.autocast(autocast_type(student_hidden.device), enabled=False):
-        outputs = apply(
+        loss, sums, count = apply(
             student_hidden.reshape(-1, student_hidden.shape[-1]),
             student_weight,
             student_bias,
@@ -358,7 +360,7 @@ def linear_kd_objective(
             chunk_tokens,
             backend,
         )
-    return _result(*outputs, plan, student_hidden.shape[:-1], return_metrics)
+    return _result(loss, sums, count, plan, student_hidden.shape[:-1], return_metrics)
 
 
 def _teacher_head(
@@ -385,7 +387,7 @@ def _sharded(
     check_group(backend, group, student.shape[-1], None if teacher is None else teacher.shape[-1])
     # torch.compiler.disable imports the compiler, so not for those who do not use it
     apply = torch.compiler.disable(SoftmaxKD.apply) if "torch._dynamo" in sys.modules else SoftmaxKD.apply
-    return apply(student, teacher, labels, plan, backend, group)
+    return apply(student, teacher, labels, plan, backend, group)  # pyright: ignore[reportCallIssue]: disable() is untyped
 
 
 _sharded._torchdynamo_disable = True  # the mark of torch.compiler.disable: graphs end before this function

@@ -156,7 +156,7 @@ def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def check_teacher_present(name: str, tensor: Tensor | None, objective: Objective) -> None:
+def check_teacher_present(name: str, tensor: object, objective: Objective) -> None:
     """Check that a teacher is given where the objective has a part of it."""
     if tensor is None and objective.kd_ratio > 0.0:
         raise ValueError(f"kd_ratio={objective.kd_ratio} needs a teacher, but {name} is None; pass it or kd_ratio=0")

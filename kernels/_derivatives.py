@@ -6,6 +6,7 @@ inputs. Whatever differentiated it again would take it for a constant, and be wr
 
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 _TWICE = (
     "the gradient of a distillation loss cannot be differentiated: it was computed with the loss, and no graph leads "
@@ -28,7 +29,7 @@ _TRACED = (
 # Names of PyTorch that it does not document; where one is missing, PyTorch's own refusal is less clear.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _is_batch = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda tensor: False)
-_dispatch_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
+_dispatch_modes = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)
 _current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
 _TRACERS = ("ProxyTorchDispatchMode", "FunctionalTensorMode")
 
@@ -61,7 +62,7 @@ def refuse_transforms(grad_loss: Tensor | None = None) -> None:
         raise ValueError(_TRANSFORMED)
 
 
-def refuse_tangents(*_: object) -> None:
+def refuse_tangents(ctx: object, *grad_inputs: object) -> None:
     """Refuse inputs with tangents, as ``jvp`` of the autograd Functions."""
     raise ValueError(_FORWARD)
 
@@ -113,7 +114,7 @@ class _Once(torch.autograd.Function):
     """Hand the first tensors on unchanged, on the graphs of all."""
 
     @staticmethod
-    def forward(ctx, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors[:count]
 
     @staticmethod

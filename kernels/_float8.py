@@ -104,7 +104,7 @@ class Float8Product:
         if self._in_one:
             # its numbers of columns are multiples of 16; what it computes of the padding is written over
             self._weight, self._scale = weight[:width], _extended(self._scale, width).unsqueeze(0)
-            self._bias = None if bias is None else _extended(self._bias, width)
+            self._bias = None if self._bias is None else _extended(self._bias, width)
 
     def __call__(self, hidden: Tensor, out: Tensor) -> None:
         """Write the logits of ``hidden`` ``[C, D]`` into the first `vocab` columns of ``out`` ``[C, V']``.
@@ -117,7 +117,7 @@ class Float8Product:
         elif out.is_meta:
             account_product(2 * rows.shape[0] * self._weight.numel(), rows.nbytes + self._weight.nbytes + out.nbytes)
         else:
-            torch._scaled_mm(
+            torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]: torch has no public name for it in 2.6
                 rows,
                 self._weight.t(),
                 scale_a=scale,

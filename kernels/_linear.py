@@ -227,13 +227,13 @@ def _walk(
                 into[at] = metric.to(into.dtype)
 
         # the chunk's logits were written over by their gradient
-        if needed.hidden and index is None:
+        if grads.hidden is not None and index is None:
             torch.mm(student, chunks.weight, out=grads.hidden[pick])
-        elif needed.hidden:
+        elif grads.hidden is not None:
             grads.hidden[pick] = student @ chunks.weight
-        if needed.weight:
+        if head_grad is not None:
             head_grad.add(student, h)
-        if needed.bias:
+        if grads.bias is not None:
             grads.bias[:vocab] += student.sum(0, dtype=dtype)
     block_loss.release()
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
@@ -264,17 +264,19 @@ class _Chunks:
         self._teacher = None if heads.teacher_hidden is None else buffer(heads.teacher_hidden)
         self._float8 = None
         if heads.teacher_scale is not None:
+            assert heads.teacher_weight is not None and self._teacher is not None  # a head comes with hidden states
             quantised = heads.teacher_weight, heads.teacher_scale, self._teacher_bias
             self._float8 = Float8Product(*quantised, vocab, self._teacher.dtype)
 
     def fill(self, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute a chunk's logits ``[C, V]`` of both models from their hidden states ``[C, D]``."""
         student = _logits(hidden, self.weight, self._bias, self._student[: len(hidden), : self._vocab])
-        if self._teacher is None:
+        if teacher_hidden is None or self._teacher is None:
             return student, None
         rows = self._teacher[: len(hidden)]
         teacher = rows[:, : self._vocab]
         if self._float8 is None:
+            assert self._teacher_weight is not None  # hidden states come with a head
             _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, teacher)
         else:
             self._float8(teacher_hidden, rows)

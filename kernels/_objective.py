@@ -94,8 +94,11 @@ class Objective:
     def computed_divergence(self) -> str:
         """Name the divergence to compute, which at the ends of beta is another one.
 
-        There ``jsd`` vanishes and means a KL, by convention (Agarwal et al. 2024); a skewed KL at 0 is the plain one.
+        There ``jsd`` vanishes and means a KL, by convention (Agarwal et al. 2024); a skewed KL at 0 is the plain one;
+        of the symmetric KL one part is left, and the other may be infinite.
         """
+        if self.divergence == "symmetric_kl" and self.beta in (0.0, 1.0):
+            return "reverse_kl" if self.beta == 0.0 else "forward_kl"
         if self.divergence == "jsd" and self.beta in (0.0, 1.0):
             return "forward_kl" if self.beta == 0.0 else "reverse_kl"
         if self.divergence in ("skew_forward_kl", "skew_reverse_kl") and self.beta == 0.0:

@@ -32,7 +32,7 @@ from ._softmax import softmax_backward, softmax_forward
 from ._torch.head_gradient import head_gradient_dtype
 
 # a copy of this folder under another name registers operators of its own
-NAMESPACE = __package__.replace(".", "_")
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 
 
 def pack(plan: Plan) -> str:
@@ -68,6 +68,18 @@ def unpack_needed(text: str) -> NeededGradients:
 def nothing(like: Tensor) -> Tensor:
     """Return what stands for a gradient that is not needed, because operators return tensors only."""
     return like.new_empty(0)
+
+
+def tensors_of(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of hidden states, head and bias, with :func:`nothing` for those that are not needed."""
+    hidden, weight, bias = grads
+    return (
+        nothing(like) if hidden is None else hidden,
+        nothing(like) if weight is None else weight,
+        nothing(like) if bias is None else bias,
+    )
 
 
 def if_needed(tensor: Tensor, needed: bool) -> Tensor | None:
@@ -107,8 +119,8 @@ def _softmax_kd(
     settings = unpack(plan)._replace(vocab=shared_ids(student, teacher, -1))
     if labels is not None:
         check_label_values(labels, settings.vocab, settings.objective.ignore_index)
-    *results, grad = softmax_forward(student, teacher, labels, settings, backend)
-    return *results, nothing(student) if grad is None else grad
+    loss, sums, count, grad = softmax_forward(student, teacher, labels, settings, backend)
+    return loss, sums, count, nothing(student) if grad is None else grad
 
 
 @_softmax_kd.register_fake
@@ -169,7 +181,8 @@ def softmax_kd_op(
 @torch.library.custom_op(f"{NAMESPACE}::float8_weight", mutates_args=())
 def _float8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return data and scale of ``Float8Weight``."""
-    return tuple(quantised_weight(weight))
+    data, scale = quantised_weight(weight)
+    return data, scale
 
 
 @_float8_weight.register_fake
@@ -204,8 +217,8 @@ def _linear_kd(
     settings = unpack(plan)._replace(vocab=shared_vocab_of(heads))
     check_label_values(labels, settings.vocab, settings.objective.ignore_index)
     now = unpack_needed(needed).before_backward(settings.reduction)
-    *results, grads = linear_forward(heads, labels, settings, chunk_tokens, backend, now)
-    return *results, *(nothing(hidden) if grad is None else grad for grad in grads)
+    loss, sums, count, grads = linear_forward(heads, labels, settings, chunk_tokens, backend, now)
+    return loss, sums, count, *tensors_of(grads, hidden)
 
 
 @_linear_kd.register_fake
@@ -252,8 +265,7 @@ def _linear_kd_backward(
         refuse_graph_of_gradients()
     grads = Gradients(*map(if_needed, (grad_hidden, grad_weight, grad_bias), unpack_needed(needed)))
     scale = remaining_scale(grad_loss, count, reduction, backend, hidden_dtype)
-    out = scaled_gradients(grads, scale, hidden_dtype, weight_dtype)
-    return tuple(nothing(grad_hidden) if grad is None else grad for grad in out)
+    return tensors_of(scaled_gradients(grads, scale, hidden_dtype, weight_dtype), grad_hidden)
 
 
 @_linear_kd_backward.register_fake
@@ -293,8 +305,7 @@ def _linear_kd_recomputed(
     settings = unpack(plan)._replace(vocab=shared_vocab_of(heads))
     rows = grad_loss.unsqueeze(-1)
     grads = recomputed_gradients(heads, labels, settings, chunk_tokens, backend, unpack_needed(needed), rows)
-    out = scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype)
-    return tuple(nothing(hidden) if grad is None else grad for grad in out)
+    return tensors_of(scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype), hidden)
 
 
 @_linear_kd_recomputed.register_fake

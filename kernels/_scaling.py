@@ -35,7 +35,7 @@ def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = Fal
 
 def retains_graph() -> bool:
     """Return whether the backward pass that runs was asked to retain the graph; True where PyTorch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    ask = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
 
 

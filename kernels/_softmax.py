@@ -3,6 +3,8 @@
 Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,7 +42,7 @@ class SoftmaxKD(torch.autograd.Function):
     jvp = staticmethod(refuse_tangents)
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         refuse_transforms(grad_loss)
         (grad,) = ctx.saved_tensors
         if grad is None or grad_loss is None:
@@ -139,16 +141,16 @@ def _torch_rows(
     return rows
 
 
-def _segments(student: Tensor, teacher: Tensor | None):
+def _segments(student: Tensor, teacher: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield pairs of 2-D views ``[n, V]`` that cover the tokens in order; neither model's logits are copied."""
-    tensors = (student, teacher)
     try:
-        views = [None if t is None else t.view(-1, t.shape[-1]) for t in tensors]
+        flat = student.view(-1, student.shape[-1])
+        flat_teacher = None if teacher is None else teacher.view(-1, teacher.shape[-1])
     except RuntimeError:  # [B, S, V] cut along S has no flat view: one sequence at a time
-        views = [[None] * len(student) if t is None else t.unbind(0) for t in tensors]
-        yield from zip(*views, strict=True)
+        teachers = [None] * len(student) if teacher is None else teacher.unbind(0)
+        yield from zip(student.unbind(0), teachers, strict=True)
     else:
-        yield tuple(views)
+        yield flat, flat_teacher
 
 
 def _segment(
@@ -168,13 +170,13 @@ def _segment(
             if grad is not None:
                 grad[~valid] = 0
         valid = None
-    if valid is not None:
+    if labels is not None and valid is not None:
         labels = labels.where(valid, 0)
     for block in row_blocks(len(student) if index is None else len(index), student.shape[1], student.device):
         pick = block if index is None else index[block]
         out = None
         if grad is not None:
-            out = grad[block] if index is None else grad.new_empty(len(pick), grad.shape[1])
+            out = grad[block] if isinstance(pick, slice) else grad.new_empty(len(pick), grad.shape[1])
         loss, metrics = block_loss(
             _rows(student, pick),
             None if teacher is None else _rows(teacher, pick),
@@ -190,7 +192,7 @@ def _segment(
         rows.loss[pick] = loss
         for into, metric in zip(rows.metrics, metrics, strict=True):
             into[pick] = metric.to(into.dtype)
-        if out is not None and index is not None:
+        if grad is not None and out is not None and not isinstance(pick, slice):
             grad.index_copy_(0, pick, out)
 
 

@@ -101,14 +101,21 @@ def divergence(name: str, beta: float | None, dist: Distributions, r: Tensor, x:
         Tensor: ``[n]``, never negative.
     """
     if name in KULLBACK_LEIBLER:
-        share = KULLBACK_LEIBLER[name]
-        return _kl_mixture(beta if share is None else share, dist, r, x, grad)
+        return _kl_mixture(_share(name, beta), dist, r, x, grad)
     if name == "tvd":
         return _tvd(dist, x, grad)
     # Σ q - Σ p, zero but for rounding, see the head of this file
     mass = torch.sub(dist.q, dist.p, out=r).sum(-1)
     mixtures = {"jsd": _jsd, "skew_forward_kl": _skew_forward_kl, "skew_reverse_kl": _skew_reverse_kl}
-    return mixtures[name](beta, dist, mass, r, x, grad)
+    return mixtures[name](_share(name, beta), dist, mass, r, x, grad)
+
+
+def _share(name: str, beta: float | None) -> float:
+    """Return β of a divergence that has one: its own parameter, or what :data:`KULLBACK_LEIBLER` says."""
+    fixed = KULLBACK_LEIBLER.get(name)
+    share = beta if fixed is None else fixed
+    assert share is not None  # an Objective has filled in the default
+    return share
 
 
 def _expect(weight: Tensor, value: Tensor, out: Tensor) -> Tensor:
@@ -148,8 +155,7 @@ def kl_from_exponentials(name: str, beta: float | None, dist: Distributions, r: 
 
     Without the masses' terms the rounding of the totals stays: some 1e-7, whatever the KL.
     """
-    share = KULLBACK_LEIBLER[name]
-    share = beta if share is None else share
+    share = _share(name, beta)
     torch.sub(dist.student.u, dist.teacher.u, out=r)
     shift = _shift(dist)[:, 0]
     value = torch.zeros_like(shift)

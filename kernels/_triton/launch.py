@@ -3,6 +3,7 @@
 Legend: N tokens, V vocabulary, B batch, S sequence.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -28,10 +29,10 @@ class Blocks(NamedTuple):
 
 
 # Every choice of blocks, warps and registers, with its reason. `python -m benchmarks.binaries` prints what they compile
-# to; all have 8 ids a thread (one 128-bit load of bf16 per tensor and step) and none spills.
+# to; those of 1024 ids have 8 a thread (in bf16 one 128-bit load per tensor and step), and none spills.
 #
 # variant                          ids     warps  registers  why
-# narrow rows                      V up    4      168        one step over the whole row
+# narrow rows                      256 up  4      168        one step over the whole row, of 512 or 1024 ids if V asks
 # KLs, TVD                         1024    4      64         8 programs an SM: 32 warps, each with two blocks in flight
 # JSD, skewed KLs                  1024    4      80         6 programs an SM; they would spill at 72
 # the same with metrics            1024    4      96, 112    sums of their own; agreement alone needs none
@@ -111,7 +112,7 @@ def variant_of(plan: Plan, has_labels: bool) -> Variant:
         ACCEPTANCE=acceptance,
         GRADIENT=plan.want_grad,
         THREE_PASSES=has_kd and name not in ("forward_kl", "reverse_kl", "symmetric_kl"),
-        BETA_ABOVE_HALF=has_kd and name == "jsd" and objective.beta > 0.5,
+        BETA_ABOVE_HALF=has_kd and name == "jsd" and objective.beta is not None and objective.beta > 0.5,
         APPROXIMATE=torch.version.hip is None and not runs_interpreted(),
     )
 
@@ -144,7 +145,7 @@ def factors_of(plan: Plan, variant: Variant) -> Factors:
 
 
 def width_of(*tensors: Tensor) -> int:
-    """Return how many neighbouring ids a thread loads at a time: 128 bits of them; 1 where rows start anywhere."""
+    """Return how many neighbouring ids a thread loads, 128 bits of the widest dtype; 1 where rows start anywhere."""
     width = 16 // max(tensor.element_size() for tensor in tensors)
     round_ = all(
         tensor.stride(-1) == 1
@@ -178,13 +179,14 @@ def _addresses(tensor: Tensor) -> tuple[int, int, int, int]:
     try:
         flat = tensor.view(-1, tensor.shape[-1])
     except RuntimeError:
-        return tensor.shape[1], *tensor.stride()
+        outer, inner, ids = tensor.stride()
+        return tensor.shape[1], outer, inner, ids
     return 1, flat.stride(0), 0, flat.stride(1)
 
 
 def on_device(device: torch.device):
     """Make `device` the current one, on which Triton launches, whatever device the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def rows_of(results: Tensor, plan: Plan) -> Rows:

@@ -15,7 +15,7 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEAR = tl.constexpr(0.35)  # |x| below which differences of p and q come from a series of x
-CLOSE = tl.constexpr(0.25)  # |m/p - 1| below which its logarithm comes from a polynomial
+CLOSE = tl.constexpr(0.25)  # |m/own - 1| below which its logarithm comes from a polynomial
 HUGE = tl.constexpr(1.0e30)  # stands for an infinite x where 0·x has to be 0
 FAR = tl.constexpr(87.0)  # e^87 and e^-87 are normal numbers in fp32; a share beyond them is nothing beside the other
 
@@ -28,7 +28,7 @@ def weighted(weight, value):
 
 @triton.jit
 def log2_of(x, APPROXIMATE: tl.constexpr):
-    """Compute log2(x); if APPROXIMATE by the one instruction that NVIDIA has for it, wrong by 2^-22 at most near 1."""
+    """Compute log2(x); if APPROXIMATE by NVIDIA's instruction, wrong by 2^-22, between 0.5 and 2 of 1."""
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -70,8 +70,12 @@ def difference(p, q, x):
 
 @triton.jit
 def forward_kl_terms(p, q, x):
-    """Compute the terms of Σ p·ln(p/q), plus q - p: these sum to 0, and make each term p·(e^x - 1 - x) >= 0."""
-    return tl.where(is_near(x), p * second_order(x), (q - p) - p * tl.minimum(x, HUGE))
+    """Compute the terms of Σ p·ln(p/q), plus q - p: these sum to 0, and make each term p·(e^x - 1 - x) >= 0.
+
+    Where p = q = 0 and x is -inf the product is NaN, and the maximum 0: so NaN in a logit does not show here.
+    """
+    far = (q - p) - p * tl.minimum(x, HUGE)
+    return tl.where(is_near(x), p * second_order(x), tl.maximum(far, 0.0))
 
 
 @triton.jit
@@ -83,17 +87,17 @@ def reverse_kl_terms(p, q, x):
 
 @triton.jit
 def symmetric_kl_terms(beta, one_minus_beta, p, q, x, limit):
-    """Compute beta·forward_kl_terms + one_minus_beta·reverse_kl_terms."""
+    """Compute beta·forward_kl_terms + one_minus_beta·reverse_kl_terms; neither share is 0."""
     tail = second_order(x)
     near = p * (one_minus_beta * (x * x) + tail * (one_minus_beta * x + (beta - one_minus_beta)))
     d = q - p
-    far = beta * (d - p * tl.minimum(x, HUGE)) + one_minus_beta * (q * held(x, limit) - d)
-    return tl.where(is_near(x), near, far)
+    far = beta * (d - p * tl.minimum(x, limit)) + one_minus_beta * (q * held(x, limit) - d)
+    return tl.where(is_near(x), near, tl.maximum(far, 0.0))
 
 
 @triton.jit
 def held(x, limit):
-    """Hold x to [-HUGE, limit]."""
+    """Hold x to [-HUGE, limit]; NaN, where both models rule an id out, becomes the limit."""
     return tl.maximum(tl.minimum(x, limit), -HUGE)
 
 
@@ -102,8 +106,8 @@ def mixture_ratio(own_share, other_share, x, APPROXIMATE: tl.constexpr):
     """Compute m/own of the mixture m = own_share·own + other_share·other, given ``x = ln(other/own)``.
 
     Returns:
-        its logarithm; what it differs from 1 by; the ratio. All positive terms where nothing is close to 1, so that a
-        small share loses no digits.
+        its logarithm; what it differs from 1 by; the ratio. Where that is not close to 1, both are of a sum of positive
+        terms, in which a small share loses no digits.
     """
     x = tl.minimum(tl.maximum(x, -FAR), FAR)
     e = tl.exp2(x * LOG2_E)
@@ -131,8 +135,9 @@ def inverse(ratio, excess, APPROXIMATE: tl.constexpr):
 def jsd_logarithms(beta, one_minus_beta, x, BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr):
     """Compute ln(m/q) and ln(m/p) of m = beta·p + one_minus_beta·q: one from the other, as ln(m/p) = ln(m/q) + x.
 
-    The one computed first is that of the model with the larger share, and the smaller of the two; the other way round
-    it would be the difference of two nearly equal numbers.
+    The one computed first is that of the model with the larger share: with β near an end it is the small one, which as
+    a difference of the other and x would lose its digits. Far from 0, at x = -87 say, the second is such a difference
+    and off by some 1e-5.
     """
     bounded = tl.minimum(tl.maximum(x, -FAR), FAR)
     if BETA_ABOVE_HALF:
@@ -185,7 +190,7 @@ def value_and_centre(DIVERGENCE: tl.constexpr, beta, one_minus_beta, first, seco
     """Return the value of D and the centre of its gradient from sums of the two terms.
 
     The centre is ``Σ q·h`` with ``h = dD/dq``; for jsd ``Σ q·ln(m/q)``, for skew_forward_kl ``Σ p·q/m``; forward,
-    reverse and symmetric KL need none.
+    reverse and symmetric KL have none here (the last two have theirs from ``kl_from_statistics``).
     """
     value = first
     centre = second
@@ -203,7 +208,7 @@ def divergence_gradient(
     DIVERGENCE: tl.constexpr, weight, beta, one_minus_beta, p, q, x, centre, limit,
     BETA_ABOVE_HALF: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """Compute weight·dD/dz, z = s/T, which is ``weight·q·(h - centre)``; products of numbers of the row come first.
+    """Compute weight·dD/dz, z = s/T, which is ``weight·q·(h - centre)``; what all ids share is multiplied first.
 
     Args:
         centre: from ``value_and_centre``; for skew_forward_kl divided by Σ q; for reverse and symmetric KL ``Σ q·x``.
@@ -235,3 +240,33 @@ def divergence_gradient(
 def signed(value, x):
     """Return value·sign(x), 0 where x is NaN."""
     return tl.where(x > 0.0, value, tl.where(x < 0.0, -value, 0.0))
+
+
+@triton.jit
+def gap_of(d_s, d_t):
+    """Compute ln(d_t/d_s), exactly 0 where both are equal; a GPU's plain division is off by two roundings."""
+    return tl.where(d_t == d_s, 0.0, tl.log2(tl.div_rn(d_t, d_s)) * LN2)
+
+
+@triton.jit
+def not_negative(x):
+    """Return max(x, 0), and NaN for NaN."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def cross_entropy(logit, largest, normaliser):
+    """Compute -ln softmax of the label's logit at T = 1."""
+    return (tl.log2(normaliser) - (logit - largest) * LOG2_E) * LN2
+
+
+@triton.jit
+def infinite_where(condition, value):
+    """Return +inf where the condition holds, NaN where `value` is NaN, and else `value`."""
+    return tl.where(condition, value + float("inf"), value)
+
+
+@triton.jit
+def nan_unless_number(normalisers, value):
+    """Return NaN where the sums of exponentials are, which show NaN in any logit, and else `value`."""
+    return tl.where(normalisers == normalisers, value, float("nan"))

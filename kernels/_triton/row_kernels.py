@@ -11,16 +11,10 @@ No argument that grows with N is specialised on, but for strides between sequenc
 import triton
 import triton.language as tl
 
-from .math import weighted
-from .passes import (
-    centre_of,
-    cross_entropy,
-    fill_zeros,
-    first_pass,
-    kl_from_statistics,
-    not_negative,
-    second_pass,
-)
+from .blocks import fill_zeros
+from .first_pass import first_pass, kl_from_statistics
+from .math import cross_entropy, infinite_where, not_negative, weighted
+from .second_pass import centre_of, second_pass
 
 RESULTS = tl.constexpr(9)
 
@@ -102,10 +96,12 @@ def rows_kernel(
     """Compute everything about one row: loss, metrics and gradient.
 
     Args:
-        row_scale: multiplies the row's gradient; one number (stride 0) or one per row.
+        row_scale: multiplies the row's gradient, as the mean and the caller's `scale` do; one number (stride 0) or one
+            per row.
         kd_ratio, ce_weight: weights of the divergence and of the cross-entropy in the loss. kd_scale: factor of D,
             T² or 1. kd_slope: weight of dD/dz, z = s/T.
-        HAS_KD: D is computed; HAS_CE: so is the cross-entropy. A weight of 0 leaves either out of the loss.
+        HAS_KD: D is computed; HAS_CE: the cross-entropy has a gradient (its value comes with the labels). A weight of 0
+            leaves either out of the loss.
         STUDENT_AT_1, TEACHER_AT_1: statistics at T = 1 are needed beside those at T.
         KL, ENTROPIES, AGREEMENT, ACCEPTANCE: the metrics that are computed.
         THREE_PASSES: the gradient needs a sum over normalised p and q first, from a second pass that writes nothing.
@@ -133,13 +129,13 @@ def rows_kernel(
         if HAS_TEACHER:
             label_t = load_logit(t, label, teacher_stride, float("nan"))
 
-    SECOND: tl.constexpr = (GRADIENT or THREE_PASSES) or ((KL or ENTROPIES) or ACCEPTANCE)  # two operands: Triton 3.2
+    SECOND: tl.constexpr = (GRADIENT or THREE_PASSES) or ((KL or ENTROPIES) or ACCEPTANCE)  # 3.2 refuses A or B or C
     m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio, first_s, first_t = first_pass(
         student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
         HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1,
-        FORWARD=(not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
-        REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", RATIO=False, AGREEMENT=AGREEMENT,
-        BLOCK=BLOCK, WIDTH=WIDTH,
+        FORWARD=(HAS_KD and not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
+        REVERSE=HAS_KD and (DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl"), RATIO=False,
+        AGREEMENT=AGREEMENT, BLOCK=BLOCK, WIDTH=WIDTH,
     )  # fmt: skip
     if not STUDENT_AT_1:
         n_s = d_s
@@ -147,7 +143,7 @@ def rows_kernel(
         n_t = d_t
     class_loss = 0.0
     teacher_class_loss = 0.0
-    if HAS_LABELS:  # of use at T = 1 or with the statistics at 1; for anything else its weight is 0
+    if HAS_LABELS:  # of use at T = 1 or with the statistics at 1; else its weight is 0 and no metric reads it
         class_loss = cross_entropy(label_s, m_s, n_s)
         if HAS_TEACHER:
             teacher_class_loss = cross_entropy(label_t, m_t, n_t)
@@ -182,7 +178,7 @@ def rows_kernel(
             GRADIENT=GRADIENT and not THREE_PASSES, BETA_ABOVE_HALF=BETA_ABOVE_HALF, APPROXIMATE=APPROXIMATE,
             BLOCK=BLOCK, WIDTH=WIDTH,
         )  # fmt: skip
-        divergence = tl.where(ruled_out > 0.0, float("inf"), value)
+        divergence = infinite_where(ruled_out > 0.0, value)
     if GRADIENT and THREE_PASSES:
         second_pass(
             student=s, teacher=t, out=o, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride,

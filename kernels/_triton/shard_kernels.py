@@ -5,28 +5,18 @@ to the maxima of all shards, a second (and third) pass with the whole row's stat
 
 Legend: N rows, V ids of this shard. ``own`` and ``merged`` are ``[N, COLUMNS]`` in fp32: m_s, m_t, the largest finite
 s - t, which merge by their maximum; then d_s, d_t, n_s, n_t, forward, reverse, ruled_out of
-``passes.first_pass`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
-sums that ``passes.second_pass`` returns; ``firsts`` ``[N, 2]`` in int32.
+``first_pass`` and the label's two logits, which merge by sums. ``terms`` is ``[N, TERMS]`` in fp32, the
+sums that ``second_pass`` returns; ``firsts`` ``[N, 2]`` in int32.
 """
 
 import triton
 import triton.language as tl
 
-from .math import LOG2_E
-from .passes import (
-    LOWEST,
-    NO_ID,
-    centre_of,
-    cross_entropy,
-    fill_zeros,
-    first_pass,
-    kl_from_statistics,
-    move_of,
-    moved_forward,
-    moved_reverse,
-    second_pass,
-)
+from .blocks import LOWEST, NO_ID, fill_zeros
+from .first_pass import first_pass, kl_from_statistics, move_of, moved_forward, moved_reverse
+from .math import LOG2_E, cross_entropy, infinite_where
 from .row_kernels import RESULTS, id_in, kl_value, row_start, store_first_results, store_results, store_zeros
+from .second_pass import centre_of, second_pass
 
 COLUMNS = tl.constexpr(12)
 MAXIMA = tl.constexpr(3)  # the leading columns
@@ -76,7 +66,7 @@ def first_pass_kernel(
 
     Args:
         firsts: receives the first ids at the shard's maxima (if AGREEMENT).
-        FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``passes.first_pass``.
+        FORWARD: whether Σ 2^ut·(ut - us) is summed, see ``first_pass``.
     """
     row = tl.program_id(0)
     to = own + row.to(tl.int64) * COLUMNS
@@ -251,7 +241,7 @@ def results_kernel(
     if AGREEMENT:
         agreement = tl.where(tl.load(firsts + row * 2) == tl.load(firsts + row * 2 + 1), 1.0, 0.0)
     if HAS_SUMS:
-        divergence = tl.where(ruled_out > 0.0, float("inf"), tl.load(sums))
+        divergence = infinite_where(ruled_out > 0.0, tl.load(sums))
         kl = tl.load(sums + 3)
         entropy_s = tl.load(sums + 4)
         entropy_t = tl.load(sums + 5)

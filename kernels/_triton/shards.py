@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._checks import check_label_values
 from .._plan import Plan, Rows, host_can_read
+from .blocks import NO_ID
 from .launch import rows_of
-from .passes import NO_ID
 from .shard_kernels import LABEL_LOGITS, MAXIMA
 from .walk import Walk
 
@@ -32,7 +32,7 @@ class Group(NamedTuple):
         """Return the group that `handle` stands for."""
         return cls(handle, dist.get_rank(handle), dist.get_world_size(handle))
 
-    def reduce(self, tensor: Tensor, operation: "dist.ReduceOp") -> Tensor:
+    def reduce(self, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
         """Reduce `tensor` over the processes, in place, and return it."""
         dist.all_reduce(tensor, operation, self.handle)
         return tensor
@@ -65,7 +65,7 @@ def parallel_rows(
         return Rows.zeros(0, plan, torch.float32, student.device)
     valid = None if labels is None else labels != plan.objective.ignore_index
     # where a label lies is known after the first exchange; until then it is only ignored or not
-    early = None if labels is None else torch.where(valid, _NOWHERE, _IGNORED)
+    early = None if valid is None else torch.where(valid, _NOWHERE, _IGNORED)
     walk = Walk(student, teacher, early, plan, grad_out, row_scale, _IGNORED)
     own, firsts = walk.first_pass(forward=not walk.needs_terms)
     maxima, sizes = _merged_maxima(own, plan.vocab, group)
@@ -75,7 +75,7 @@ def parallel_rows(
         firsts = group.reduce(torch.where(at_maximum, firsts + offset, NO_ID.value), dist.ReduceOp.MIN)
     merged = walk.rescale(own, maxima)
     everywhere = None
-    if labels is not None:
+    if labels is not None and valid is not None:
         local, everywhere = _placed(labels, valid, offset, sizes.sum(), plan)
         walk.labels = local
         merged[:, LABEL_LOGITS.value] = _label_logits(student, local)

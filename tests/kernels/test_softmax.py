@@ -272,10 +272,48 @@ def test_ignored_rows_do_not_leak_nan(backend, device):
     assert not grad[1].any()
 
 
-def test_nan_logits_are_not_hidden(divergence, backend, device):
-    student, teacher = torch.randn(2, 4, 11)
-    student[1, 3] = torch.nan
+@pytest.mark.parametrize("model", [0, 1], ids=["student", "teacher"])
+def test_nan_logits_are_not_hidden(divergence, model, backend, device):
+    logits = torch.randn(2, 4, 11)
+    logits[model, 1, 3] = torch.nan
+    student, teacher = logits
     assert softmax_kd_loss(student, teacher, divergence=divergence).isnan()
+    loss, metrics = softmax_kd_loss(
+        student.requires_grad_(), teacher, divergence=divergence, return_metrics=["kl", "acceptance_rate"]
+    )
+    assert loss.isnan() and metrics["kl"].isnan() and metrics["acceptance_rate"].isnan()
+
+
+def test_an_id_masked_in_the_student_that_the_teacher_cannot_have_in_fp32(backend, device):
+    """Its p is 0 in fp32, so that it adds nothing, though its log-ratio is infinite."""
+    student, teacher = torch.randn(2, 1, 11)
+    student[:, 7], teacher[:, 7] = -torch.inf, -300.0
+    for divergence in ("forward_kl", "symmetric_kl"):
+        z = student.clone().requires_grad_()
+        loss, metrics = softmax_kd_loss(z, teacher, divergence=divergence, return_metrics=["kl"])
+        ids = [*range(7), *range(8, 11)]
+        truth = softmax_kd_loss(
+            student[:, ids].double(), teacher[:, ids].double(), divergence=divergence, backend="torch"
+        )
+        assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+        assert metrics["kl"].isfinite()
+        assert gradient(loss, z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("masked", ["student", "teacher"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_symmetric_kl_leaves_out_a_part_of_weight_0_even_if_it_is_infinite(beta, masked, backend, device):
+    student, teacher = torch.randn(2, 6, 50)
+    (student if masked == "student" else teacher)[:, 7] = -torch.inf
+    name = "forward_kl" if beta == 1.0 else "reverse_kl"
+    results = []
+    for divergence, more in (("symmetric_kl", {"beta": beta}), (name, {})):
+        z = student.clone().requires_grad_()
+        loss = softmax_kd_loss(z, teacher, divergence=divergence, **more)
+        results.append((loss.detach(), *gradient(loss, z)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert results[0][0].isfinite() == ((name == "forward_kl") == (masked == "teacher"))
 
 
 def test_reduction_none_has_the_shape_of_the_labels_and_weighs_rows(backend):
