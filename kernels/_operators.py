@@ -6,9 +6,7 @@ Operators take plain values, so that each is handed its plan, and the gradients 
 Legend: N tokens, M metrics, V vocabulary, D hidden width.
 """
 
-import ast
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from ._linear import (
     recomputed_gradients,
     scaled_gradients,
 )
-from ._objective import Objective
+from ._packing import pack, pack_needed, unpack, unpack_needed
 from ._plan import Plan, working_dtype
 from ._scaling import remaining_scale
 from ._softmax import softmax_backward, softmax_forward
@@ -33,36 +31,6 @@ from ._torch.head_gradient import head_gradient_dtype
 
 # a copy of this folder under another name registers operators of its own
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
-
-
-def pack(plan: Plan) -> str:
-    """Write a plan as text, without the vocabulary, which the tensors tell; ``torch.compile`` traces this."""
-    o = plan.objective
-    numbers = f"{o.beta}, {o.temperature}, {o.kd_ratio}, {o.ignore_index}, {o.scale_by_temperature_squared}"
-    metrics = ",".join(plan.metrics)
-    # by format strings, which make constants of floats that a graph has as its inputs
-    flags = f"{plan.has_teacher}, {plan.want_grad}, {plan.scale}"
-    return f"{o.divergence!r}, {numbers}, {metrics!r}, {plan.reduction!r}, {flags}"
-
-
-@lru_cache(maxsize=64)
-def unpack(text: str) -> Plan:
-    """Read what :func:`pack` wrote; the vocabulary is 0."""
-    *objective, metrics, reduction, has_teacher, want_grad, scale = ast.literal_eval(text)
-    names = tuple(metrics.split(",")) if metrics else ()
-    return Plan(Objective(*objective), names, 0, reduction, has_teacher, want_grad, scale)
-
-
-def pack_needed(needed: NeededGradients) -> str:
-    """Write the names of the gradients that are needed."""
-    names = [("hidden", needed.hidden), ("weight", needed.weight), ("bias", needed.bias)]
-    return ",".join([name for name, is_needed in names if is_needed])
-
-
-def unpack_needed(text: str) -> NeededGradients:
-    """Read what :func:`pack_needed` wrote."""
-    names = text.split(",")
-    return NeededGradients(*(name in names for name in NeededGradients._fields))
 
 
 def nothing(like: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class KDRecipe:
         """Take one optimizer step."""
         step = kd.begin_step(run, microbatches)  # |V| over all processes
         for batch in step:
-            # sums over the valid tokens; no name keeps the teacher's signal for the backward pass
+            # teacher, then student and loss (models/student.py): sums over the valid tokens; no name keeps the signal
             loss, sums = run.student(batch, run.teacher.signal(batch), step.metrics)
             step.backward(loss, sums)  # of loss · W / |V| on W processes
         kd.finish_step(run, step)  # norm, clip, skip if not finite, update, schedule, log

@@ -85,7 +85,7 @@ def _checks(job: Job, backend: str) -> Iterable[tuple[str, str, Callable[[], Sha
     # Multiples of 64, to which linear_kd_loss pads its rows: both functions then launch one and the same binary.
     for vocab, dtype in ((4096, BF16), (1088, F32)):
         case = Case(vocab, 129, 2.0, 0.5, "some", (dtype, dtype))
-        case = case.small if job.rehearse else case
+        case = case.small._replace(vocab=320) if job.rehearse else case
         yield "in place", case.name, lambda case=case: check_in_place(divergence, case, device, backend)
     repeated, repeats = Case(128256, 300, 2.0, 0.5, "some", (BF16, BF16)), 20
     if job.rehearse:

@@ -40,7 +40,11 @@ def first_step(
     HAS_TEACHER: tl.constexpr, STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, FORWARD: tl.constexpr,
     REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Take one block into the statistics of its groups, each ``[G]`` and relative to the group's own maxima."""
+    """Take one block into the statistics of its groups, each ``[G]`` and relative to the group's own maxima.
+
+    Args:
+        inside: ids of the row, where it ends in the block (TAIL); else unread.
+    """
     s = groups(s.to(tl.float32), WIDTH)
     block_s = group_max(s)
     new_s = tl.maximum(m_s, block_s)

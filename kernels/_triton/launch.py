@@ -97,15 +97,15 @@ def variant_of(plan: Plan, has_labels: bool) -> Variant:
     entropies = bool(wanted & {"student_entropy", "teacher_entropy"})
     of_probabilities = kl or entropies or acceptance
     # a label's logit is read beside the statistics of its model at T = 1
-    beside = has_kd and objective.temperature != 1.0
+    two_temperatures = has_kd and objective.temperature != 1.0
     return Variant(
         DIVERGENCE=name,
         HAS_TEACHER=plan.has_teacher,
         HAS_KD=has_kd,
         HAS_CE=has_ce,
         HAS_LABELS=has_labels,
-        STUDENT_AT_1=beside and (has_ce or of_probabilities or "class_loss" in wanted),
-        TEACHER_AT_1=beside and plan.has_teacher and (of_probabilities or "teacher_class_loss" in wanted),
+        STUDENT_AT_1=two_temperatures and (has_ce or of_probabilities or "class_loss" in wanted),
+        TEACHER_AT_1=two_temperatures and plan.has_teacher and (of_probabilities or "teacher_class_loss" in wanted),
         KL=kl,
         ENTROPIES=entropies,
         AGREEMENT="top1_agreement" in wanted,

@@ -49,11 +49,11 @@ def reciprocal(x, APPROXIMATE: tl.constexpr):
 @triton.jit
 def second_order(x):
     """Compute e^x - 1 - x for abs(x) < NEAR by its series; the first term left out is 1e-7 of the first."""
-    tail = 0.001388888888888889 + x * 0.0001984126984126984
-    tail = 0.008333333333333333 + x * tail
-    tail = 0.041666666666666664 + x * tail
-    tail = 0.16666666666666666 + x * tail
-    return x * x * (0.5 + x * tail)
+    series = 0.001388888888888889 + x * 0.0001984126984126984
+    series = 0.008333333333333333 + x * series
+    series = 0.041666666666666664 + x * series
+    series = 0.16666666666666666 + x * series
+    return x * x * (0.5 + x * series)
 
 
 @triton.jit
@@ -88,8 +88,8 @@ def reverse_kl_terms(p, q, x):
 @triton.jit
 def symmetric_kl_terms(beta, one_minus_beta, p, q, x, limit):
     """Compute beta·forward_kl_terms + one_minus_beta·reverse_kl_terms; neither share is 0."""
-    tail = second_order(x)
-    near = p * (one_minus_beta * (x * x) + tail * (one_minus_beta * x + (beta - one_minus_beta)))
+    series = second_order(x)
+    near = p * (one_minus_beta * (x * x) + series * (one_minus_beta * x + (beta - one_minus_beta)))
     d = q - p
     far = beta * (d - p * tl.minimum(x, limit)) + one_minus_beta * (q * held(x, limit) - d)
     return tl.where(is_near(x), near, tl.maximum(far, 0.0))
@@ -114,14 +114,14 @@ def mixture_ratio(own_share, other_share, x, APPROXIMATE: tl.constexpr):
     excess = other_share * tl.where(is_near(x), x + second_order(x), e - 1.0)
     direct = own_share + other_share * e
     # ln(1 + a) = a + a²·P(a): P by interpolation at Chebyshev's nodes, which leaves 3.4e-8 of the logarithm
-    tail = 0.15586036443710327 + excess * -0.13847944140434265
-    tail = -0.16612693667411804 + excess * tail
-    tail = 0.19958451390266418 + excess * tail
-    tail = -0.2500068247318268 + excess * tail
-    tail = 0.33333662152290344 + excess * tail
-    tail = -0.5 + excess * tail
+    series = 0.15586036443710327 + excess * -0.13847944140434265
+    series = -0.16612693667411804 + excess * series
+    series = 0.19958451390266418 + excess * series
+    series = -0.2500068247318268 + excess * series
+    series = 0.33333662152290344 + excess * series
+    series = -0.5 + excess * series
     close = tl.abs(excess) < CLOSE
-    logarithm = tl.where(close, excess + excess * excess * tail, log2_of(direct, APPROXIMATE) * LN2)
+    logarithm = tl.where(close, excess + excess * excess * series, log2_of(direct, APPROXIMATE) * LN2)
     return logarithm, excess, tl.where(close, 1.0 + excess, direct)
 
 

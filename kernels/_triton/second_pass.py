@@ -1,6 +1,8 @@
 """The second pass over a row of logits, which sums over probabilities, writes the gradient, or both.
 
-Legend: as in ``first_pass.py``; G groups of ids, see ``blocks.py``.
+Where the gradient needs a sum of this pass, another one of its kind writes it.
+
+Legend: as in ``first_pass.py``; G groups of ids, see ``blocks.py``; a suffix ``_1``, and n for d: at T = 1.
 """
 
 import triton
@@ -30,7 +32,11 @@ def second_step(
     ACCEPTANCE: tl.constexpr, TERMS: tl.constexpr, GRADIENT: tl.constexpr, BETA_ABOVE_HALF: tl.constexpr,
     APPROXIMATE: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Take one block into the sums of its groups ``[G]``, and write its gradient."""
+    """Take one block into the sums of its groups ``[G]``, and write its gradient.
+
+    Args:
+        inside: ids of the row, where it ends in the block (TAIL); else unread.
+    """
     us = s.to(tl.float32) - m_s
     lq = us * c - log2_d_s
     q = tl.exp2(lq)

@@ -210,8 +210,8 @@ def second_pass_kernel(
 @triton.jit
 def results_kernel(
     merged, sums, firsts, labels, results, ignore_index, c, beta, one_minus_beta, kd_ratio, kd_scale, ce_weight,
-    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_KD: tl.constexpr, HAS_LABELS: tl.constexpr,
-    STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, AGREEMENT: tl.constexpr, HAS_SUMS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_KD: tl.constexpr, HAS_LABELS: tl.constexpr, STUDENT_AT_1: tl.constexpr,
+    TEACHER_AT_1: tl.constexpr, AGREEMENT: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Make ``results`` of ``rows_kernel`` for one row: from its terms if HAS_SUMS, else from its statistics."""
     row = tl.program_id(0).to(tl.int64)

@@ -173,7 +173,6 @@ class Walk:
                 kd_scale=factors.kd_scale,
                 ce_weight=factors.ce_weight,
                 DIVERGENCE=v.DIVERGENCE,
-                HAS_TEACHER=v.HAS_TEACHER,
                 HAS_KD=v.HAS_KD,
                 HAS_LABELS=v.HAS_LABELS,
                 STUDENT_AT_1=v.STUDENT_AT_1,

@@ -3,6 +3,14 @@
 import functools
 import importlib.util
 
+import numpy as np
+
+
+def _let_minima_leave_out_nan(builder: type) -> None:
+    """Return the number of a number and NaN, as the compiled minimum does and interpreters before Triton 3.7 do not."""
+    builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+
 
 class _Nothing:
     def restore(self) -> None:
@@ -20,6 +28,7 @@ def patch_language_once_a_launch() -> None:
         return
     from triton.runtime import interpreter
 
+    _let_minima_leave_out_nan(interpreter.InterpreterBuilder)
     patch_lang, launch = getattr(interpreter, "_patch_lang", None), interpreter.GridExecutor.__call__
     if patch_lang is None:
         return  # a Triton that does it otherwise

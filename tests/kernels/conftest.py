@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.interpreter import patch_language_once_a_launch
-from torchtune_kd.kernels import DIVERGENCES, Objective, _api, _checks
+from torchtune_kd.kernels import DIVERGENCES, Objective, _call, _checks
 
 HERE = Path(__file__).parent
 
@@ -94,5 +94,5 @@ def backend(request, monkeypatch):
             backend = request.param
         return _checks.resolve_backend(backend, *tensors)
 
-    monkeypatch.setattr(_api, "resolve_backend", resolve)
+    monkeypatch.setattr(_call, "resolve_backend", resolve)
     return request.param

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torchtune_kd.kernels import METRICS, Objective, _plan, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._linear import NeededGradients
-from torchtune_kd.kernels._operators import NAMESPACE, pack, pack_needed, unpack, unpack_needed
+from torchtune_kd.kernels._operators import NAMESPACE
+from torchtune_kd.kernels._packing import pack, pack_needed, unpack, unpack_needed
 from torchtune_kd.kernels._plan import Plan
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -124,7 +124,7 @@ def test_operators_stay_on_the_device():
     """The fake operators with gradients wanted, which autograd does not reach without a CUDA device."""
     code = """
 from torchtune_kd.kernels import Objective
-from torchtune_kd.kernels._operators import pack
+from torchtune_kd.kernels._packing import pack
 from torchtune_kd.kernels._plan import Plan
 plan = pack(Plan(Objective("jsd", 0.5, 2.0, 0.5), ("kl", "kd_loss"), V, "mean", True, True))
 with FakeTensorMode():
