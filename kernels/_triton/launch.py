@@ -33,14 +33,17 @@ class Blocks(NamedTuple):
 #
 # variant                          ids     warps  registers  why
 # narrow rows                      256 up  4      168        one step over the whole row, of 512 or 1024 ids if V asks
-# KLs, TVD                         1024    4      64         8 programs an SM: 32 warps, each with two blocks in flight
-# JSD, skewed KLs                  1024    4      80         6 programs an SM; they would spill at 72
-# the same with metrics            1024    4      96, 112    sums of their own; agreement alone needs none
+# forward KL, TVD, cross-entropy   1024    4      64         8 programs an SM: 32 warps, each with two blocks in flight
+# reverse and symmetric KL         1024    4      72         7 programs; they would spill at 64 on an A100
+# JSD                              1024    4      80         6 programs; it would spill at 72
+# skewed KLs                       1024    4      88         5 programs; they would spill at 80
+# with metrics of probabilities    1024    4      128        4 programs: sums of their own; agreement alone needs none
 # all of these in fp32             1024    4      16 more    twice the registers for what is loaded
+# with V no multiple of 16         1024    4      16 more    the mask of the last block takes an address for each id
 # rows that start anywhere         1024    4      168        8 loads of one id each, and as many addresses
 _NARROW = 1024
-_REGISTERS = {"jsd": 80, "skew_forward_kl": 80, "skew_reverse_kl": 80}
-_REGISTERS_ELSE, _FOR_METRICS, _FOR_FP32, _MOST = 64, 32, 16, 168
+_REGISTERS = {"reverse_kl": 72, "symmetric_kl": 72, "jsd": 80, "skew_forward_kl": 88, "skew_reverse_kl": 88}
+_REGISTERS_ELSE, _WITH_METRICS, _MORE, _MOST = 64, 128, 16, 168
 
 
 def blocks_for(vocab: int, variant: "Variant", width: int) -> Blocks:
@@ -49,8 +52,8 @@ def blocks_for(vocab: int, variant: "Variant", width: int) -> Blocks:
         return Blocks(min(1024, max(256, triton.next_power_of_2(vocab))), 4, _MOST)
     registers = _REGISTERS.get(variant.DIVERGENCE, _REGISTERS_ELSE)
     if variant.KL or variant.ENTROPIES or variant.ACCEPTANCE:
-        registers += _FOR_METRICS
-    return Blocks(1024, 4, registers + (0 if width == 8 else _FOR_FP32))
+        registers = _WITH_METRICS
+    return Blocks(1024, 4, registers + _MORE * (width < 8) + _MORE * (vocab % 16 > 0))
 
 
 def launch_options(warps: int, registers: int | None = None) -> dict[str, int | bool]:
