@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from helpers import oracle
 from helpers.grid import GRID, VALUES
@@ -205,7 +206,7 @@ def test_second_backward_checkpoint_and_inference_mode_teacher(backend):
             changed = {**inputs, "student_hidden": hidden, "student_weight": weight, "student_bias": bias}
             return linear_kd_loss(**changed, reduction=reduction).sum()
 
-        again = torch.utils.checkpoint.checkpoint(run, *leaves(inputs), use_reentrant=False)
+        again = checkpoint(run, *leaves(inputs), use_reentrant=False)
         for ours, right in zip(gradients(again, inputs), first, strict=True):
             assert torch.equal(ours, right)
 

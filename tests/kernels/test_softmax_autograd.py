@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from helpers.grid_checks import gradient
 from torchtune_kd.kernels import softmax_kd_loss
@@ -69,7 +70,7 @@ def test_twice_in_one_graph_and_under_checkpoint(backend):
     twice = softmax_kd_loss(student, teacher) + 2 * softmax_kd_loss(student, teacher)
     assert torch.allclose(gradient(twice, student)[0], 3 * once)
     for reentrant in (False, True):
-        loss = torch.utils.checkpoint.checkpoint(softmax_kd_loss, student, teacher, use_reentrant=reentrant)
+        loss = checkpoint(softmax_kd_loss, student, teacher, use_reentrant=reentrant)
         student.grad = None
         loss.backward()
         assert torch.equal(student.grad, once)
