@@ -1,4 +1,4 @@
-"""What a compiled kernel issues for each id of its row, read from its machine code (SASS).
+"""Count what a compiled kernel issues for each id of its row, from its machine code (SASS).
 
 A pass over a row is a loop: the instructions of its body are issued once for the ids that a thread handles in one turn.
 Which loops are passes, and how many ids a turn has, is read off the code:

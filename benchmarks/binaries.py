@@ -180,7 +180,7 @@ class Report:
 
     @property
     def instructions(self) -> float:
-        """Of a logit, in all passes."""
+        """Return those of a logit, in all passes."""
         return sum(one.instructions for one in self.passes)
 
     @property

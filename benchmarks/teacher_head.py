@@ -1,4 +1,4 @@
-"""What a teacher's head in 8-bit floats changes: its distribution, and a student's gradient.
+"""Measure what a teacher's head in 8-bit floats changes: its distribution, and a student's gradient.
 
     python -m benchmarks.teacher_head
 

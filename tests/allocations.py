@@ -1,4 +1,4 @@
-"""What a piece of code allocates and multiplies on one device, whether that has memory or not."""
+"""Follow what a piece of code allocates and multiplies on one device, whether that has memory or not."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""What our kernel issues for a logit, from its machine code; :mod:`benchmarks.binaries` counts it."""
+"""Count what our kernel issues for a logit, from its machine code; :mod:`benchmarks.binaries` counts it."""
 
 import functools
 from typing import Any

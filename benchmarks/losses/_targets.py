@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach, as shares of what the device can do at best, and what a run measured of it.
+"""State what the kernels are to reach, as shares of what the device can do at best, and what a run measured of it.
 
 Where a target is a time, it is a share of the case's bound at the rates of the device that the run measured: the bytes
 of the passes, or the matrix products. Ratios to peers are reported, beside the largest that code with these passes can

@@ -1,4 +1,4 @@
-"""How instructions are counted in machine code, on code written down here."""
+"""Check how instructions are counted in machine code, on code written down here."""
 
 import pytest
 

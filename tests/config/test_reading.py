@@ -1,4 +1,4 @@
-"""Who takes part in a run, as the environment and the command line say it."""
+"""Tell who takes part in a run, as the environment and the command line say it."""
 
 import sys
 

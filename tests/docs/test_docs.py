@@ -60,7 +60,7 @@ def code_blocks(text):
 
 
 def commands(text):
-    """What a reader types: indented lines, continued ones as one, and inline code, without comments."""
+    """Return what a reader types: indented lines, continued ones as one, and inline code, without comments."""
     text = re.sub(r"\\\n\s*", " ", text)
     lines = [line.strip() for line in code_blocks(text)]
     lines += re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", text, flags=re.MULTILINE))

@@ -1,1 +1,1 @@
-"""What tests of several rooms share: tiny models and configs, oracles, runs in processes of their own."""
+"""Share what tests of several rooms need: tiny models and configs, oracles, runs in processes of their own."""

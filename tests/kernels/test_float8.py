@@ -27,7 +27,7 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """What is left of rows ``[N, D]`` in 8 bits with a scale each, in fp64."""
+    """Return what is left of rows ``[N, D]`` in 8 bits with a scale each, in fp64."""
     x = x.detach().float()
     scale = (x.abs().amax(-1, keepdim=True) * (1 / 448)).double()  # the product in fp32: another one moves ties
     return torch.where(scale > 0, e4m3(x.double() / scale.clamp(min=1e-300)) * scale, 0.0)

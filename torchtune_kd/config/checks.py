@@ -1,4 +1,4 @@
-"""What can be known to fail from a config and the files that it names: sections, checkpoints, tokenizers."""
+"""Find what can be known to fail from a config and the files that it names: sections, checkpoints, tokenizers."""
 
 import inspect
 import json
