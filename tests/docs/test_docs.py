@@ -136,6 +136,14 @@ def test_every_key_of_a_config_is_explained():
     assert [key for key in keys if f"`{key}" not in text] == []
 
 
+def test_python_one_liners_import_what_is_there():
+    """In texts, and in the comments of configs: ``python -c "from module import name; ..."``."""
+    files = [*TEXTS, *(ROOT / "configs").rglob("*.yaml")]
+    found = {pair for file in files for pair in re.findall(r'python -c "from ([\w.]+) import (\w+)', file.read_text())}
+    assert ("torchtune_kd.tools", "fetch_smollm2") in found
+    assert [pair for pair in sorted(found) if not hasattr(importlib.import_module(pair[0]), pair[1])] == []
+
+
 def test_commands_name_what_is_there():
     """Modules of ``python -m``, tests, configs, components."""
     text = "\n".join(file.read_text() for file in TEXTS)
