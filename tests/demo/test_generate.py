@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from torchtune import config
 
 from helpers.tiny import TEACHER, model_section
-from torchtune_kd.demo import text
+from torchtune_kd.data import prose
 from torchtune_kd.evaluation import speed
 from torchtune_kd.generation import engine as generate
 
@@ -78,10 +78,10 @@ def test_pace_is_seconds_of_the_layers_by_tokens(model, monkeypatch):
 
 
 def test_prompts_are_the_beginnings_of_held_out_prose():
-    prose = "The {} method returns what it was given, and does so without\nlooking; " + "more words follow. " * 8
-    documents = {"long": f"Heading\n=======\n\n{prose.format('first')}\n\n   code\n\n{prose.format('second')}"}
-    one, two = text.held_out_prompts(documents, 2)
+    paragraph = "The {} method returns what it was given, and does so without\nlooking; " + "more words follow. " * 8
+    documents = {"long": f"Heading\n=======\n\n{paragraph.format('first')}\n\n   code\n\n{paragraph.format('second')}"}
+    one, two = prose.held_out_prompts(documents, 2)
     assert one.startswith("The first method returns") and two.startswith("The second method returns")
-    documents["short"] = prose.format("third")
-    assert text.held_out_prompts(documents, 2) == [one, one.replace("first", "third")]
-    assert text.held_out_prompts({"table": "a b c d e f"}, 2) == ["a b c d e f", "d e f"]
+    documents["short"] = paragraph.format("third")
+    assert prose.held_out_prompts(documents, 2) == [one, one.replace("first", "third")]
+    assert prose.held_out_prompts({"table": "a b c d e f"}, 2) == ["a b c d e f", "d e f"]

@@ -51,7 +51,9 @@ def check_inputs(args: argparse.Namespace) -> None:
         ImportError: if what the stages import is not there.
     """
     # these import torch
-    from torchtune_kd.demo import teacher, text
+    from torchtune_kd.data import prose
+    from torchtune_kd.demo import teacher
+    from torchtune_kd.errors import UserError
     from torchtune_kd.kernels import TEMPERATURES
 
     low, high = TEMPERATURES
@@ -62,7 +64,10 @@ def check_inputs(args: argparse.Namespace) -> None:
     if args.teacher_dir is not None:
         teacher.checked(args.teacher_dir.resolve())
     if args.text is not None:
-        text.split_documents(text.read_documents(args.text))
+        try:
+            prose.split_documents(prose.read_documents(args.text))
+        except UserError as error:
+            raise DemoError(str(error)) from error
     if args.overrides:
         _check_overrides(args.overrides, by_the_clock=args.steps is None)
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from torchtune.modules import TransformerDecoder
 
 import torchtune_kd
-from torchtune_kd.demo import budget, machine, report, teacher, text, train
+from torchtune_kd.data import prose
+from torchtune_kd.demo import budget, machine, report, teacher, train
 from torchtune_kd.demo.output import DemoError, OutputFolder
 from torchtune_kd.evaluation import speed
 from torchtune_kd.evaluation.distance import Distance, closing
@@ -85,11 +86,11 @@ class Demo:
         self._detail(f"in {self.teacher_dir}")
 
     def split_text(self) -> None:
-        documents = text.read_documents(self.args.text) if self.args.text else text.reference_documents()
-        self.split = text.split_documents(documents)
-        self.held_out_rows = text.passages(self.tokenizer, text.joined(self.split.held_out), self.row_length)
+        documents = prose.read_documents(self.args.text) if self.args.text else prose.reference_documents()
+        self.split = prose.split_documents(documents)
+        self.held_out_rows = prose.passages(self.tokenizer, prose.joined(self.split.held_out), self.row_length)
         counts = {
-            name: {"documents": len(part), "tokens": self._num_tokens(text.joined(part))}
+            name: {"documents": len(part), "tokens": self._num_tokens(prose.joined(part))}
             for name, part in (("train", self.split.train), ("held_out", self.split.held_out))
         }
         self.results["text"] = {
@@ -109,7 +110,7 @@ class Demo:
         if strategy in MEASURES:
             batches = text_batches(
                 self.tokenizer,
-                text.joined(self.split.train),
+                prose.joined(self.split.train),
                 seq_len=CALIBRATION_LENGTH,
                 num_sequences=CALIBRATION_ROWS,
             )
@@ -131,8 +132,8 @@ class Demo:
     def train(self) -> None:
         rows_per_step = self.config.batch_size * self.config.gradient_accumulation_steps
         most = self.args.steps or budget.MOST_STEPS
-        rows = text.training_passages(self.tokenizer, self.split.train, self.row_length, most * rows_per_step)
-        text.write_rows(self.output.train_text, rows)
+        rows = prose.training_passages(self.tokenizer, self.split.train, self.row_length, most * rows_per_step)
+        prose.write_rows(self.output.train_text, rows)
         overrides = self._timing(rows_per_step * self.row_length)
         command = train.tune_command([*overrides, *self.overrides])
         self._detail(shlex.join(command))
@@ -169,7 +170,7 @@ class Demo:
             "trained": (self.output.trained, STUDENT_LAYERS),
         }
         models = {name: teacher.load_model(folder, layers, self.dtype) for name, (folder, layers) in folders.items()}
-        prompts = {prompt: prompt for prompt in text.held_out_prompts(self.split.held_out, 2)} | {
+        prompts = {prompt: prompt for prompt in prose.held_out_prompts(self.split.held_out, 2)} | {
             QUESTION: CHAT.format(QUESTION)
         }
         encoded = [self.tokenizer.encode(prompt, add_eos=False) for prompt in prompts.values()]
@@ -287,7 +288,7 @@ class Demo:
             if not any(override.startswith("lr_scheduler") for override in self.args.overrides):
                 overrides.append(f"lr_scheduler.num_warmup_steps={round(budget.WARM_UP * budget.MOST_STEPS)}")
             self._detail(f"as many steps as end within {plan.minutes:.1f} minutes (--steps sets a number)")
-        text.write_rows(self.output.held_out_text, rows)
+        prose.write_rows(self.output.held_out_text, rows)
         self.results["text"]["held_out"]["validated"] = sum(self._num_tokens(row) for row in rows)
         return [*overrides, f"run_val_every_n_steps={every}"]
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from torchtune_kd.demo import text
-from torchtune_kd.demo.output import DemoError
+from torchtune_kd.data import prose
+from torchtune_kd.errors import UserError
 from torchtune_kd.models.smollm2 import smollm2_tokenizer
 
 
@@ -23,7 +23,7 @@ def n_grams(content, n=13):
 
 @pytest.fixture(scope="module")
 def reference():
-    return text.split_documents(text.reference_documents())
+    return prose.split_documents(prose.reference_documents())
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def tokenizer(smollm2):
 
 
 def test_the_reference_text_repeats_itself_and_the_split_does_not(reference):
-    whole = text.reference_documents()
+    whole = prose.reference_documents()
     assert "if" in whole and whole["if"].split("\n\n")[1] in whole["compound"]  # why a split by document is not enough
     assert not paragraphs(reference.train) & paragraphs(reference.held_out)
-    held_out, train = n_grams(text.joined(reference.held_out)), n_grams(text.joined(reference.train))
+    held_out, train = n_grams(prose.joined(reference.held_out)), n_grams(prose.joined(reference.train))
     assert len(held_out & train) < 0.01 * len(held_out)
 
 
@@ -47,9 +47,9 @@ def test_a_twentieth_of_the_text_is_held_out_in_many_documents(reference):
 
 
 def test_the_split_follows_from_the_texts_alone():
-    documents = text.reference_documents()
+    documents = prose.reference_documents()
     backwards = dict(reversed(documents.items()))
-    assert text.split_documents(backwards) == text.split_documents(documents)
+    assert prose.split_documents(backwards) == prose.split_documents(documents)
 
 
 def test_repeats_go_and_phrases_stay():
@@ -60,7 +60,7 @@ def test_repeats_go_and_phrases_stay():
         "short": f"Short\n\n   {section.replace(' ', chr(10), 1)}\n\nNote:\n\n{own}",  # wrapped and indented otherwise
         "part": f"Part\n\n{section}",
     }
-    kept = text.without_repeats(documents)
+    kept = prose.without_repeats(documents)
     assert set(kept) == {"long", "short"}
     assert kept["long"] == documents["long"]
     assert kept["short"] == f"Short\n\nNote:\n\n{own}"
@@ -68,8 +68,8 @@ def test_repeats_go_and_phrases_stay():
 
 @pytest.mark.parametrize("first", [None, 7])
 def test_passages_are_the_text_and_its_tokens(reference, tokenizer, first):
-    content = text.joined(reference.held_out)
-    rows = text.passages(tokenizer, content, 64, first)
+    content = prose.joined(reference.held_out)
+    rows = prose.passages(tokenizer, content, 64, first)
     assert "".join(rows) == content
     tokens = [tokenizer.encode(row, add_eos=False) for row in rows]
     assert list(itertools.chain(*tokens)) == tokenizer.encode(content, add_eos=False)
@@ -79,28 +79,28 @@ def test_passages_are_the_text_and_its_tokens(reference, tokenizer, first):
 
 
 def test_a_word_longer_than_a_passage_is_a_passage(tokenizer):
-    rows = text.passages(tokenizer, f"one {'x1' * 50} two", 8)
+    rows = prose.passages(tokenizer, f"one {'x1' * 50} two", 8)
     assert [row.strip()[:4] for row in rows] == ["one", "x1x1", "two"]
 
 
 def test_training_passages_repeat_no_cut(reference, tokenizer):
     documents = {"raise": reference.train["raise"]}
-    one_pass = len(text.passages(tokenizer, text.joined(documents), 64))
-    rows = text.training_passages(tokenizer, documents, 64, 3 * one_pass)
+    one_pass = len(prose.passages(tokenizer, prose.joined(documents), 64))
+    rows = prose.training_passages(tokenizer, documents, 64, 3 * one_pass)
     assert len(rows) == 3 * one_pass == len(set(rows))
-    assert rows == text.training_passages(tokenizer, documents, 64, 3 * one_pass)
-    assert rows[:2] == text.training_passages(tokenizer, documents, 64, 2)
-    assert set("".join(rows[:one_pass])) == set(text.joined(documents))
+    assert rows == prose.training_passages(tokenizer, documents, 64, 3 * one_pass)
+    assert rows[:2] == prose.training_passages(tokenizer, documents, 64, 2)
+    assert set("".join(rows[:one_pass])) == set(prose.joined(documents))
 
 
 def test_a_file_is_cut_at_blank_lines(tmp_path):
     file = tmp_path / "own.txt"
     parts = [f"Paragraph {i}. " + f"word{i} " * 60 for i in range(300)]
     file.write_text("\n\n".join(parts))
-    documents = text.read_documents(file)
+    documents = prose.read_documents(file)
     assert 50 <= len(documents) <= 110
     assert [p.strip() for content in documents.values() for p in content.split("\n\n")] == [p.strip() for p in parts]
-    split = text.split_documents(documents)
+    split = prose.split_documents(documents)
     assert sorted(split.train.keys() | split.held_out.keys()) == sorted(documents)
 
 
@@ -109,13 +109,13 @@ def test_unusable_text_is_one_sentence(tmp_path, content):
     file = tmp_path / "own.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(DemoError, match=r"--text") as error:
-        text.split_documents(text.read_documents(file))
+    with pytest.raises(UserError, match=r"--text") as error:
+        prose.split_documents(prose.read_documents(file))
     assert "\n" not in str(error.value)
 
 
 def test_rows_are_written_as_the_dataset_reads_them(tmp_path):
     rows = ["plain", "two\nlines", 'a "quote" and €']
-    text.write_rows(tmp_path / "rows.jsonl", rows)
+    prose.write_rows(tmp_path / "rows.jsonl", rows)
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"text": row} for row in rows]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from torchtune_kd.demo.output import DemoError
+from torchtune_kd.errors import UserError
 
 Documents = dict[str, str]  # name: text
 
@@ -45,8 +45,8 @@ def read_documents(file: Path) -> Documents:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(
-            f"Expected a text file in UTF-8 under --text, but {file} cannot be read ({error}): give another file."
+        raise UserError(
+            f"Expected a text file in UTF-8, but {file} cannot be read ({error}): give another file under --text."
         ) from error
     length = max(_MIN_DOCUMENT, len(text) // _NUM_DOCUMENTS)
     documents: Documents = {}
@@ -89,7 +89,7 @@ def split_documents(documents: Mapping[str, str], share: float = 0.05) -> Split:
     Each takes at most half of what may still be held out, so that no single one rules the result.
 
     Raises:
-        DemoError: if there are too few documents to hold one out.
+        UserError: if there are too few documents to hold one out.
     """
     documents = without_repeats(documents)
     budget = share * sum(map(len, documents.values()))
@@ -101,7 +101,7 @@ def split_documents(documents: Mapping[str, str], share: float = 0.05) -> Split:
     train = {name: text for name, text in documents.items() if name not in held_out}
     if not held_out or not train:
         characters = sum(map(len, documents.values()))
-        raise DemoError(
+        raise UserError(
             f"Expected enough text to hold a twentieth of it out, but it has {characters} characters in "
             f"{len(documents)} documents without repeats: give at least {40 * _MIN_DOCUMENT} characters under --text."
         )
