@@ -1,9 +1,10 @@
-"""Keeps two known warnings of other packages out of our programs' output; whatever else is warned of still appears.
+"""Keeps known warnings of other packages out of our programs' output; whatever else is warned of still appears.
 
-Both appear with every version that is tested, before a program's own first line, and a user can do nothing about them:
+They appear with every version that is tested, before a program's own first line, and a user can do nothing about them:
 
 - torchao logs that it skips its optional C++ kernels, which were compiled for another PyTorch. Nothing here uses them.
 - PyTorch warns that a norm of fp32 activations beside bf16 weights takes no fused path. torchtune's norms do that.
+- PyTorch warns of a deprecated call that torchdata's loader makes.
 """
 
 import logging
@@ -13,22 +14,24 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import PurePath
 
-_RECIPES = ("kd_single_device", "kd_distributed", "plan")
-_FILES = ("kd", "plan")
+_RECIPES = ("kd_single_device", "kd_distributed", "plan", "evaluate", "sweep", "compare", "inspect")
+_FILES = ("kd", *_RECIPES[2:])
 _TORCHAO = "Skipping import of cpp extensions due to incompatible torch version"
-_PYTORCH = "Mismatch dtype between input and weight"
+_NORMS = "Mismatch dtype between input and weight"
+_LOADER = "'set_vital' is deprecated"
 
 
 @cache
 def silence_known_warnings() -> None:
-    """Silence the two in this process, if it runs one of our programs.
+    """Silence them in this process, if it runs one of our programs.
 
     It has to be called before torchao is imported. The warnings of a program that only imports us are its user's.
     """
     if not is_our_program(sys.orig_argv):
         return
     logging.getLogger("torchao").addFilter(_is_news)
-    warnings.filterwarnings("ignore", message=_PYTORCH, category=UserWarning, module=r"torch\.nn\.functional$")
+    warnings.filterwarnings("ignore", message=_NORMS, category=UserWarning, module=r"torch\.nn\.functional$")
+    warnings.filterwarnings("ignore", message=_LOADER, category=UserWarning, module=r"torchdata\.")
 
 
 def is_our_program(command: Sequence[str]) -> bool:

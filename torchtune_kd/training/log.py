@@ -2,7 +2,8 @@
 
 Per token, natural logarithms (nats): ``loss`` (the objective), ``class_loss`` (cross-entropy on the labels),
 ``kd_loss`` (the divergence at the run's temperature, T² included), ``kl`` (true KL(teacher ‖ student) at T=1),
-``top1_agreement``, ``student_entropy``, ``teacher_entropy``, ``acceptance_rate`` (Σ min(p, q)).
+``top1_agreement``, ``student_entropy``, ``teacher_entropy``, ``acceptance_rate`` (Σ min(p, q)). ``tokens_seen`` counts
+the valid tokens of the run so far, over all processes.
 """
 
 import contextlib
@@ -106,7 +107,7 @@ class TrainingLog:
             self._bar.update(1)
         if not self._is_logged(step):
             return
-        tokens = self._world.sum(self._tokens)
+        tokens, all_tokens = self._world.sum(torch.stack([self._tokens.double(), self._all_tokens]))
         values = means(sums, self._world)
         values.pop("num_tokens")
         values |= {"lr": lr, "grad_norm": grad_norm}
@@ -114,6 +115,7 @@ class TrainingLog:
             values["skipped_steps"] = skipped_steps
         elapsed = time.perf_counter() - self._start
         values["tokens_per_second_per_gpu"] = float(tokens) / elapsed / self._world.size
+        values["tokens_seen"] = int(all_tokens)
         if self._memory:
             values |= training.get_memory_stats(device=self._world.device)
         if self._bar is not None:
