@@ -15,12 +15,14 @@ from functools import cache
 
 _REGISTRY = "torchtune._recipe_registry"  # a name alone: nothing of ours or torchtune's is imported for it
 _PREFIX = "torchtune_kd/"
-# each recipe's file, and how the names of its configs end; plan has none of its own and takes those of the others,
-# which `tune run` finds for it
+# each recipe's file, and the names of its configs; where there are none, it takes those of the others, which `tune run`
+# finds for it
 _RECIPES = {
-    "kd_single_device": ("kd.py", "_single_device"),
-    "kd_distributed": ("kd.py", "_distributed"),
+    "kd_single_device": ("kd.py", "*_single_device.yaml"),
+    "kd_distributed": ("kd.py", "*_distributed.yaml"),
     "plan": ("plan.py", None),
+    "evaluate": ("evaluate.py", "evaluate*.yaml"),
+    "sweep": ("sweep.py", "sweep*.yaml"),
 }
 
 
@@ -58,20 +60,20 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
     configs = _folder("configs", configs_folder)
     files = sorted(configs.rglob("*.yaml"))
     known = {recipe.name for recipe in registry._ALL_RECIPES}
-    for recipe, (file_name, ending) in _RECIPES.items():
+    for recipe, (file_name, pattern) in _RECIPES.items():
         if _PREFIX + recipe in known:
             continue
         entries = [
             registry.Config(name=_PREFIX + file.relative_to(configs).with_suffix("").as_posix(), file_path=str(file))
             for file in files
-            if ending is not None and file.stem.endswith(ending)
+            if pattern is not None and file.match(pattern)
         ]
         registry._ALL_RECIPES.append(
             registry.Recipe(
                 name=_PREFIX + recipe,
                 file_path=str(recipes / file_name),
                 configs=entries,
-                supports_distributed=ending == "_distributed",
+                supports_distributed=recipe == "kd_distributed",
             )
         )
 
