@@ -32,7 +32,9 @@ from torchtune_kd.training.optim import build_lr_scheduler, build_profiler
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = CHECKOUT / "configs"
-FILES = sorted(Path(folder) / name for folder, _, names in os.walk(CONFIGS) for name in names if name.endswith("yaml"))
+FOUND = sorted(Path(folder) / name for folder, _, names in os.walk(CONFIGS) for name in names if name.endswith("yaml"))
+SWEEPS = [path for path in FOUND if path.stem.startswith("sweep")]  # tests/configs/test_sweeps.py
+FILES = [path for path in FOUND if path not in SWEEPS]
 SETTING_NAMES = {field.name for field in dataclasses.fields(Settings)}
 
 # What `tune download` fetches: number of *.safetensors files, and the published config.json.

@@ -1,0 +1,166 @@
+"""Sweeps by the real ``tune run``: killed, shared, with a cell that fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from helpers.sweep import sweep_config
+from torchtune_kd.reports.results import read_results
+
+pytestmark = [pytest.mark.slow, pytest.mark.heavy]
+CLOCK = {"seconds", "time", "load", "config", "commit"}
+
+
+def start(cfg, *more):
+    folder = Path(cfg.output_dir).parent
+    OmegaConf.save(cfg, folder / "sweep.yaml")
+    command = [str(Path(sys.executable).parent / "tune"), "run", "torchtune_kd/sweep", "--config"]
+    return subprocess.Popen(
+        [*command, str(folder / "sweep.yaml"), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, f"{out[-2000:]}\n{err[-4000:]}"
+    return out, err
+
+
+def figures(cfg):
+    """Every line of the results without what tells the time."""
+    lines = read_results(Path(cfg.output_dir) / "results.jsonl")
+    assert lines
+    return [
+        {name: value for name, value in vars(line).items() if name not in CLOCK}
+        for line in lines
+        if line.metric != "training_seconds"
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    cfg = sweep_config(tmp_path_factory.mktemp("sweep"))
+    finish(start(cfg))
+    return cfg
+
+
+def again(undisturbed, name):
+    """The same sweep in another folder, over the same files."""
+    cfg = undisturbed.copy()
+    cfg.output_dir = str(Path(cfg.output_dir).parent / name)
+    return cfg
+
+
+def test_a_sweep_has_every_cell_with_every_seed(undisturbed):
+    found = {(line["cell"], line["seed"]) for line in figures(undisturbed)}
+    assert found == {(f"{loss}, T={t}", seed) for loss in ("FKL", "RKL") for t in (1, 2) for seed in (0, 1)}
+    lines = [line for line in figures(undisturbed) if (line["cell"], line["seed"]) == ("RKL, T=2", 1)]
+    assert {line["task"].rpartition("/")[2] for line in lines} == {
+        "training", "validation", "heldout", "questions.jsonl", "size",
+    }  # fmt: skip
+    training = {line["metric"]: line["value"] for line in lines if line["task"] == "training"}
+    assert training["training_steps"] == 3 and training["training_tokens"] > 0
+    assert training["student_flops"] > training["teacher_flops"] > 0
+    assert not list(Path(undisturbed.output_dir).rglob("epoch_*"))  # keep: none
+    curves = [json.loads(line) for line in (Path(undisturbed.output_dir) / "curves.jsonl").read_text().splitlines()]
+    assert {curve["metric"] for curve in curves} >= {"val_kl", "val_class_loss"} and len(curves) == 8 * 4
+
+
+def test_a_finished_sweep_does_nothing_more(undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in (Path(undisturbed.output_dir) / "runs").rglob("*")}
+    finish(start(undisturbed))
+    after = {path: path.stat().st_mtime_ns for path in (Path(undisturbed.output_dir) / "runs").rglob("*")}
+    assert before == after
+
+
+def test_killed_in_the_middle_and_started_again_it_gives_the_same(undisturbed):
+    """SIGKILL to the sweep alone while a run trains, whose program lives on; then to that, too."""
+    cfg = again(undisturbed, "killed")
+    process = start(cfg)
+    runs = Path(cfg.output_dir) / "runs"
+    while len(list(runs.glob("*/trained.jsonl"))) < 2 or len(list(runs.glob("*/run/step_*"))) < 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(start(cfg))
+    assert figures(cfg) == figures(undisturbed)
+
+
+def test_asked_to_stop_it_says_how_to_go_on(undisturbed):
+    cfg = again(undisturbed, "stopped")
+    process = start(cfg)
+    runs = Path(cfg.output_dir) / "runs"
+    while not list(runs.glob("*/run/logs/log_run.txt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 75)
+    assert "stopped: SIGTERM ended the sweep after" in err and "same command" in err
+    finish(start(cfg))
+    assert figures(cfg) == figures(undisturbed)
+
+
+def test_two_sweeps_on_one_folder_run_each_cell_once(undisturbed):
+    cfg = again(undisturbed, "shared")
+    both = [start(cfg), start(cfg)]
+    for process in both:
+        finish(process)
+    assert figures(cfg) == figures(undisturbed)
+    for log in (Path(cfg.output_dir) / "runs").glob("*/train.log"):
+        assert log.read_text(errors="replace").count("Running KDRecipe with resolved config") == 1, log
+
+
+def test_results_alone_let_another_machine_go_on(undisturbed):
+    """With the files of the sweep and without the folders of its runs nothing is trained again."""
+    cfg = again(undisturbed, "moved")
+    folder = Path(cfg.output_dir)
+    folder.mkdir()
+    for name in ("results.jsonl", "curves.jsonl", "tuned.jsonl"):
+        (folder / name).write_bytes((Path(undisturbed.output_dir) / name).read_bytes())
+    finish(start(cfg))
+    assert figures(cfg) == figures(undisturbed)
+    assert not list((folder / "runs").glob("*/train.log"))
+
+
+def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(undisturbed):
+    """A learning rate at which nothing is finite."""
+    cfg = again(undisturbed, "failing")
+    cfg.grid, cfg.seeds = {"kd_loss.temperature": [1]}, [0]
+    cfg.cells = {"diverging": {"optimizer.lr": 1e30, "max_skipped_steps": 1, "max_steps_per_epoch": 6}}
+    _, err = finish(start(cfg), 3)
+    assert "warning: diverging, seed 0 failed with exit code 3 and the sweep goes on" in err
+    assert {line["cell"] for line in figures(cfg)} == {"T=1"}
+    (failed,) = (json.loads(line) for line in (Path(cfg.output_dir) / "failed.jsonl").read_text().splitlines())
+    assert failed["name"] == "diverging, seed 0" and "finite" in failed["message"]
+    finish(start(cfg), 3)  # it is not tried again
+    (log,) = (Path(cfg.output_dir) / "runs" / failed["run"]).glob("train.log")
+    assert log.read_text(errors="replace").count("Running KDRecipe with resolved config") == 1
+
+
+def test_a_mistake_stops_before_the_second_cell(undisturbed):
+    """A folder that is not there is no mistake in the keys, so that the first run finds it."""
+    cfg = again(undisturbed, "mistaken")
+    cfg.overrides = {"tokenizer.path": "/nope/tokenizer.json"}
+    _, err = finish(start(cfg), 2)
+    assert "error: The first run, FKL, T=1, seed 0, cannot be run, so no other was started" in err and "/nope" in err
+    assert len(list((Path(cfg.output_dir) / "runs").iterdir())) == 1
+
+
+def test_dry_run_says_what_it_takes(undisturbed):
+    cfg = again(undisturbed, "dry")
+    out, _ = finish(start(cfg, "dry_run=True"))
+    assert "4 cells x 2 seeds, 1 point to tune over with the first seed: 8 runs, 8 of them open." in out
+    assert "Each run: 3 steps, " in out and "FLOPs" in out and " minutes with 1 run at once" in out
+    assert not Path(cfg.output_dir).exists()

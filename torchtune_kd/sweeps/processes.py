@@ -1,0 +1,133 @@
+"""The programs of a run: training, then evaluation, each by the stock ``tune run``.
+
+A program that ends with 2 has a mistake in its config, with 75 it was asked to stop; anything else but 0 is a failure.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from torchtune_kd.errors import MISTAKE_FILE, Stopped, UserError
+from torchtune_kd.reports.logs import read_log
+from torchtune_kd.reports.results import Result, read_results
+from torchtune_kd.sweeps.runs import Run
+
+MISTAKE, STOPPED = UserError.exit_code, Stopped.exit_code
+_SHOWN = 12  # lines of a failed program's output that are kept with the failure
+
+
+@dataclass
+class Program:
+    """A program of a run that is under way.
+
+    Attributes:
+        process (subprocess.Popen): it.
+        log (Path): where its output goes.
+        mistake (Path): file that it writes where its config or files cannot be.
+    """
+
+    process: subprocess.Popen
+    log: Path
+    mistake: Path
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs; torchrun ends with 1 whatever its workers end with."""
+        code = self.process.poll()
+        return MISTAKE if code == 1 and self.mistake.is_file() else code
+
+    def stop(self) -> None:
+        """Ask the program to stop: a run writes a checkpoint first."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+
+    def last_words(self) -> str:
+        """Return its sentence, if its output ends with one, else its last lines."""
+        with self.log.open(encoding="utf-8", errors="replace") as file:
+            lines = [line.rstrip().rpartition("\r")[2] for line in deque(file, maxlen=200)]
+        said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
+        return said[-1].partition(": ")[2] if said else "\n".join(lines[-_SHOWN:])
+
+
+def start(
+    recipe: str,
+    config: DictConfig,
+    folder: Path,
+    name: str,
+    *,
+    devices: int = 1,
+    visible: str | None = None,
+    threads: int | None = None,
+    locked: int,
+) -> Program:
+    """Start ``tune run`` on a config, which is written beside its output.
+
+    Args:
+        recipe (str): as ``tune run`` takes it.
+        config (DictConfig): the program's.
+        folder (Path): for ``<name>.yaml`` and ``<name>.log``.
+        name (str): of these files.
+        devices (int): processes; more than one by torchrun.
+        visible (str | None): CUDA_VISIBLE_DEVICES; None leaves it.
+        threads (int | None): OMP_NUM_THREADS where the environment sets none.
+        locked (int): descriptor of the run's lock, which the program holds as long as it lives.
+    """
+    path = folder / f"{name}.yaml"
+    OmegaConf.save(config, path, resolve=True)
+    spread = ["--nproc_per_node", str(devices), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    launch = [sys.executable, "-m", "torchtune_kd", "run", *(spread if devices > 1 else [])]
+    mistake = folder / f"{name}.mistake"
+    mistake.unlink(missing_ok=True)
+    environment = dict(os.environ) | {MISTAKE_FILE: str(mistake)}
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    log = folder / f"{name}.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*launch, recipe, "--config", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[locked],
+            start_new_session=True,  # Ctrl-C reaches the sweep, which asks its programs to stop
+        )
+    return Program(process, log, mistake)
+
+
+def training_lines(run: Run, devices: int) -> Iterator[Result]:
+    """Yield what training took and its last validation, from the log of a run on so many devices."""
+    steps, validations = read_log(run.output / "logs")
+    seconds, before = 0.0, 0.0
+    for step in steps:
+        seconds += (step["tokens_seen"] - before) / step["tokens_per_second_per_gpu"] / devices
+        before = step["tokens_seen"]
+    yield run.result("training", "training_steps", steps[-1]["step"])
+    yield run.result("training", "training_tokens", before)
+    yield run.result("training", "training_seconds", seconds)
+    for name, value in (validations[-1] if validations else {}).items():
+        if name != "step":
+            yield run.result("validation", name.removeprefix("val_"), value)
+
+
+def evaluated_lines(run: Run) -> list[Result]:
+    """Return the lines of an evaluation as those of the run's cell, or of the models that no run trains."""
+    lines = read_results(run.folder / "evaluated.jsonl")
+    if run.models != ("student",):
+        return [replace(line, run=run.id, cell=line.model) for line in lines]
+    cell = run.cell
+    return [replace(line, run=run.id, cell=cell.name, coordinates=cell.coordinates, seed=run.seed) for line in lines]
+
+
+def threads_of(slots: Sequence[str | None]) -> int:
+    """Return how many threads each of so many runs at once gets on this machine."""
+    return max(1, (os.cpu_count() or 1) // len(slots))
