@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from torchtune_kd import evaluation
 from torchtune_kd.config import settings
+from torchtune_kd.evaluation import inspection
 from torchtune_kd.plan import Request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +183,8 @@ def test_targets_of_make_are_there():
 
 def test_overrides_are_keys_of_configs():
     """``key=value`` behind ``tune run`` or the demo: a setting, a section, a key of the plan, or a name of a config."""
-    known = {*settings.KEYS, *(field.name for field in fields(Request))}
+    known = {*settings.KEYS, *(field.name for field in fields(Request)), *evaluation.request.OWN, *inspection.OWN}
+    known |= {"baseline", "metrics", "title"}  # of torchtune_kd/compare
     for file in (ROOT / "configs").rglob("*.yaml"):
         known |= set(re.findall(r"^(\w+):", file.read_text(), flags=re.MULTILINE))
     overrides = {

@@ -12,7 +12,8 @@ def sweep_config(folder: Path, **keys: Any) -> DictConfig:
     """2 losses x 2 temperatures x 2 seeds of 3 steps each, evaluated on a file of two questions."""
     if not (folder / "base.yaml").exists():
         base = make_config(folder)
-        base.dataset_val = dataset_section(folder / "rows.jsonl")
+        base.data_dir = str(folder)
+        base.dataset_val = dataset_section("${data_dir}/rows.jsonl")
         OmegaConf.save(base, folder / "base.yaml")
         questions = [
             '{"context": "the quick brown", "choices": ["fox", "dog"], "answer": 0}',

@@ -80,7 +80,7 @@ def start(
         locked (int): descriptor of the run's lock, which the program holds as long as it lives.
     """
     path = folder / f"{name}.yaml"
-    OmegaConf.save(config, path, resolve=True)
+    OmegaConf.save(config, path)  # as it is written: a name that only `${name}` reads is a key
     spread = ["--nproc_per_node", str(devices), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     launch = [sys.executable, "-m", "torchtune_kd", "run", *(spread if devices > 1 else [])]
     mistake = folder / f"{name}.mistake"
