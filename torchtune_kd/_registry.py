@@ -23,7 +23,6 @@ _RECIPES = {
     "plan": ("plan.py", None),
     "evaluate": ("evaluate.py", "evaluate*.yaml"),
     "sweep": ("sweep.py", "sweep*.yaml"),
-    "compare": ("compare.py", None),
     "inspect": ("inspect_tokens.py", None),  # inspect.py would hide the standard library's from what torchrun starts
 }
 

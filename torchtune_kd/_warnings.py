@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import PurePath
 
 _RECIPES = ("kd_single_device", "kd_distributed", "plan", "evaluate", "sweep", "compare", "inspect")
-_FILES = ("kd", *_RECIPES[2:])
+_FILES = ("kd", "plan", "evaluate", "sweep", "compare", "inspect_tokens")
 _TORCHAO = "Skipping import of cpp extensions due to incompatible torch version"
 _NORMS = "Mismatch dtype between input and weight"
 _LOADER = "'set_vital' is deprecated"

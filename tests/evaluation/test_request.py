@@ -104,7 +104,7 @@ def test_distances_need_one_tokenizer(cfg, tmp_path):
     vocab = content["model"]["vocab"]
     vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"(?s)`untrained` to `teacher` needs one tokenizer.*reference: null"):
+    with pytest.raises(UserError, match=r"(?s)`untrained` to `teacher` needs one tokenizer.*one family"):
         evaluate(read_request(cfg))
 
 

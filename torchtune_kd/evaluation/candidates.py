@@ -99,8 +99,8 @@ def check_sources(sources: list[Source], reference: Source | None, settings: Set
             shared_vocab(sizes[source.name], sizes[reference.name])
         except ValueError as error:
             raise UserError(
-                f"The KL of `{source.name}` to `{reference.name}` needs one tokenizer for both, but they differ: set "
-                f"`reference: null` to leave distances out, or evaluate models of one family. ({error})"
+                f"The KL of `{source.name}` to `{reference.name}` needs one tokenizer for both, but they differ: "
+                f"choose models of one family. ({error})"
             ) from error
 
 

@@ -92,13 +92,13 @@ class Sweep:
             UserError: for a mistake before any run was trained.
             Stopped: after a signal, once the programs have ended.
         """
+        counted = -OTHERS
         with _signals(self), tqdm(unit="run", desc="sweep", dynamic_ncols=True) as bar:
             while True:
-                for slot, job in enumerate(self.jobs):
-                    if job is not None:
-                        self._look_at(slot, job)
-                bar.n, bar.total = self.counts()
-                bar.refresh()
+                ended = [self._look_at(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+                if any(ended) or time.monotonic() > counted + OTHERS:  # others may have done some meanwhile
+                    (bar.n, bar.total), counted = self.counts(), time.monotonic()
+                    bar.refresh()
                 if self.stopping:
                     if not any(self.jobs):
                         raise Stopped(
@@ -133,6 +133,7 @@ class Sweep:
         if descriptor is None or (run.is_done if stage == "evaluate" else run.is_trained) or run.failure is not None:
             stack.close()
             return False
+        (run.folder / "evaluated.jsonl").unlink(missing_ok=True)  # of an evaluation that was killed
         recipe, config = (
             (self.request.keys.run_recipe, run.written)
             if stage == "train"
@@ -159,13 +160,13 @@ class Sweep:
         self.jobs[slot] = Job(run, stage, program, stack, bar)
         return True
 
-    def _look_at(self, slot: int, job: Job) -> None:
-        """Follow a program's steps, and once it has ended, keep what it gave."""
+    def _look_at(self, slot: int, job: Job) -> bool:
+        """Follow a program's steps, and once it has ended, keep what it gave; True then."""
         code = job.program.poll()
         if code is None:
             job.bar.n = job.run.steps_done
             job.bar.refresh()
-            return
+            return False
         self.jobs[slot] = None
         with job.lock:
             job.bar.close()
@@ -179,6 +180,7 @@ class Sweep:
                     if free is not None:
                         run.delete_weights()
         collect.write_all(self.request, self.seeds, self.models)
+        return True
 
     def _keep(self, job: Job) -> None:
         run = job.run
