@@ -69,7 +69,7 @@ exports: $(EXPORTS)/.installed
 $(EXPORTS)/.installed: pyproject.toml constraints-exports.txt | $(INSTALLED)
 	$(PYTHON) -m venv $(EXPORTS)
 	$(EXPORTS)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints-exports.txt torch
-	$(EXPORTS)/bin/python -m pip install -c constraints-exports.txt accelerate peft pytest safetensors transformers
+	$(EXPORTS)/bin/python -m pip install -c constraints-exports.txt accelerate lm_eval peft pytest safetensors transformers
 	$(EXPORTS)/bin/python -m pip install --no-deps -e .
 	@touch $@
 

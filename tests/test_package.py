@@ -274,7 +274,7 @@ def test_wheel_in_the_stock_command(wheel, tmp_path):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
 
     listed = re.findall(r"torchtune_kd/\S+", run("ls"))
-    expected = {"kd_single_device", "kd_distributed", "plan"}
+    expected = {"kd_single_device", "kd_distributed", "plan", "evaluate", "sweep", "compare", "inspect"}
     expected |= {str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")}
     assert sorted(listed) == sorted(f"torchtune_kd/{name}" for name in expected)
     run("cp", "torchtune_kd/kd_distributed", "mine.py")

@@ -54,9 +54,9 @@ def folders(tmp_path):
     """A recipes and a configs folder like ours."""
     recipes, configs = tmp_path / "some recipes", tmp_path / "configs"
     recipes.mkdir()
-    for name in ("kd", "plan"):
+    for name in ("kd", "plan", "evaluate", "sweep", "compare", "inspect_tokens"):
         (recipes / f"{name}.py").write_text(RECIPE)
-    for name in ("fam/x_single_device", "fam/deep/y_single_device", "fam/x_distributed", "fam/notes"):
+    for name in ("fam/x_single_device", "fam/deep/y_single_device", "fam/x_distributed", "fam/sweep_z", "fam/notes"):
         file = configs / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"name: {name}\n")
@@ -79,7 +79,7 @@ def python(*args, cwd, **env):
 def test_entries_follow_the_files(registry, folders):
     recipes, configs = folders
     _registry.append_recipes(registry, recipes, configs)
-    stock, single, distributed, plan = registry._ALL_RECIPES
+    stock, single, distributed, *others = registry._ALL_RECIPES
     assert stock.name == "stock" and len(stock.configs) == 1
     assert (single.name, single.supports_distributed) == ("torchtune_kd/kd_single_device", False)
     assert (distributed.name, distributed.supports_distributed) == ("torchtune_kd/kd_distributed", True)
@@ -90,8 +90,13 @@ def test_entries_follow_the_files(registry, folders):
     assert [config.name for config in distributed.configs] == [
         "torchtune_kd/fam/x_distributed",
     ]
-    assert (plan.name, plan.supports_distributed, plan.configs) == ("torchtune_kd/plan", False, [])
-    for entry in (single, distributed, plan, *single.configs, *distributed.configs):
+    assert [entry.name for entry in others] == [
+        f"torchtune_kd/{name}" for name in ("plan", "evaluate", "sweep", "compare", "inspect")
+    ]
+    assert not any(entry.supports_distributed for entry in others)
+    configs_of_others = {entry.name: [config.name for config in entry.configs] for entry in others if entry.configs}
+    assert configs_of_others == {"torchtune_kd/sweep": ["torchtune_kd/fam/sweep_z"]}
+    for entry in (single, distributed, *others, *single.configs, *distributed.configs):
         assert os.path.isabs(entry.file_path) and os.path.isfile(entry.file_path)
 
 
@@ -172,8 +177,8 @@ def test_whoever_imports_the_list_gets_one_module(tmp_path, imports):
         "assert r is sys.modules['torchtune._recipe_registry'] is torchtune._recipe_registry\n"
         "assert 'class Recipe' in inspect.getsource(r)\n"
         "names = [recipe.name for recipe in r.get_all_recipes()]\n"
-        "ours = ['torchtune_kd/kd_single_device', 'torchtune_kd/kd_distributed', 'torchtune_kd/plan']\n"
-        "assert names[-3:] == ours, names\n"
+        "ours = ['kd_single_device', 'kd_distributed', 'plan', 'evaluate', 'sweep', 'compare', 'inspect']\n"
+        "assert names[-7:] == [f'torchtune_kd/{name}' for name in ours], names\n"
         "assert len(set(names)) == len(names) and 'knowledge_distillation_distributed' in names\n"
         "from torchtune_kd._registry import register\n"
         "register()\n"
@@ -191,7 +196,7 @@ def test_a_list_imported_before_us_is_completed(tmp_path):
         "assert not any('torchtune_kd' in recipe.name for recipe in get_all_recipes())\n"
         "from torchtune_kd._registry import register\n"
         "register()\n"
-        "assert get_all_recipes()[-2].name == 'torchtune_kd/kd_distributed'\n",
+        "assert get_all_recipes()[-6].name == 'torchtune_kd/kd_distributed'\n",
         cwd=tmp_path,
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
