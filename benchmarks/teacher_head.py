@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from torchtune_kd.demo.teacher import load_model
 from torchtune_kd.data.prose import joined, reference_documents, split_documents
+from torchtune_kd.demo.teacher import load_model
 from torchtune_kd.errors import exit_with_message
 from torchtune_kd.kernels import float8_weight, has_float8_product, linear_kd_loss
 from torchtune_kd.models.output_head import output_head, skip_output_head

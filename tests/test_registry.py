@@ -283,6 +283,15 @@ def test_tune_runs_by_name_under_torchrun(folders, tmp_path):
 
 
 @pytest.mark.heavy
+def test_compare_runs_without_a_config(folders, tmp_path):
+    """`tune run` insists on one; it is given an empty one, before it looks."""
+    (folders[0] / "compare.py").write_text(RECIPE)
+    result = tune(folders, "run", "torchtune_kd/compare", "baseline=sft", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"ran compare.py None --config {os.devnull} baseline=sft\n"
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("autoload", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_second_door(tmp_path, autoload):
     """`python -m torchtune_kd` is `tune`, with and without PyTorch's call of our entry point."""

@@ -10,6 +10,7 @@ imported until somebody asks for torchtune's list. torchtune joins an entry's pa
 joining a path with an absolute one keeps the absolute one, so absolute paths are all that is needed.
 """
 
+import os
 import sys
 from functools import cache
 
@@ -23,6 +24,7 @@ _RECIPES = {
     "plan": ("plan.py", None),
     "evaluate": ("evaluate.py", "evaluate*.yaml"),
     "sweep": ("sweep.py", "sweep*.yaml"),
+    "compare": ("compare.py", None),
     "inspect": ("inspect_tokens.py", None),  # inspect.py would hide the standard library's from what torchrun starts
 }
 
@@ -43,6 +45,8 @@ def register() -> None:
 
 def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
     """Append our entries to torchtune's list, where it does not hold them yet.
+
+    ``tune`` imports the list before it reads its command line, so that this is also where that is completed.
 
     Args:
         registry: the module `torchtune._recipe_registry`.
@@ -77,6 +81,13 @@ def append_recipes(registry, recipes_folder=None, configs_folder=None) -> None:
                 supports_distributed=recipe == "kd_distributed",
             )
         )
+    _add_config()
+
+
+def _add_config() -> None:
+    """Give ``tune run``, which refuses to start without a config, an empty one for a recipe that needs none."""
+    if sys.argv[1:3] == ["run", f"{_PREFIX}compare"] and "--config" not in sys.argv:
+        sys.argv[3:3] = ["--config", os.devnull]
 
 
 class _RegistryFinder:

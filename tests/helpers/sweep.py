@@ -8,8 +8,13 @@ from omegaconf import DictConfig, OmegaConf
 from helpers.tiny import dataset_section, make_config
 
 
+def evaluation(folder: Path) -> dict[str, Any]:
+    """What is measured of each run: text, and a file of two questions."""
+    return {"tasks": ["heldout", str(folder / "questions.jsonl")], "latency": None}
+
+
 def sweep_config(folder: Path, **keys: Any) -> DictConfig:
-    """2 losses x 2 temperatures x 2 seeds of 3 steps each, evaluated on a file of two questions."""
+    """2 losses x 2 temperatures x 2 seeds of 3 steps each; what :func:`evaluation` gives evaluates them."""
     if not (folder / "base.yaml").exists():
         base = make_config(folder)
         base.data_dir = str(folder)
@@ -27,6 +32,5 @@ def sweep_config(folder: Path, **keys: Any) -> DictConfig:
         "overrides": {"max_steps_per_epoch": 3, "save_every_n_steps": 1},
         "grid": {"kd_loss._component_": losses, "kd_loss.temperature": [1, 2]},
         "seeds": [0, 1],
-        "evaluate": {"tasks": ["heldout", str(folder / "questions.jsonl")], "latency": None},
     }
     return OmegaConf.create(written | keys)

@@ -96,8 +96,11 @@ def test_a_key_that_the_recipe_does_not_read_is_found_before_any_run(tmp_path, k
         ({"keep": "some"}, "one of none, all"),
         ({"tune": {"optimizer.lr": 3}}, "under `tune` for `optimizer.lr`"),
         ({"models": ["teachers"]}, "some of untrained, teacher"),
-        ({"models": ["teacher"], "evaluate": {}}, "`evaluate`, which is empty"),
-        ({"cells": {"teacher": {}}, "models": ["teacher"]}, "'teacher' is also one of `models`"),
+        ({"models": ["teacher"]}, "`evaluate`, which is empty"),
+        (
+            {"cells": {"teacher": {}}, "models": ["teacher"], "evaluate": {"tasks": []}},
+            "'teacher' is also one of `models`",
+        ),
         ({"cells": {"sft": 3}}, "map dotted keys to values"),
         ({"exclude": [3]}, "a list of mappings"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from helpers.sweep import sweep_config
+from helpers.sweep import evaluation, sweep_config
 from torchtune_kd.reports.results import read_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
@@ -66,22 +66,41 @@ def test_a_sweep_has_every_cell_with_every_seed(undisturbed):
     found = {(line["cell"], line["seed"]) for line in figures(undisturbed)}
     assert found == {(f"{loss}, T={t}", seed) for loss in ("FKL", "RKL") for t in (1, 2) for seed in (0, 1)}
     lines = [line for line in figures(undisturbed) if (line["cell"], line["seed"]) == ("RKL, T=2", 1)]
-    assert {line["task"].rpartition("/")[2] for line in lines} == {
-        "training", "validation", "heldout", "questions.jsonl", "size",
-    }  # fmt: skip
     training = {line["metric"]: line["value"] for line in lines if line["task"] == "training"}
     assert training["training_steps"] == 3 and training["training_tokens"] > 0
     assert training["student_flops"] > training["teacher_flops"] > 0
+    assert {line["metric"] for line in lines if line["task"] == "validation"} >= {"kl", "class_loss"}
     assert not list(Path(undisturbed.output_dir).rglob("epoch_*"))  # keep: none
     curves = [json.loads(line) for line in (Path(undisturbed.output_dir) / "curves.jsonl").read_text().splitlines()]
     assert {curve["metric"] for curve in curves} >= {"val_kl", "val_class_loss"} and len(curves) == 8 * 4
 
 
-def test_a_finished_sweep_does_nothing_more(undisturbed):
-    before = {path: path.stat().st_mtime_ns for path in (Path(undisturbed.output_dir) / "runs").rglob("*")}
-    finish(start(undisturbed))
-    after = {path: path.stat().st_mtime_ns for path in (Path(undisturbed.output_dir) / "runs").rglob("*")}
-    assert before == after
+def test_the_best_of_each_cell_is_evaluated_beside_the_models(undisturbed):
+    """Two cells, each tuned over two rates; then nothing is left to do."""
+    folder = Path(undisturbed.output_dir).parent
+    cfg = again(undisturbed, "tuned")
+    cfg.grid, cfg.cells = {"kd_loss.temperature": [1]}, {"sft": {"kd_ratio": 0.0}}
+    cfg.seeds, cfg.tune, cfg.models, cfg.evaluate = [0], {"optimizer.lr": [0.9, 1e-4]}, ["teacher"], evaluation(folder)
+    out, _ = finish(start(cfg, "slots=2"))
+    assert "torchtune_kd/compare results=[" in out
+    lines = figures(cfg)
+    assert {(line["cell"], line["model"]) for line in lines} == {
+        ("T=1", "student"), ("sft", "student"), ("teacher", "teacher"),
+    }  # fmt: skip
+    student = [line for line in lines if line["cell"] == "sft"]
+    tasks = {line["task"].rpartition("/")[2] for line in student}
+    assert tasks == {"training", "validation", "heldout", "questions.jsonl", "size"}
+    tuned = read_results(Path(cfg.output_dir) / "tuned.jsonl")
+    others = {line.cell: line.value for line in tuned if line.metric == "class_loss"}
+    best = {
+        line["cell"]: line["value"] for line in lines if (line["task"], line["metric"]) == ("validation", "class_loss")
+    }
+    assert set(others) == set(best) and all(best[cell] < others[cell] for cell in best)
+    assert {line.coordinates["optimizer.lr"] for line in tuned} <= {0.9, 1e-4}
+    runs = Path(cfg.output_dir) / "runs"
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    finish(start(cfg))
+    assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
 
 
 def test_killed_in_the_middle_and_started_again_it_gives_the_same(undisturbed):
@@ -98,8 +117,15 @@ def test_killed_in_the_middle_and_started_again_it_gives_the_same(undisturbed):
     assert figures(cfg) == figures(undisturbed)
 
 
+def small(undisturbed, name):
+    """Two cells with one seed."""
+    cfg = again(undisturbed, name)
+    cfg.grid, cfg.seeds = {"kd_loss.temperature": [1, 2]}, [0]
+    return cfg
+
+
 def test_asked_to_stop_it_says_how_to_go_on(undisturbed):
-    cfg = again(undisturbed, "stopped")
+    cfg = small(undisturbed, "stopped")
     process = start(cfg)
     runs = Path(cfg.output_dir) / "runs"
     while not list(runs.glob("*/run/logs/log_run.txt")):
@@ -109,15 +135,15 @@ def test_asked_to_stop_it_says_how_to_go_on(undisturbed):
     _, err = finish(process, 75)
     assert "stopped: SIGTERM ended the sweep after" in err and "same command" in err
     finish(start(cfg))
-    assert figures(cfg) == figures(undisturbed)
+    assert {line["cell"] for line in figures(cfg)} == {"T=1", "T=2"}
 
 
 def test_two_sweeps_on_one_folder_run_each_cell_once(undisturbed):
-    cfg = again(undisturbed, "shared")
+    cfg = small(undisturbed, "shared")
     both = [start(cfg), start(cfg)]
     for process in both:
         finish(process)
-    assert figures(cfg) == figures(undisturbed)
+    assert [line["cell"] for line in figures(cfg) if line["metric"] == "training_steps"] == ["T=1", "T=2"]
     for log in (Path(cfg.output_dir) / "runs").glob("*/train.log"):
         assert log.read_text(errors="replace").count("Running KDRecipe with resolved config") == 1, log
 

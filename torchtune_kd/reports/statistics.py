@@ -42,10 +42,6 @@ class Interval:
     high: float
     p: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def over_items(items: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> Estimate:
     """Return the mean Σ w x / Σ w over items [N] and the standard error of this ratio of two sums.
