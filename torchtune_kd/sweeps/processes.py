@@ -86,6 +86,7 @@ def start(
     mistake = folder / f"{name}.mistake"
     mistake.unlink(missing_ok=True)
     environment = dict(os.environ) | {MISTAKE_FILE: str(mistake)}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the others' cores
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     if visible is not None:
