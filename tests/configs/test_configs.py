@@ -82,11 +82,11 @@ def model_of(cfg: DictConfig, name: str) -> TransformerDecoder:
 
 
 def test_all_files_are_walked_and_listed():
-    assert len(FILES) == len(list(CONFIGS.rglob("*.yaml"))) >= 15
+    assert len(FOUND) == len(list(CONFIGS.rglob("*.yaml"))) >= 15
     assert not list(CONFIGS.rglob("*.yml")), "tune ls looks for *.yaml alone"
     names = {config.name for recipe in get_all_recipes() for config in recipe.configs}
     listed = {n for n in names if n.startswith("torchtune_kd/")}
-    assert {f"torchtune_kd/{path.relative_to(CONFIGS).with_suffix('').as_posix()}" for path in FILES} == listed
+    assert {f"torchtune_kd/{path.relative_to(CONFIGS).with_suffix('').as_posix()}" for path in FOUND} == listed
 
 
 @each_config

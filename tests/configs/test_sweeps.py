@@ -12,6 +12,7 @@ from torchtune_kd.sweeps.request import read_request
 from torchtune_kd.sweeps.runs import plan_runs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+pytestmark = pytest.mark.heavy
 FILES = sorted(CONFIGS.rglob("sweep*.yaml"))
 
 

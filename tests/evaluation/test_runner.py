@@ -6,6 +6,7 @@ from helpers.tiny import dataset_section, make_config, run_in_process
 from torchtune_kd.evaluation import as_table, evaluate, read_request
 from torchtune_kd.reports.results import read_results
 
+pytestmark = pytest.mark.heavy
 LATENCY = {"prompt_tokens": 8, "new_tokens": 3, "batch_sizes": [1, 2], "repeats": 2}
 
 

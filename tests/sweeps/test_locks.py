@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from torchtune_kd.sweeps.locks import try_lock
 
 HOLD = """
@@ -26,6 +28,7 @@ def test_one_at_a_time(tmp_path):
         assert again is not None
 
 
+@pytest.mark.heavy
 def test_the_program_of_a_killed_process_keeps_the_lock(tmp_path):
     lock = tmp_path / ".lock"
     holder = subprocess.Popen(

@@ -27,7 +27,7 @@ def command(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     @functools.wraps(recipe_main)  # argparse prints its docstring
     def run(cfg: DictConfig) -> Any:
         nonlocal parsed
-        cfg = _without_unread_names(_with_null_sections(cfg))
+        cfg = without_unread_names(_with_null_sections(cfg), _given_file())
         OmegaConf.to_container(cfg, resolve=True)
         parsed = True
         return recipe_main(cfg)
@@ -58,13 +58,16 @@ def _with_null_sections(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def _without_unread_names(cfg: DictConfig) -> DictConfig:
-    """Leave out the names that keys of the file read, and that no key reads under the overrides."""
+def _given_file() -> DictConfig:
+    """Read the file that ``--config`` names, without the overrides."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")
     file = OmegaConf.load(parser.parse_known_args()[0].config)
-    if not isinstance(file, DictConfig):  # torchtune has refused it already
-        return cfg
+    return file if isinstance(file, DictConfig) else OmegaConf.create()  # torchtune has refused it already
+
+
+def without_unread_names(cfg: DictConfig, file: DictConfig) -> DictConfig:
+    """Leave out the names that keys of ``file`` read as ``${name}``, and that no key of ``cfg`` reads any more."""
     helpers = interpolated_names(file) - set(KEYS)
     unchanged = {name for name in helpers if name in file and name in cfg and cfg[name] == file[name]}
     while unread := (unchanged & {str(key) for key in cfg}) - interpolated_names(cfg):

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_kd.config.checks import checkpoint_files
+from torchtune_kd.config.command import without_unread_names
 from torchtune_kd.config.reading import Config, read_config
 from torchtune_kd.errors import UserError, one_line
 from torchtune_kd.evaluation.provenance import config_sha
@@ -142,10 +143,7 @@ def plan_runs(request: Request) -> list[list[Run]]:
 
 
 def _run(request: Request, cell: Cell, point: Mapping[str, Any], seed: int, files: dict[tuple, str]) -> Run:
-    written = copy.deepcopy(request.base)
-    overrides = {**request.keys.overrides, **cell.overrides, **point, "seed": seed}
-    for key, value in overrides.items():
-        OmegaConf.update(written, key, value, merge=False, force_add=True)
+    written = _overridden(request, {**cell.overrides, **point, "seed": seed})
     nameless = copy.deepcopy(written)
     for key in nameless:
         if key == "output_dir" or str(key).endswith("_dir"):
@@ -173,13 +171,19 @@ def _run(request: Request, cell: Cell, point: Mapping[str, Any], seed: int, file
     return Run(cell, point, seed, written, identity, folder, steps and steps * config.settings.epochs)
 
 
+def _overridden(request: Request, more: Mapping[str, Any]) -> DictConfig:
+    """Return the runs' config with the sweep's overrides and ``more``, a section given whole replacing the other."""
+    written = copy.deepcopy(request.base)
+    for key, value in {**request.keys.overrides, **more}.items():
+        OmegaConf.update(written, key, value, merge=False, force_add=True)
+    return without_unread_names(written, request.base)
+
+
 def run_of_models(request: Request) -> Run | None:
     """Return what evaluates the models that no run trains, or None where the sweep names none."""
     if not request.keys.models:
         return None
-    written = copy.deepcopy(request.base)
-    for key, value in request.keys.overrides.items():
-        OmegaConf.update(written, key, value, merge=False, force_add=True)
+    written = _overridden(request, {})
     config = read_config(written, distributed=request.distributed)
     content = {"models": request.keys.models, "evaluate": request.keys.evaluate, "files": _fingerprint(config, {})}
     identity = config_sha(content)[:16]
