@@ -126,9 +126,9 @@ def test_without_items_seeds_alone_judge_and_that_is_said():
     difference = row_of(comparison, "kd").difference
     assert difference.items is None and difference.resampled is None and difference.p == difference.seeds.p
     assert difference.verdict == "better"
-    assert "Judged over seeds alone, for want of items: heldout kl." in comparison.notes
+    assert "Without items, so that seeds alone can judge: heldout kl." in comparison.notes
     mixed = compare([*cell("sft", 0), *cell("rkl", 0), *cell("kd", -0.1, items=False)], "sft")
-    assert "Judged over seeds alone, for want of items: heldout kl (`kd`)." in mixed.notes
+    assert "Without items, so that seeds alone can judge: heldout kl (`kd`)." in mixed.notes
     assert row_of(mixed, "rkl").difference.items is not None and row_of(mixed, "kd").difference.items is None
 
 

@@ -110,7 +110,7 @@ def _without_items(quality: Sequence[Result]) -> str | None:
         for table, lacks in names.items()
         if any(lacks.values())
     ]
-    return f"Judged over seeds alone, for want of items: {', '.join(found)}." if found else None
+    return f"Without items, so that seeds alone can judge: {', '.join(found)}." if found else None
 
 
 def _unequal_tokens(lines: Sequence[Result], baseline: str) -> str | None:
