@@ -22,11 +22,12 @@ import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
+
+if TYPE_CHECKING:  # what reads results on a laptop has no torch, and fails with our sentences all the same
+    import torch
 
 MISTAKE_FILE = "TORCHTUNE_KD_MISTAKE_FILE"
 STORE_LIMIT = timedelta(seconds=3)  # for the launch's store to answer
@@ -157,6 +158,8 @@ def _is_first_to_say(sentence: str) -> bool:
     if environment.get("WORLD_SIZE", "1") == "1" or not (has_store and address and port):
         return True
     launch = (environment.get("TORCHELASTIC_RUN_ID"), environment.get("TORCHELASTIC_RESTART_COUNT"), sentence)
+    import torch.distributed as dist
+
     try:
         store = dist.TCPStore(address, int(port), is_master=False, timeout=STORE_LIMIT, wait_for_workers=False)
         return store.add(f"torchtune_kd/said/{hashlib.sha256(repr(launch).encode()).hexdigest()}", 1) == 1
@@ -166,6 +169,9 @@ def _is_first_to_say(sentence: str) -> bool:
 
 def _memory_is_full(error: BaseException) -> bool:
     """Recognise the allocator's error, or that of NCCL, which takes memory of its own."""
+    import torch
+    import torch.distributed as dist
+
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, dist.DistError) and "out of memory" in str(error).lower()
     )
@@ -173,10 +179,14 @@ def _memory_is_full(error: BaseException) -> bool:
 
 def _a_process_is_missing(error: BaseException) -> bool:
     """Recognise what collectives raise then: NCCL's own type, gloo's a RuntimeError that names its source file."""
+    import torch.distributed as dist
+
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _several_processes() -> bool:
+    import torch.distributed as dist
+
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -233,7 +243,7 @@ def say(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def loading(model: str, device: torch.device) -> Iterator[None]:
+def loading(model: str, device: "torch.device") -> Iterator[None]:
     """End the run with a sentence where memory runs out in the block, in which ``model`` is built and loaded.
 
     There are no sizes yet to weigh settings by, as there are in a step; ``torchtune_kd/plan`` has them.
@@ -241,6 +251,8 @@ def loading(model: str, device: torch.device) -> Iterator[None]:
     Raises:
         RunError: for memory that runs out.
     """
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -263,6 +275,8 @@ class OutOfMemory(Exception):
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Say of memory that runs out in the block that it ran out in ``name``."""
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:

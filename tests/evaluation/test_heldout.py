@@ -83,3 +83,7 @@ def test_another_text_has_another_fingerprint():
     changed[0, 0] = (changed[0, 0] + 1) % VOCAB
     assert text_fingerprint([Batch(changed, whole[0].labels)]) != text_fingerprint(whole)
     assert text_fingerprint([Batch(whole[0].tokens, whole[0].labels.clone().fill_(-100))]) != text_fingerprint(whole)
+    labels = whole[0].labels.clone()
+    labels[:, :3] = -100
+    prompts = [text_fingerprint([Batch(tokens, labels)]) for tokens in (whole[0].tokens, changed)]
+    assert prompts[0] != prompts[1]  # a masked prompt is read all the same

@@ -78,9 +78,10 @@ def test_models_alone(cfg):
     [
         ("tasks", ["citys"], "did you mean `cities`"),
         ("tasks", "cities", "a list such as"),
-        ("models", ["student"], "holds no `epoch_<n>` yet"),
+        ("models", ["student"], "holds no `epoch_<n>` with merged weights yet"),
         ("models", ["teachr"], "one of untrained, teacher"),
         ("models", {"a": {"model": None}}, "`model` and `checkpointer`"),
+        ("models", {}, "list of names, or a section for each model"),
         ("reference", "nobody", "one of untrained, teacher or null"),
         ("latency", {"prompt": 3}, "did you mean `prompt_tokens`"),
         ("latency", {"batch_sizes": [0]}, "at least 1"),
@@ -105,6 +106,30 @@ def test_distances_need_one_tokenizer(cfg, tmp_path):
     vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"(?s)`untrained` to `teacher` needs one tokenizer.*one family"):
+        evaluate(read_request(cfg))
+
+
+def test_an_export_of_an_adapter_alone_is_no_student(cfg):
+    """The other models can be evaluated all the same."""
+    _made(f"{cfg.output_dir}/epoch_0", "adapter_config.json").write_text("{}")
+    assert [source.name for source in read_request(cfg).sources] == ["untrained", "teacher"]
+    cfg.models = ["student"]
+    with pytest.raises(UserError, match="with merged weights"):
+        read_request(cfg)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("latency", {"prompt_tokens": 60, "new_tokens": 5}, "60 [+] 5 tokens, and the models take 64"),
+        ("tokenizer.max_seq_len", 100, "at most 64 tokens"),
+    ],
+)
+def test_what_the_models_cannot_read_is_found_before_they_are_loaded(cfg, tmp_path, key, value, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a" * 80}) + "\n")
+    cfg.latency = None
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(UserError, match=said):
         evaluate(read_request(cfg))
 
 

@@ -1,5 +1,7 @@
 """An evaluation from files to lines of results."""
 
+import re
+
 import pytest
 
 from helpers.tiny import dataset_section, make_config, run_in_process
@@ -45,7 +47,8 @@ def test_every_model_has_every_line(results):
     for model in ("untrained", "student", "teacher"):
         assert {task for task, _ in by_name(lines, model)} == tasks
     assert by_name(lines, "teacher")["heldout", "kl"].value == 0
-    assert by_name(lines, "student")["heldout", "kl"].reference == "teacher"
+    kl = by_name(lines, "student")["heldout", "kl"]
+    assert kl.reference == "teacher" and re.search(r", reference \w{16}$", kl.data)  # its weights, not its name alone
     assert by_name(lines, "student")["heldout", "loss"].reference is None
     assert len(by_name(lines, "student")["cities", "acc"].items) > 300
 
@@ -63,6 +66,7 @@ def test_sizes_count_the_table(results):
     assert size["size", "table_bytes"].value == 384 * 256 * 4  # tied: once
     assert by_name(lines, "teacher")["size", "table_bytes"].value == 2 * 384 * 256 * 4
     assert size["size", "weight_bytes"].value == 4 * size["size", "parameters"].value
+    assert size["size", "file_bytes"].value == pytest.approx(size["size", "weight_bytes"].value, rel=0.01)  # merged
 
 
 def test_latency_times_every_token(results):

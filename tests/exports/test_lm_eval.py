@@ -16,7 +16,7 @@ from torchtune_kd.config.reading import read_config
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError
 from torchtune_kd.evaluation.candidates import load_candidate, sources_of
-from torchtune_kd.evaluation.harness import measure_lm_eval
+from torchtune_kd.evaluation.harness import LMEvalTask
 from torchtune_kd.tools import prune_checkpoint
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'torchtune-kd[evaluate]'")
@@ -107,7 +107,7 @@ def candidate(student):
 def test_our_model_agrees_with_lm_evals_own(student, candidate, tasks, tmp_path):
     ours = {}
     for name in TASKS:
-        measured, data = measure_lm_eval(*candidate, f"local_{name}", None, 3, include=tasks)
+        measured, data = LMEvalTask(f"local_{name}", tasks).measure(*candidate, None, 3)
         ours[f"local_{name}"] = {one.metric: one.value for one in measured}
         assert f"local_{name}" in data and f"items {len(TASKS[name][2])}" in data
     script = Path(__file__).with_name("lm_eval_exports.py")
@@ -123,7 +123,7 @@ def test_our_model_agrees_with_lm_evals_own(student, candidate, tasks, tmp_path)
 
 
 def test_items_are_there_for_paired_comparisons(candidate, tasks):
-    measured, _ = measure_lm_eval(*candidate, "local_hellaswag", None, 3, include=tasks)
+    measured, _ = LMEvalTask("local_hellaswag", tasks).measure(*candidate, None, 3)
     acc = next(one for one in measured if one.metric == "acc")
     assert len(acc.items) == 4 and acc.value == sum(acc.items) / 4 and acc.se is not None
 
@@ -139,10 +139,16 @@ def test_a_task_that_writes_text(candidate, tmp_path):
         "metric_list": [{"metric": "exact_match"}],
     }  # fmt: skip
     (tmp_path / "writing.yaml").write_text(yaml.safe_dump(task))
-    measured, _ = measure_lm_eval(*candidate, "local_writing", None, 1, include=tmp_path)
+    measured, _ = LMEvalTask("local_writing", tmp_path).measure(*candidate, None, 1)
     assert [(one.metric, one.value) for one in measured] == [("exact_match", 0.0)]
 
 
-def test_a_task_that_is_not_there_is_one_sentence(candidate):
-    with pytest.raises(UserError, match=r"The task lm_eval:no_such_task cannot be run"):
-        measure_lm_eval(*candidate, "no_such_task", None, 1)
+def test_a_task_that_is_not_there_names_the_nearest(tasks):
+    with pytest.raises(UserError, match=r"lm-eval has no task 'local_helaswag': did you mean `local_hellaswag`"):
+        LMEvalTask("local_helaswag", tasks)
+
+
+def test_a_task_whose_data_are_out_of_reach_is_one_sentence(candidate, tasks):
+    (tasks / "wikitext.jsonl").unlink()
+    with pytest.raises(UserError, match=r"The task lm_eval:local_wikitext cannot be run, make its data reachable"):
+        LMEvalTask("local_wikitext", tasks).measure(*candidate, None, 1)

@@ -29,7 +29,7 @@ def sweep_config(folder: Path, **keys: Any) -> DictConfig:
     written = {
         "output_dir": str(folder / "sweep"),
         "run_config": str(folder / "base.yaml"),
-        "overrides": {"max_steps_per_epoch": 3, "save_every_n_steps": 1},
+        "overrides": {"max_steps_per_epoch": 3},
         "grid": {"kd_loss._component_": losses, "kd_loss.temperature": [1, 2]},
         "seeds": [0, 1],
     }

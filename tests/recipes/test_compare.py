@@ -9,7 +9,7 @@ import pytest
 
 from helpers.synthetic_results import curves, grid
 from torchtune_kd.recipes.compare import Request, read_request
-from torchtune_kd.reports.results import write_results
+from torchtune_kd.reports.results import to_lines
 from torchtune_kd.training import UserError
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "compare.py"
@@ -18,7 +18,8 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "compare.py"
 @pytest.fixture
 def results(tmp_path):
     file = tmp_path / "results.jsonl"
-    write_results([line for line in grid(seeds=(0, 1), texts=12, questions=20) if line.metric in ("kl", "acc")], file)
+    lines = [line for line in grid(seeds=(0, 1), texts=12, questions=20) if line.metric in ("kl", "acc")]
+    file.write_text(to_lines(lines))
     return file
 
 

@@ -241,6 +241,14 @@ def timed(task, machine, metric="decode_seconds_p50"):
             "sft",
             r"different references.*one `reference`",
         ),
+        (
+            [
+                *timed("latency 8", "Xeon, 2 threads")[:-1],
+                replace(timed("latency 8", "Xeon, 2 threads")[-1], data="fp32"),
+            ],
+            "sft",
+            r"timed on different work in latency 8 .*`latency`",
+        ),
         (timed("latency 8", "H100"), "sft", r"timed on different machines in latency 8 .*Xeon, 2 threads, and H100"),
         ([*two(), replace(cell("kd", 0)[1], run="another")], "sft", r"called `kd` and are of another training run"),
         (

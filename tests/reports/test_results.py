@@ -6,7 +6,8 @@ import math
 import pytest
 
 from torchtune_kd.errors import UserError
-from torchtune_kd.reports.results import SCHEMA, Result, append_results, read_results, to_line, write_results
+from torchtune_kd.reports.results import SCHEMA, Result, append_results, read_results, to_lines
+from torchtune_kd.storage.atomic import write_text
 
 RESULT = Result(
     "student",
@@ -31,17 +32,17 @@ RESULT = Result(
 def test_round_trip(tmp_path):
     file = tmp_path / "new" / "results.jsonl"
     other = Result("teacher", "size", "parameters", 5)
-    write_results([RESULT], file)
+    write_text(file, to_lines([RESULT]))
     append_results([other], file)
     assert read_results(file) == [RESULT, other]
     assert [read.name for read in read_results(file)] == ["fkl-T2", "teacher"]
-    write_results([other], file)
+    write_text(file, to_lines([other]))
     assert read_results(file) == [other] and list(file.parent.iterdir()) == [file]
 
 
 def test_what_is_no_finite_number_is_null(tmp_path):
     file = tmp_path / "results.jsonl"
-    write_results([Result("a", "heldout", "perplexity", math.inf, items=[math.nan, 1.0])], file)
+    write_text(file, to_lines([Result("a", "heldout", "perplexity", math.inf, items=[math.nan, 1.0])]))
     assert json.loads(file.read_text(encoding="utf-8"))["value"] is None
     (read,) = read_results(file)
     assert math.isnan(read.value) and read.items == [None, 1.0]
@@ -49,22 +50,26 @@ def test_what_is_no_finite_number_is_null(tmp_path):
 
 def test_a_last_line_that_was_cut_short_is_left_out_and_ended_by_the_next(tmp_path):
     file = tmp_path / "results.jsonl"
-    file.write_text(to_line(RESULT) + to_line(RESULT)[:40], encoding="utf-8")
+    file.write_text(to_lines([RESULT]) + to_lines([RESULT])[:40], encoding="utf-8")
     assert read_results(file) == [RESULT]
     append_results([RESULT], file)
-    assert file.read_text(encoding="utf-8").splitlines()[2] == to_line(RESULT).strip()
+    assert file.read_text(encoding="utf-8").splitlines()[2] == to_lines([RESULT]).strip()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (to_line(RESULT)[:40] + "\n" + to_line(RESULT), r"Line 1 of .* is no JSON"),
+        (to_lines([RESULT])[:40] + "\n" + to_lines([RESULT]), r"Line 1 of .* is no JSON"),
         ("[1]\n", r"Line 1 of .* is no result"),
         ('{"loss": 1}\n', r"Line 1 of .* is no result"),
-        (to_line(RESULT).replace(f'"schema":{SCHEMA}', f'"schema":{SCHEMA + 1}'), rf"schema {SCHEMA + 1}, .* {SCHEMA}"),
-        (to_line(RESULT).replace('"metric"', '"measure"'), r"is of schema"),
+        (
+            to_lines([RESULT]).replace(f'"schema":{SCHEMA}', f'"schema":{SCHEMA + 1}'),
+            rf"schema {SCHEMA + 1}, .* {SCHEMA}",
+        ),
+        ('{"schema":1,"model":"a","value":1.0}\n', r"is of schema"),
+        (to_lines([RESULT]).replace('"metric"', '"measure"'), r"is of schema"),
     ],
-    ids=["broken", "list", "log", "newer", "renamed"],
+    ids=["broken", "list", "log", "newer", "incomplete", "renamed"],
 )
 def test_another_file_is_refused_in_one_sentence(tmp_path, text, message):
     file = tmp_path / "results.jsonl"

@@ -2,9 +2,10 @@
 
 import pytest
 
-from helpers.sweep import sweep_config
+from helpers.sweep import evaluation, sweep_config
 from torchtune_kd.errors import UserError
-from torchtune_kd.reports.results import write_results
+from torchtune_kd.reports.results import to_lines
+from torchtune_kd.storage.atomic import write_text
 from torchtune_kd.sweeps.request import read_request
 from torchtune_kd.sweeps.runs import chosen_runs, plan_runs
 
@@ -14,7 +15,7 @@ def planned(cfg):
 
 
 def trained(run, loss):
-    write_results([run.result("validation", "class_loss", loss)], run.trained_file)
+    write_text(run.trained_file, to_lines([run.result("validation", "class_loss", loss)]))
 
 
 def test_all_cells_of_a_seed_come_before_the_next(tmp_path):
@@ -30,13 +31,24 @@ def test_a_run_is_its_config_and_its_files_not_its_folders(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = (planned(sweep_config(tmp_path / name))[0][0] for name in "ab")
-    # the tiny models lie in these folders, so that their paths are part of the config; the output folder is not
-    moved = planned(sweep_config(tmp_path / "a", output_dir=str(tmp_path / "elsewhere")))[0][0]
-    assert one.id == moved.id and one.folder != moved.folder and one.id != other.id
+    assert one.id == other.id and one.folder != other.folder  # the same models and rows in other folders
     longer = sweep_config(tmp_path / "a", overrides={"max_steps_per_epoch": 4})
     assert planned(longer)[0][0].id != one.id
-    (tmp_path / "a" / "rows.jsonl").write_text('{"text": "another text"}\n')
-    assert planned(sweep_config(tmp_path / "a"))[0][0].id != one.id
+    quieter = sweep_config(tmp_path / "a", overrides={"max_steps_per_epoch": 3, "batch_size_val": 2})
+    assert planned(quieter)[0][0].id == one.id
+    for name in ("rows.jsonl", "student/tokenizer.json", "teacher/model.safetensors"):
+        file = tmp_path / "a" / name
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        assert planned(sweep_config(tmp_path / "a"))[0][0].id != one.id, name
+        file.write_bytes(before)
+
+
+def test_another_evaluation_has_results_of_its_own(tmp_path):
+    one = planned(sweep_config(tmp_path, evaluate=evaluation(tmp_path)))[0][0]
+    (tmp_path / "questions.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
+    other = planned(sweep_config(tmp_path, evaluate=evaluation(tmp_path)))[0][0]
+    assert one.id == other.id and one.results_file != other.results_file
 
 
 def test_the_best_point_of_the_first_seed_counts_with_every_seed(tmp_path):
@@ -53,6 +65,16 @@ def test_the_best_point_of_the_first_seed_counts_with_every_seed(tmp_path):
     others[0].write_failure(3, "no memory")
     trained(others[1], 9.0)
     assert len(chosen_runs(request, seeds)) == 4  # what failed does not hold its cell up
+
+
+def test_a_point_that_diverged_is_not_the_best(tmp_path):
+    one_cell = {"kd_loss.temperature": [1]}
+    request = read_request(sweep_config(tmp_path, tune={"optimizer.lr": [0.9, 1e-4]}, grid=one_cell))
+    seeds = plan_runs(request)
+    trained(seeds[0][0], float("nan"))
+    trained(seeds[0][1], 2.0)
+    chosen = chosen_runs(request, seeds)
+    assert {run.point["optimizer.lr"] for runs in seeds for run in runs if run.id in chosen} == {1e-4}
 
 
 def test_a_metric_that_no_validation_logs_is_named(tmp_path):
@@ -94,6 +116,7 @@ def test_a_key_that_the_recipe_does_not_read_is_found_before_any_run(tmp_path, k
         ({"slots": 0}, "1 or more, or cuda:auto"),
         ({"devices_per_run": 2}, "needs `run_recipe: torchtune_kd/kd_distributed`"),
         ({"keep": "some"}, "one of none, all"),
+        ({"tune_by": "top1_agreement"}, "of which less is better"),
         ({"tune": {"optimizer.lr": 3}}, "under `tune` for `optimizer.lr`"),
         ({"models": ["teachers"]}, "some of untrained, teacher"),
         ({"models": ["teacher"]}, "`evaluate`, which is empty"),

@@ -1,5 +1,6 @@
 """Sweeps by the real ``tune run``: killed, shared, with a cell that fails."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,7 +45,7 @@ def figures(cfg):
     return [
         {name: value for name, value in vars(line).items() if name not in CLOCK}
         for line in lines
-        if line.metric != "training_seconds"
+        if line.metric not in ("training_seconds", "peak_bytes")
     ]
 
 
@@ -103,18 +104,47 @@ def test_the_best_of_each_cell_is_evaluated_beside_the_models(undisturbed):
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
 
 
-def test_killed_in_the_middle_and_started_again_it_gives_the_same(undisturbed):
-    """SIGKILL to the sweep alone while a run trains, whose program lives on; then to that, too."""
-    cfg = again(undisturbed, "killed")
+@pytest.mark.parametrize("programs_too", [False, True])
+def test_killed_in_the_middle_and_started_again_it_gives_the_same(undisturbed, programs_too):
+    """SIGKILL to the sweep alone while a run trains, whose program lives on; or to that, too. No step is saved."""
+    cfg = again(undisturbed, f"killed_{programs_too}")
     process = start(cfg)
     runs = Path(cfg.output_dir) / "runs"
-    while len(list(runs.glob("*/trained.jsonl"))) < 2 or len(list(runs.glob("*/run/step_*"))) < 1:
+    while len(list(runs.glob("*/trained.jsonl"))) < 2 or not logs_under_way(runs):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
+    for pid in programs_of(runs) if programs_too else []:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     finish(start(cfg))
     assert figures(cfg) == figures(undisturbed)
+
+
+def logs_under_way(runs):
+    """The logs of runs that have begun and are not trained."""
+    return [log for log in runs.glob("*/run/logs/log_run.txt") if not (log.parents[2] / "trained.jsonl").exists()]
+
+
+def programs_of(runs):
+    """The processes that have a config of these runs on their command line."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"{runs}/".encode() in file.read_bytes():
+                yield int(file.parent.name)
+
+
+def test_an_epoch_without_its_record_is_trained_again(undisturbed):
+    """As after a SIGKILL between the export and the record."""
+    cfg = small(undisturbed, "unrecorded")
+    cfg.keep = "all"
+    finish(start(cfg))
+    expected, runs = figures(cfg), Path(cfg.output_dir) / "runs"
+    for run in runs.iterdir():
+        (run / "trained.jsonl").unlink()
+        (run / "results.jsonl").unlink()
+    finish(start(cfg))
+    assert figures(cfg) == expected
 
 
 def small(undisturbed, name):
@@ -179,8 +209,9 @@ def test_a_mistake_stops_before_the_second_cell(undisturbed):
     """A folder that is not there is no mistake in the keys, so that the first run finds it."""
     cfg = again(undisturbed, "mistaken")
     cfg.overrides = {"tokenizer.path": "/nope/tokenizer.json"}
+    cfg.models, cfg.evaluate = ["teacher"], {"tasks": ["heldout"]}  # what no run trains does not count
     _, err = finish(start(cfg), 2)
-    assert "error: The first run, FKL, T=1, seed 0, cannot be run, so no other was started" in err and "/nope" in err
+    assert "cannot be run, and no run could before it" in err and "/nope" in err
     assert len(list((Path(cfg.output_dir) / "runs").iterdir())) == 1
 
 

@@ -3,11 +3,11 @@
 Shapes: B batch, S sequence, D hidden width, V vocabulary.
 """
 
+import functools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torchtune_kd.kernels import shared_vocab
 from torchtune_kd.models.build import build_decoder, on_meta
 from torchtune_kd.models.loading import check_weights, load, load_weights
 from torchtune_kd.models.output_head import output_head, skip_output_head
+from torchtune_kd.storage.fingerprints import files_fingerprint
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Source:
     def files(self) -> list[Path]:
         """Return the files of its weights."""
         return checkpoint_files(self.checkpointer)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Return a fingerprint of its weights: two models may have one name."""
+        return files_fingerprint(self.files)
 
 
 class Candidate:
@@ -72,27 +78,38 @@ def sources_of(config: Config) -> dict[str, Source]:
     """
     found = {}
     if config.checkpointer is not None:
-        found["untrained"] = Source("untrained", _without_nf4(config.model), config.checkpointer)
-        exports = sorted(Path(config.settings.output_dir).glob("epoch_*"), key=_epoch)
-        if exports and _epoch(exports[-1]) >= 0:
-            found["student"] = Source(
-                "student", _without_nf4(config.model), _exported(config.checkpointer, exports[-1])
-            )
+        model = _without_nf4(config.model)
+        found["untrained"] = Source("untrained", model, config.checkpointer)
+        newest = max(Path(config.settings.output_dir).glob("epoch_*"), key=_epoch, default=None)
+        exported = None if newest is None or _epoch(newest) < 0 else _exported(config.checkpointer, newest)
+        if exported is not None:
+            found["student"] = Source("student", model, exported)
     if config.teacher_model is not None and config.teacher_checkpointer is not None:
         found["teacher"] = Source("teacher", config.teacher_model, config.teacher_checkpointer)
     return found
 
 
-def check_sources(sources: list[Source], reference: Source | None, settings: Settings, world: World) -> None:
+class Limits(NamedTuple):
+    """Bound what all models can read."""
+
+    max_seq_len: int  # tokens of the longest sequence
+    vocab: int  # ids from 0 to vocab - 1
+
+
+def check_sources(sources: list[Source], reference: Source | None, settings: Settings, world: World) -> Limits:
     """Build the models on the meta device, and look for their files.
+
+    Returns:
+        Limits: of the smallest of them.
 
     Raises:
         UserError: for the first that is missing or does not fit.
     """
-    sizes = {}
+    built = {}
     for source in [*sources, *([reference] if reference else [])]:
         check_checkpoint_files(source.checkpointer)
-        sizes[source.name] = output_head(on_meta(source.model, settings, world))[0].shape[0]
+        built[source.name] = on_meta(source.model, settings, world)
+    sizes = {name: output_head(model)[0].shape[0] for name, model in built.items()}
     for source in sources if reference is not None else []:
         try:
             check_tokenizer_files((source.checkpointer, reference.checkpointer))
@@ -102,6 +119,7 @@ def check_sources(sources: list[Source], reference: Source | None, settings: Set
                 f"The KL of `{source.name}` to `{reference.name}` needs one tokenizer for both, but they differ: "
                 f"choose models of one family. ({error})"
             ) from error
+    return Limits(min(model.max_seq_len for model in built.values()), min(sizes.values()))
 
 
 def load_candidate(source: Source, settings: Settings, world: World) -> Candidate:
@@ -122,25 +140,12 @@ def _without_nf4(model: Section) -> Section:
     return model.changed(quantize_base=False) if model.get("quantize_base") else model
 
 
-def _exported(checkpointer: Section, folder: Path) -> Section:
+def _exported(checkpointer: Section, folder: Path) -> Section | None:
+    """Return the section of merged weights in an export; None where it holds an adapter alone."""
     files = sorted(path.name for path in folder.glob("*.safetensors")) or sorted(p.name for p in folder.glob("*.pt"))
-    if not files:
-        raise UserError(
-            f"{folder} holds no merged weights, only an adapter: train with `save_adapter_weights_only: False` to "
-            "evaluate what was trained."
-        )
-    return checkpointer.changed(checkpoint_dir=str(folder), checkpoint_files=files)
+    return checkpointer.changed(checkpoint_dir=str(folder), checkpoint_files=files) if files else None
 
 
 def _epoch(folder: Path) -> int:
     match = re.fullmatch(r"epoch_(\d+)", folder.name)
     return int(match[1]) if match and folder.is_dir() else -1
-
-
-def each(sources: list[Source], reference: Candidate | None, settings: Settings, world: World) -> Iterator[Candidate]:
-    """Load one model after the other, so that no more than one is held beside the reference."""
-    for source in sources:
-        if reference is not None and source.name == reference.name:
-            yield reference
-            continue
-        yield load_candidate(source, settings, world)

@@ -71,17 +71,16 @@ def encode_question(tokenizer: Tokenizer, context: str, choices: Sequence[str]) 
 
 def question_of(context_length: int, whole: Sequence[Sequence[int]]) -> Question:
     """Find what the choices share, given each with its context of ``context_length`` ids before it."""
+    if any(len(ids) <= context_length for ids in whole):
+        raise UserError(
+            "Expected choices that add at least one token to their question, but one adds none: remove the empty "
+            "choice or the question."
+        )
+    if len({ids[0] for ids in whole}) != 1:
+        raise UserError("Expected choices with one beginning, but their first tokens differ: give a longer question.")
     shared = 1
     while shared < context_length and len({ids[shared] for ids in whole}) == 1:
         shared += 1
-    for ids in whole:
-        if len(ids) <= context_length:
-            raise UserError(
-                "Expected choices that add at least one token to their question, but one adds none: remove the empty "
-                "choice or the question."
-            )
-    if len({ids[0] for ids in whole}) != 1:
-        raise UserError("Expected choices with one beginning, but their first tokens differ: give a longer question.")
     branches = [ids[shared:] for ids in whole]
     return Question(whole[0][:shared], branches, [context_length - shared] * len(whole))
 

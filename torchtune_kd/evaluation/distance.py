@@ -1,8 +1,9 @@
 """Before and after: numbers of the run, and what they allow to say."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+
+from torchtune_kd.reports.statistics import perplexity
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,8 @@ class Distance:
         return asdict(self) | {"perplexity": self.perplexity, "teacher_perplexity": self.teacher_perplexity}
 
 
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats; infinite where that is beyond a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
 def closing(before: Distance, after: Distance, teacher_speed: float, student_speed: float) -> list[str]:
-    """Sentences that say what the numbers say, whichever way they fell.
+    """Say in sentences what the numbers say, whichever way they fell.
 
     Numbers are compared as they are printed: a change that the printed digits do not show is none.
     """

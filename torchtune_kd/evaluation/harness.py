@@ -8,7 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torchtune_kd.errors import UserError, one_line
+import torch
+
+from torchtune_kd.errors import RunError, UserError, nearest, one_line
 from torchtune_kd.evaluation.candidates import Candidate
 from torchtune_kd.evaluation.choices import Question, Score, question_of, score_questions
 from torchtune_kd.evaluation.measured import Measured, over_items
@@ -17,51 +19,68 @@ from torchtune_kd.evaluation.writing import write_until
 MAX_NEW_TOKENS = 256  # where a task sets no `max_gen_toks`
 
 
-def measure_lm_eval(
-    candidate: Candidate, tokenizer: Any, task: str, limit: int | None, batch_size: int, include: Path | None = None
-) -> tuple[list[Measured], str]:
-    """Run one of lm-eval's tasks, a group of them included.
+class LMEvalTask:
+    """One of lm-eval's tasks, a group of them included.
 
     Args:
-        candidate (Candidate): the model.
-        tokenizer (Any): torchtune's.
-        task (str): lm-eval's name.
-        limit (int | None): items of each task; None takes all.
-        batch_size (int): questions of a pass.
+        name (str): lm-eval's name.
         include (Path | None): a folder with task files of one's own, which are then the only ones known.
 
-    Returns:
-        tuple[list[Measured], str]: its metrics, with items where it has one value for each, and the task's fingerprint:
-        name, version and number of items.
-
     Raises:
-        UserError: if lm-eval is not there, does not know the task, or cannot fetch its data.
+        UserError: if lm-eval is not there, or does not know the task.
     """
-    try:
+
+    def __init__(self, name: str, include: Path | None = None) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UserError(
+                f"The task lm_eval:{name} needs lm-eval, which is not installed: run "
+                f"`pip install 'torchtune-kd[evaluate]'`. ({one_line(error)})"
+            ) from error
+        self.name = name
+        self._manager = TaskManager(include_path=include and str(include), include_defaults=include is None)
+        if name not in self._manager.all_tasks:
+            raise UserError(f"lm-eval has no task {name!r}: {nearest(name, self._manager.all_tasks)}")
+
+    def measure(
+        self, candidate: Candidate, tokenizer: Any, limit: int | None, batch_size: int
+    ) -> tuple[list[Measured], str]:
+        """Run the task.
+
+        Args:
+            candidate (Candidate): the model.
+            tokenizer (Any): torchtune's.
+            limit (int | None): items of each task; None takes all.
+            batch_size (int): questions of a pass.
+
+        Returns:
+            tuple[list[Measured], str]: its metrics, with items where it has one value for each, and the task's
+            fingerprint: name, version and number of items.
+
+        Raises:
+            UserError: if its data cannot be fetched.
+        """
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"The task lm_eval:{task} needs lm-eval, which is not installed: run "
-            f"`pip install 'torchtune-kd[evaluate]'`. ({one_line(error)})"
-        ) from error
-    try:
-        manager = TaskManager(include_path=include and str(include), include_defaults=include is None)
-        found = simple_evaluate(
-            _model(candidate, tokenizer, batch_size),
-            tasks=[task],
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
-            log_samples=True,
-            verbosity="ERROR",
-        )
-    except Exception as error:  # whatever the hub, the dataset's reader or the task's own code raises
-        raise UserError(
-            f"The task lm_eval:{task} cannot be run, correct its name under `tasks` or make its data reachable: "
-            f"{type(error).__name__}: {one_line(error)}"
-        ) from error
-    return list(_measured(found, task)), _fingerprint(found, task)
+
+        try:
+            found = simple_evaluate(
+                _model(candidate, tokenizer, batch_size),
+                tasks=[self.name],
+                limit=limit,
+                task_manager=self._manager,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity="ERROR",
+            )
+        except (UserError, RunError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the hub, the dataset's reader or the task's own code raises
+            raise UserError(
+                f"The task lm_eval:{self.name} cannot be run, make its data reachable or leave it out: "
+                f"{type(error).__name__}: {one_line(error)}"
+            ) from error
+        return list(_measured(found, self.name)), _fingerprint(found, self.name)
 
 
 def _measured(found: dict[str, Any], task: str) -> Iterator[Measured]:

@@ -4,7 +4,6 @@ Shapes: B batch, S sequence, D hidden width, V vocabulary.
 """
 
 import hashlib
-import math
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +13,7 @@ from torchtune_kd.data.batches import Batch
 from torchtune_kd.evaluation.candidates import Candidate
 from torchtune_kd.evaluation.measured import Measured, over_items
 from torchtune_kd.kernels import Objective, linear_kd_objective
+from torchtune_kd.reports import statistics
 
 ALONE = ("class_loss", "student_entropy")
 DISTANCES = ("kl", "top1_agreement", "acceptance_rate")
@@ -81,8 +81,8 @@ def _sums(
 
 
 def _perplexity(loss: Measured) -> Measured:
-    """exp of the loss, and the error of the loss times it (the delta method)."""
-    value = math.exp(loss.value) if loss.value < 700 else math.inf
+    """Return exp of the loss, with the error of the loss times it (the delta method)."""
+    value = statistics.perplexity(loss.value)
     return Measured("perplexity", value, None if loss.se is None else loss.se * value, loss.n)
 
 
@@ -91,6 +91,6 @@ def text_fingerprint(batches: Iterable[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
-            valid = [(token, label) for token, label in zip(tokens, labels, strict=True) if label >= 0]
-            digest.update(repr(valid).encode())
+            last = max((place for place, label in enumerate(labels) if label >= 0), default=-1)  # the rest is padding
+            digest.update(repr((tokens[: last + 1], labels[: last + 1])).encode())
     return digest.hexdigest()[:16]

@@ -3,8 +3,6 @@
 Shapes: B batch, P tokens of the prompt, V vocabulary.
 """
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -49,7 +47,10 @@ def measure_latency(candidate: Candidate, batch_size: int, settings: LatencySett
     prompt = torch.randint(candidate.vocab_size, (batch_size, settings.prompt_tokens), generator=generator).to(device)
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     prefill, decode = [], []
+    others = 0  # bytes of what is on the device beside the candidate, such as the reference
     if device.type == "cuda":
+        own = sum(weight.numel() * weight.element_size() for weight in candidate.decoder.parameters())
+        others = torch.cuda.memory_allocated(device) - own
         torch.cuda.reset_peak_memory_stats(device)
     with local_kv_cache(
         candidate.decoder, batch_size=batch_size, device=device, dtype=dtype, decoder_max_seq_len=length
@@ -71,7 +72,7 @@ def measure_latency(candidate: Candidate, batch_size: int, settings: LatencySett
         Measured("tokens_per_second", batch_size / float(np.median(decode)), None, len(decode)),
     ]
     if device.type == "cuda":
-        measured.append(Measured("peak_bytes", torch.cuda.max_memory_allocated(device)))
+        measured.append(Measured("peak_bytes", torch.cuda.max_memory_allocated(device) - others))
     return measured
 
 
@@ -87,11 +88,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory in bytes: on CUDA what PyTorch allocated, elsewhere the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

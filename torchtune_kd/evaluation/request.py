@@ -90,7 +90,7 @@ def read_request(written: DictConfig) -> Request:
         for section in components_in(rest):
             check_component(section)
     models = written.get("models")
-    if isinstance(models, DictConfig):
+    if isinstance(models, DictConfig) and models:
         sources = {str(name): _source(str(name), models[name]) for name in models}
     else:
         sources = _chosen(known, models)
@@ -153,7 +153,7 @@ def _chosen(known: Mapping[str, Source], names: Any) -> dict[str, Source]:
         if name not in known:
             there = f"did you mean one of {', '.join(known)}?"
             if name == "student":
-                there = "`output_dir` holds no `epoch_<n>` yet, which training writes."
+                there = "`output_dir` holds no `epoch_<n>` with merged weights yet, which training writes."
             raise UserError(f"Unknown model `{name}` under `models`: {there}")
     return {str(name): known[name] for name in names}
 

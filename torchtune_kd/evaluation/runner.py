@@ -1,6 +1,7 @@
 """Evaluate models side by side: load one after the other, run the tasks, write a line for every metric."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,10 +16,11 @@ from torchtune_kd.data.batches import Batch
 from torchtune_kd.data.datasets import build_dataset
 from torchtune_kd.data.steps import build_loader
 from torchtune_kd.distributed.world import World
-from torchtune_kd.evaluation.candidates import Candidate, check_sources, load_candidate
+from torchtune_kd.errors import UserError, say
+from torchtune_kd.evaluation.candidates import Candidate, Limits, check_sources, load_candidate
 from torchtune_kd.evaluation.choices import encode_question, score_questions
-from torchtune_kd.evaluation.harness import measure_lm_eval
-from torchtune_kd.evaluation.heldout import measure_text, text_fingerprint
+from torchtune_kd.evaluation.harness import LMEvalTask
+from torchtune_kd.evaluation.heldout import DISTANCES, measure_text, text_fingerprint
 from torchtune_kd.evaluation.latency import measure_latency
 from torchtune_kd.evaluation.measured import Measured, over_items
 from torchtune_kd.evaluation.provenance import provenance
@@ -43,16 +45,16 @@ def evaluate(request: Request) -> list[Result]:
     settings = request.settings
     world = World(settings.torch_device)
     tokenizer = request.tokenizer.build()
-    check_sources(list(request.sources), request.reference, settings, world)
-    tasks = {name: _task(name, request, tokenizer, world) for name in request.tasks}
+    limits = check_sources(list(request.sources), request.reference, settings, world)
+    check_tokenizer(tokenizer, limits.vocab)
+    steps: dict[str, Measure] = {name: _task(name, request, tokenizer, limits, world) for name in request.tasks}
+    steps |= {"size": _size, **_latencies(request, limits)}
     reference = None if request.reference is None else load_candidate(request.reference, settings, world)
     results: list[Result] = []
     for source in request.sources:
         is_reference = reference is not None and source.name == reference.name
         candidate = reference if is_reference else load_candidate(source, settings, world)
-        check_tokenizer(tokenizer, candidate.vocab_size)
         lines = []
-        steps: dict[str, Measure] = {**tasks, "size": _size, **_latencies(request)}
         for name, measure in tqdm(steps.items(), desc=source.name, unit="task", leave=False):
             began = time.perf_counter()
             measured, data = measure(candidate, reference)
@@ -67,32 +69,33 @@ def _lines(
     measured: list[Measured], request: Request, model: str, task: str, data: str | None, seconds: float
 ) -> Iterator[Result]:
     origin = provenance(request.settings.torch_device, request.resolved)
-    reference = None if request.reference is None else request.reference.name
+    reference = request.reference
     for one in measured:
         kept = {"items": one.items, "weights": one.weights} if request.items else {}
-        distance = one.metric in ("kl", "top1_agreement", "acceptance_rate")
+        against = {"data": data}
+        if reference is not None and one.metric in DISTANCES:
+            against = {"data": f"{data}, reference {reference.fingerprint}", "reference": reference.name}
         yield Result(
-            model, task, one.metric, one.value, one.se, one.n, **kept,
-            reference=reference if distance else None, data=data, seconds=round(seconds, 3), **origin,
-        )  # fmt: skip
+            model, task, one.metric, one.value, one.se, one.n, **kept, **against, seconds=round(seconds, 3), **origin
+        )
 
 
-def _task(name: str, request: Request, tokenizer: Any, world: World) -> Measure:
+def _task(name: str, request: Request, tokenizer: Any, limits: Limits, world: World) -> Measure:
     """Read a task's data, before any model is loaded."""
     if name == HELDOUT:
-        batches = text_batches(request, tokenizer, world)
+        batches = text_batches(request, tokenizer, limits, world)
         return partial(_heldout, batches=batches, data=text_fingerprint(batches))
     if name.startswith(LM_EVAL):
-        return partial(_lm_eval, tokenizer=tokenizer, name=name.removeprefix(LM_EVAL), request=request)
+        task = LMEvalTask(name.removeprefix(LM_EVAL))
+        return partial(_lm_eval, tokenizer=tokenizer, task=task, request=request)
     items = items_of(name)[: request.limit]
     return partial(_choices, tokenizer=tokenizer, items=items, request=request)
 
 
-def text_batches(request: Request, tokenizer: Any, world: World) -> list[Batch]:
+def text_batches(request: Request, tokenizer: Any, limits: Limits, world: World) -> list[Batch]:
     """Return the rows of ``dataset_val`` in batches; of ``limit`` rows at most."""
     settings = request.settings
-    longest = request.tokenizer.get("max_seq_len") or 2**31
-    dataset = build_dataset(request.dataset_val, "dataset_val", tokenizer, longest, 2**31, world)
+    dataset = build_dataset(request.dataset_val, "dataset_val", tokenizer, *limits, world)
     if request.limit is not None and request.limit < len(dataset):
         packed = getattr(dataset, "packed", False)
         dataset = Subset(dataset, range(request.limit))
@@ -103,8 +106,8 @@ def text_batches(request: Request, tokenizer: Any, world: World) -> list[Batch]:
         batch_size=request.batch_size,
         shuffle=False,
         ignore_index=IGNORE,
-        max_seq_len=longest,
-        vocab=2**31,
+        max_seq_len=limits.max_seq_len,
+        vocab=limits.vocab,
         seed=0,
         world=World(torch.device("cpu")),
         name="dataset_val",
@@ -145,19 +148,30 @@ def over_choices(items: list[Item], scores: list[list[float]]) -> list[Measured]
 
 
 def _lm_eval(
-    candidate: Candidate, reference: Candidate | None, *, tokenizer: Any, name: str, request: Request
+    candidate: Candidate, reference: Candidate | None, *, tokenizer: Any, task: LMEvalTask, request: Request
 ) -> tuple[list[Measured], str]:
-    return measure_lm_eval(candidate, tokenizer, name, request.limit, request.batch_size)
+    return task.measure(candidate, tokenizer, request.limit, request.batch_size)
 
 
 def _size(candidate: Candidate, reference: Candidate | None) -> tuple[list[Measured], None]:
     return measure_size(candidate), None
 
 
-def _latencies(request: Request) -> dict[str, Measure]:
+def _latencies(request: Request, limits: Limits) -> dict[str, Measure]:
     settings = request.latency
     if settings is None:
         return {}
+    if settings.prompt_tokens + settings.new_tokens > limits.max_seq_len:
+        raise UserError(
+            f"`latency` asks for {settings.prompt_tokens} + {settings.new_tokens} tokens, and the models take "
+            f"{limits.max_seq_len}: lower `latency.prompt_tokens`, or set `latency: null`."
+        )
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        say(
+            f"warning: {load:.1f} processes compute on {cores} cores already, and latencies of a busy machine mislead: "
+            "measure again when it is idle, or set `latency=null`."
+        )
 
     def timed(size: int, candidate: Candidate, reference: Candidate | None) -> tuple[list[Measured], str]:
         data = f"prompt {settings.prompt_tokens} new {settings.new_tokens} {request.settings.dtype}"

@@ -1,6 +1,7 @@
 """How large a model is: parameters, and bytes with the embedding counted."""
 
 from torch import Tensor, nn
+from torchtune.modules.peft import get_adapter_params
 
 from torchtune_kd.evaluation.candidates import Candidate
 from torchtune_kd.evaluation.measured import Measured
@@ -11,11 +12,12 @@ def measure_size(candidate: Candidate) -> list[Measured]:
 
     A tied table counts once. For small models the table is a third of the weights, so a size without it misleads.
     """
-    decoder = candidate.decoder
+    decoder, adapters = candidate.decoder, get_adapter_params(candidate.decoder)  # the files hold them merged
+    weights = [parameter for name, parameter in decoder.named_parameters() if name not in adapters]
     tables = {id(tensor): tensor for tensor in (*decoder.tok_embeddings.parameters(), *_own(decoder.output))}
     return [
-        Measured("parameters", sum(parameter.numel() for parameter in decoder.parameters())),
-        Measured("weight_bytes", sum(map(_bytes, decoder.parameters()))),
+        Measured("parameters", sum(weight.numel() for weight in weights)),
+        Measured("weight_bytes", sum(map(_bytes, weights))),
         Measured("table_bytes", sum(map(_bytes, tables.values()))),
         Measured("file_bytes", sum(file.stat().st_size for file in candidate.source.files)),
     ]

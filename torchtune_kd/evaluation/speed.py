@@ -13,7 +13,7 @@ from torchtune_kd.generation.engine import greedy
 
 
 def num_parameters(model: TransformerDecoder) -> int:
-    """Weights of the model, the tied embedding once."""
+    """Count the weights of the model, the tied embedding once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

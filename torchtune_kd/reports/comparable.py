@@ -14,7 +14,7 @@ FACTS = ("latency", "size", "training", "validation")
 
 def is_fact(task: str) -> bool:
     """Return whether a task has figures alone, which are shown and not tested."""
-    return task.startswith(FACTS)
+    return task.partition(" ")[0] in FACTS  # "latency 8" is one, a file named latency.jsonl is not
 
 
 def latest(results: Iterable[Result]) -> tuple[list[Result], int]:
@@ -50,9 +50,14 @@ def require_comparable(results: Sequence[Result]) -> None:
     for line in results:
         key = (line.task, line.metric)
         one = first.setdefault(key, line)
-        if line.task.startswith("latency") and line.machine != one.machine:
+        timed = line.task.partition(" ")[0] == "latency"
+        if timed and line.machine != one.machine:
             raise _refusal(
                 "were timed on different machines", one, line, lambda each: each.machine, "time both on one machine"
+            )
+        if timed and line.data != one.data:
+            raise _refusal(
+                "were timed on different work", one, line, lambda each: each.data, "time both with the same `latency`"
             )
         if is_fact(line.task):
             continue

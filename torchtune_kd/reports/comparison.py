@@ -147,7 +147,9 @@ def compare(
     for metric in metrics or ():
         require_known("metric", metric, (line.metric for line in lines))
     lines = [
-        line for line in lines if not metrics or line.metric in metrics or line.task.startswith(("size", "training"))
+        line
+        for line in lines
+        if not metrics or line.metric in metrics or (is_fact(line.task) and not line.task.startswith("latency "))
     ]
     require_comparable(lines)
     lines.sort(key=lambda line: line.name != baseline)  # stable: the baseline first, the rest in order of appearance

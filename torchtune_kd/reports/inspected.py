@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torchtune_kd.reports.statistics import perplexity
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -103,18 +105,12 @@ class Inspection:
 
     @property
     def student_perplexity(self) -> float:
-        return _perplexity([prediction.student.loss for prediction in self.predictions])
+        return perplexity(_mean([prediction.student.loss for prediction in self.predictions]))
 
     @property
     def reference_perplexity(self) -> float:
-        return _perplexity([prediction.reference.loss for prediction in self.predictions])
+        return perplexity(_mean([prediction.reference.loss for prediction in self.predictions]))
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _perplexity(losses: Sequence[float]) -> float:
-    """Return exp of the mean loss; infinite where that is beyond a float."""
-    mean = _mean(losses)
-    return math.exp(mean) if mean < 700 else math.inf

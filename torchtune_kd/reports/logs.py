@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def read_log(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Training steps and validations out of the file that torchtune's DiskLogger wrote into ``folder``."""
+    """Read training steps and validations out of the file that torchtune's DiskLogger wrote into ``folder``."""
     (file,) = folder.glob("log_*.txt")
     steps, validations = [], []
     for line in file.read_text().splitlines():

@@ -21,7 +21,9 @@ def read_failures(files: Iterable[Path]) -> list[str]:
     """
     notes = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not line:
+                continue
             try:
                 failure = json.loads(line)
                 said = " ".join(str(failure["message"]).split()).rstrip(".")

@@ -67,7 +67,7 @@ def read_curves(files: Iterable[Path], runs: Collection[str | None]) -> dict[str
     """
     found: dict[str, dict[str, dict[int, list[tuple[float, float]]]]] = {}
     for file in files:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = file.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, 1):
             try:
                 content = json.loads(line)
@@ -87,7 +87,7 @@ def read_curves(files: Iterable[Path], runs: Collection[str | None]) -> dict[str
 def draw_pictures(comparison: Comparison, curves: Mapping[str, plots.Curves], folder: Path) -> Pictures:
     """Draw what the data allow into ``folder``; what they do not is said in ``missing``."""
     if importlib.util.find_spec("matplotlib") is None:
-        return Pictures({}, [], ["No plots: matplotlib is not installed (pip install 'torchtune-kd[demo]')."])
+        return Pictures({}, [], ["No plots: matplotlib is not installed (pip install 'torchtune-kd[evaluate]')."])
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)

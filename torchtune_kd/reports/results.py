@@ -8,7 +8,7 @@ read alone.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,10 +57,10 @@ METRICS = {
     # what training took
     "training_tokens": Metric("tokens trained on", "", 0),
     "training_steps": Metric("optimizer steps", "", 0),
-    "training_seconds": Metric("training, seconds", "s", -1),
+    "training_seconds": Metric("device seconds of training", "s", -1),
     "teacher_seconds": Metric("of them the teacher's", "s", -1),
-    "teacher_flops": Metric("FLOPs of the teacher", "FLOP", -1),
-    "student_flops": Metric("FLOPs of the student", "FLOP", -1),
+    "teacher_flops": Metric("FLOPs of the teacher on these tokens", "FLOP", -1),
+    "student_flops": Metric("FLOPs of the student on these tokens", "FLOP", -1),
 }
 
 
@@ -83,6 +83,7 @@ class Result:
         coordinates (Mapping[str, Any]): the cell's values of the grid, by key.
         seed (int | None): of the training run.
         run (str | None): identity of the training run, SHA-256 of its resolved config without folders.
+        evaluation (str | None): identity of what a sweep measures of each run.
         config (str): SHA-256 of the resolved config of the evaluation.
         commit (str | None): of the source, where it is a checkout.
         versions (Mapping[str, str]): of Python and the packages.
@@ -107,6 +108,7 @@ class Result:
     coordinates: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     run: str | None = None
+    evaluation: str | None = None
     config: str = ""
     commit: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -122,18 +124,12 @@ class Result:
         return self.cell or self.model
 
 
-def to_line(result: Result) -> str:
-    """Return a result as one line of JSON; what is no finite number becomes null."""
-    plain = {key: _finite(value) for key, value in asdict(result).items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-
-
-def write_results(results: Iterable[Result], file: Path) -> None:
-    """Replace ``file`` with these results; it is whole at any moment."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.partial")
-    scratch.write_text("".join(map(to_line, results)), encoding="utf-8")
-    scratch.replace(file)
+def to_lines(results: Iterable[Result]) -> str:
+    """Return results as the lines of a file; what is no finite number becomes null."""
+    plain = ({key: _finite(value) for key, value in asdict(result).items()} for result in results)
+    return "".join(
+        json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n" for line in plain
+    )
 
 
 def append_results(results: Iterable[Result], file: Path) -> None:
@@ -144,7 +140,7 @@ def append_results(results: Iterable[Result], file: Path) -> None:
             output.seek(-1, 2)
             if output.read(1) != b"\n":
                 output.write(b"\n")
-        output.write("".join(map(to_line, results)).encode())
+        output.write(to_lines(results).encode())
 
 
 def read_results(file: Path) -> list[Result]:
@@ -154,21 +150,24 @@ def read_results(file: Path) -> list[Result]:
         UserError: if the file cannot be read, holds something else, or is of another schema.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The results {file} cannot be read ({error}): name a file that evaluate wrote.") from error
     known = {each.name for each in fields(Result)}
+    needed = {each.name for each in fields(Result) if each.default is MISSING and each.default_factory is MISSING}
     results = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             content = json.loads(line)
         except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == len(lines):  # without an end, so that a crash cut it short
                 continue
             raise UserError(f"Line {number} of {file} is no JSON: remove it, or name a file of results.") from error
         if not isinstance(content, dict) or "schema" not in content:
             raise UserError(f"Line {number} of {file} is no result: name a file that evaluate or a sweep wrote.")
-        if content["schema"] != SCHEMA or not content.keys() <= known:
+        if content["schema"] != SCHEMA or not needed <= content.keys() <= known:
             raise UserError(
                 f"Line {number} of {file} is of schema {content['schema']}, and this version reads {SCHEMA}: read it "
                 "with the version that wrote it, or measure again."

@@ -56,6 +56,11 @@ def over_items(items: Sequence[float] | np.ndarray, weights: Sequence[float] | n
     return Estimate(mean, math.sqrt(len(x) / (len(x) - 1) * ((w * (x - mean)) ** 2).sum()) / float(w.sum()))
 
 
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats; infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Return the mean of the values of K seeds, and its standard error s / √K."""
     mean = float(np.mean(values))

@@ -73,6 +73,15 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Replace a file, which is whole at any moment: written beside it, flushed to disk, renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
+    beside.write_text(text, encoding="utf-8")
+    _flush_one(beside)
+    beside.replace(file)
+
+
 def _remove(folder: Path) -> None:
     try:
         shutil.rmtree(folder)

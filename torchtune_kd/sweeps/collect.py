@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtune_kd.reports.logs import read_log
-from torchtune_kd.reports.results import Result, read_results, write_results
+from torchtune_kd.reports.results import Result, read_results, to_lines
+from torchtune_kd.storage.atomic import write_text
 from torchtune_kd.sweeps.locks import lock
 from torchtune_kd.sweeps.request import Request
 from torchtune_kd.sweeps.runs import Run, chosen_runs
@@ -26,15 +27,15 @@ def write_trained(run: Run, lines: list[Result], *, evaluates: bool) -> None:
     """Record that a run is trained; where nothing is evaluated, also that it is done."""
     _write_curves(run)
     if not evaluates:
-        write_results(lines, run.results_file)
-    write_results(lines, run.trained_file)
+        write_text(run.results_file, to_lines(lines))
+    write_text(run.trained_file, to_lines(lines))
 
 
 def write_done(run: Run, evaluated: list[Result]) -> None:
     """Record that a run is done, with the lines of its training and of its evaluation."""
     trained = read_results(run.trained_file) if run.trained_file.is_file() else []
-    write_results([*trained, *(_shortened(line) for line in evaluated)], run.results_file)
-    (run.folder / "evaluated.jsonl").unlink()
+    write_text(run.results_file, to_lines([*trained, *map(_shortened, evaluated)]))
+    run.evaluated_file.unlink()
 
 
 def write_all(request: Request, seeds: Sequence[Sequence[Run]], models: Run | None) -> list[Result]:
@@ -44,11 +45,12 @@ def write_all(request: Request, seeds: Sequence[Sequence[Run]], models: Run | No
     with lock(request.folder / ".lock"):
         counting = [*([models] if models is not None else []), *(run for run in runs if run.id in chosen)]
         results = [line for run in counting if run.is_done for line in read_results(run.results_file)]
-        write_results(results, request.folder / RESULTS)
+        write_text(request.folder / RESULTS, to_lines(results))
         others = [run for run in runs if run.trained_file.is_file() and not (run.id in chosen and run.is_done)]
         points = {run.id: {**run.cell.coordinates, **run.point} for run in others}
         tuned = [line for run in others for line in read_results(run.trained_file)]
-        write_results([replace(line, coordinates=points[line.run]) for line in tuned], request.folder / TUNED)
+        tuned = [replace(line, coordinates=points[line.run]) for line in tuned]
+        write_text(request.folder / TUNED, to_lines(tuned))
         _write_lines(_curves_of(runs), request.folder / CURVES)
         failed = ({"run": run.id, "name": str(run), **run.failure} for run in runs if run.failure is not None)
         _write_lines(failed, request.folder / FAILED)
@@ -59,27 +61,24 @@ def adopt(request: Request, runs: Iterable[Run]) -> None:
     """Take over runs that are in the sweep's files and have no folder here: they were done on another machine."""
     with lock(request.folder / ".lock"):
         found: dict[str, list[Result]] = {}
-        done = set()
         for name in (RESULTS, TUNED):
             file = request.folder / name
             for line in read_results(file) if file.is_file() else []:
                 found.setdefault(str(line.run), []).append(line)
-                if name == RESULTS:
-                    done.add(line.run)
-        curves = {curve["run"]: curve for curve in _read_lines(request.folder / CURVES)}
+        curves = _read_lines(request.folder / CURVES)
         for run in runs:
             lines = [replace(line, coordinates=run.cell.coordinates) for line in found.get(run.id, [])]
             if not lines or run.trained_file.is_file() or run.is_done:
                 continue
-            if run.id in curves:
-                _write_lines(
-                    [curve for curve in _read_lines(request.folder / CURVES) if curve["run"] == run.id],
-                    run.folder / CURVES,
-                )
-            if run.id in done:
-                write_results(lines, run.results_file)
-            if run.seed is not None:
-                write_results([line for line in lines if line.task in _OF_TRAINING], run.trained_file)
+            _write_lines([curve for curve in curves if curve["run"] == run.id], run.folder / CURVES)
+            trained = [line for line in lines if line.task in _OF_TRAINING]
+            evaluated = [line for line in lines if line.evaluation is not None]
+            if not evaluated and not request.keys.evaluate:
+                write_text(run.results_file, to_lines(trained))
+            elif evaluated and {line.evaluation for line in evaluated} == {run.evaluation_id}:
+                write_text(run.results_file, to_lines(lines))
+            if trained:
+                write_text(run.trained_file, to_lines(trained))
 
 
 def not_needed(request: Request, seeds: Sequence[Sequence[Run]]) -> list[Run]:
@@ -90,9 +89,7 @@ def not_needed(request: Request, seeds: Sequence[Sequence[Run]]) -> list[Run]:
         run
         for runs in seeds
         for run in runs
-        if run.is_trained
-        and (run.is_done or (run.cell.name in decided and run.id not in chosen))
-        and any(run.output.glob("epoch_*"))
+        if run.is_trained and (run.is_done or (run.cell.name in decided and run.id not in chosen)) and run.has_weights
     ]
 
 
@@ -112,14 +109,11 @@ def _curves_of(runs: Iterable[Run]) -> Iterable[dict[str, Any]]:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.is_file() else []
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.partial")
-    scratch.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
-    scratch.replace(file)
+    write_text(file, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
 
 
 def _shortened(line: Result) -> Result:

@@ -17,7 +17,7 @@ from torchtune_kd.plan import read_request as read_plan
 from torchtune_kd.reports.logs import read_log
 from torchtune_kd.reports.results import Result
 from torchtune_kd.sweeps.locks import try_lock
-from torchtune_kd.sweeps.processes import start, threads_of
+from torchtune_kd.sweeps.processes import start, step_seconds, threads_of
 from torchtune_kd.sweeps.request import Request
 from torchtune_kd.sweeps.runs import Run, plan_runs
 
@@ -25,7 +25,10 @@ TIMED_STEPS = 4  # of which the first is left out: it is the slowest
 
 
 class Flops:
-    """FLOPs per token of teacher and student, by the plan of a run; each cell is planned once."""
+    """Count FLOPs per token of teacher and student, by the plan of a run; each cell is planned once.
+
+    They are those of tokens that count, in whole rows: what padding and masked prompts take comes on top.
+    """
 
     def __init__(self, devices: int) -> None:
         self._devices = devices
@@ -57,7 +60,7 @@ def forecast(request: Request) -> str:
     first, *later = plan_runs(request)
     points = len(first) // len(request.cells)
     runs = len(first) + len(later) * len(request.cells)
-    steps, tokens = _length(first[0])
+    steps, tokens = _length(request, first[0])
     seconds, start_up = _timed(request, first[0])
     flops = Flops(request.keys.devices_per_run)
     per_cell = {run.cell.name: flops.per_token(run) for run in first}
@@ -81,18 +84,15 @@ def forecast(request: Request) -> str:
     return "\n".join(lines)
 
 
-def _length(run: Run) -> tuple[int, float]:
-    """Return optimizer steps and valid tokens of a run."""
-    config = read_config(run.written, distributed=False)
+def _length(request: Request, run: Run) -> tuple[int, float]:
+    """Return optimizer steps and valid tokens of a run, on all of its devices."""
+    config = read_config(run.written, distributed=request.distributed)
     settings, tokenizer = config.settings, config.tokenizer.build()
     longest = config.tokenizer.get("max_seq_len") or 2**31
     loader, _ = build_loaders(config, tokenizer, -100, longest, 2**31, settings.seed or 0, World(settings.torch_device))
-    steps = settings.epochs * steps_per_epoch(
-        loader, settings.gradient_accumulation_steps, settings.max_steps_per_epoch
-    )
-    rows = min(
-        steps * settings.batch_size * settings.gradient_accumulation_steps, settings.epochs * len(loader.dataset)
-    )
+    per_step = settings.gradient_accumulation_steps * request.keys.devices_per_run  # batches
+    steps = settings.epochs * steps_per_epoch(loader, per_step, settings.max_steps_per_epoch)
+    rows = min(steps * settings.batch_size * per_step, settings.epochs * len(loader.dataset))
     sample = [loader.dataset[index] for index in range(min(100, len(loader.dataset)))]
     valid = sum(sum(label != -100 for label in row["labels"][1:]) for row in sample) / len(sample)
     return steps, rows * float(valid)
@@ -114,7 +114,7 @@ def _timed(request: Request, run: Run) -> tuple[float, float]:
             devices=request.keys.devices_per_run,
             visible=request.slots[0],
             threads=threads_of(request.slots),
-            locked=locked,
+            locked=[locked],
         )
         try:
             code = program.process.wait()
@@ -124,10 +124,5 @@ def _timed(request: Request, run: Run) -> tuple[float, float]:
         if code:
             raise UserError(f"The first run, {run}, cannot be run: {program.last_words()}")
         steps, _ = read_log(Path(scratch) / "logs")
-    before = [0.0, *(step["tokens_seen"] for step in steps)]
-    devices = request.keys.devices_per_run
-    times = [
-        (step["tokens_seen"] - start) / step["tokens_per_second_per_gpu"] / devices
-        for step, start in zip(steps, before, strict=False)
-    ]
+    times = step_seconds(steps, request.keys.devices_per_run)
     return sum(times[1:]) / max(len(times) - 1, 1), elapsed - sum(times)

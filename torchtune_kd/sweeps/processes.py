@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,15 +31,25 @@ class Program:
         process (subprocess.Popen): it.
         log (Path): where its output goes.
         mistake (Path): file that it writes where its config or files cannot be.
+        begin (int): bytes of the log that are of earlier programs.
+        peak_bytes (int): the largest resident set of the program that was seen, of its first process where it has
+            several.
     """
 
     process: subprocess.Popen
     log: Path
     mistake: Path
+    begin: int = 0
+    peak_bytes: int = 0
 
     def poll(self) -> int | None:
         """Return the exit code, None while it runs; torchrun ends with 1 whatever its workers end with."""
         code = self.process.poll()
+        with contextlib.suppress(OSError):  # it has ended, or the system has no /proc
+            lines = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8").splitlines()
+            self.peak_bytes = max(
+                [self.peak_bytes, *(1024 * int(line.split()[1]) for line in lines if "VmHWM" in line)]
+            )
         return MISTAKE if code == 1 and self.mistake.is_file() else code
 
     def stop(self) -> None:
@@ -50,8 +59,10 @@ class Program:
 
     def last_words(self) -> str:
         """Return its sentence, if its output ends with one, else its last lines."""
-        with self.log.open(encoding="utf-8", errors="replace") as file:
-            lines = [line.rstrip().rpartition("\r")[2] for line in deque(file, maxlen=200)]
+        with self.log.open("rb") as file:
+            file.seek(self.begin)
+            text = file.read().decode(errors="replace")
+        lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()]
         said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
         return said[-1].partition(": ")[2] if said else "\n".join(lines[-_SHOWN:])
 
@@ -65,7 +76,7 @@ def start(
     devices: int = 1,
     visible: str | None = None,
     threads: int | None = None,
-    locked: int,
+    locked: Sequence[int],
 ) -> Program:
     """Start ``tune run`` on a config, which is written beside its output.
 
@@ -77,7 +88,7 @@ def start(
         devices (int): processes; more than one by torchrun.
         visible (str | None): CUDA_VISIBLE_DEVICES; None leaves it.
         threads (int | None): OMP_NUM_THREADS where the environment sets none.
-        locked (int): descriptor of the run's lock, which the program holds as long as it lives.
+        locked (Sequence[int]): descriptors of locks, of the run first, which the program holds as long as it lives.
     """
     path = folder / f"{name}.yaml"
     OmegaConf.save(config, path)  # as it is written: a name that only `${name}` reads is a key
@@ -92,6 +103,7 @@ def start(
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     log = folder / f"{name}.log"
+    begin = log.stat().st_size if log.is_file() else 0
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*launch, recipe, "--config", str(path)],
@@ -99,34 +111,45 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            pass_fds=[locked],
+            pass_fds=locked,
             start_new_session=True,  # Ctrl-C reaches the sweep, which asks its programs to stop
         )
-    return Program(process, log, mistake)
+    return Program(process, log, mistake, begin)
 
 
-def training_lines(run: Run, devices: int) -> Iterator[Result]:
-    """Yield what training took and its last validation, from the log of a run on so many devices."""
+def training_lines(run: Run, devices: int, peak_bytes: int) -> Iterator[Result]:
+    """Yield what training took, on all of its devices together, and its last validation, from the log of a run.
+
+    The peak of memory is that of a GPU, where the log has it, and else ``peak_bytes``.
+    """
     steps, validations = read_log(run.output / "logs")
-    seconds, before = 0.0, 0.0
-    for step in steps:
-        seconds += (step["tokens_seen"] - before) / step["tokens_per_second_per_gpu"] / devices
-        before = step["tokens_seen"]
+    peak = max((step.get("peak_memory_reserved", 0.0) * 2**30 for step in steps), default=0.0)  # torchtune logs GiB
     yield run.result("training", "training_steps", steps[-1]["step"])
-    yield run.result("training", "training_tokens", before)
-    yield run.result("training", "training_seconds", seconds)
+    yield run.result("training", "training_tokens", steps[-1]["tokens_seen"])
+    yield run.result("training", "training_seconds", devices * sum(step_seconds(steps, devices)))
+    if peak or peak_bytes:
+        yield run.result("training", "peak_bytes", peak or peak_bytes)
     for name, value in (validations[-1] if validations else {}).items():
         if name != "step":
             yield run.result("validation", name.removeprefix("val_"), value)
 
 
+def step_seconds(steps: Sequence[Mapping[str, float]], devices: int) -> list[float]:
+    """Return how long each step of a log took, in seconds."""
+    before = [0.0, *(step["tokens_seen"] for step in steps)]
+    return [
+        (step["tokens_seen"] - seen) / step["tokens_per_second_per_gpu"] / devices
+        for step, seen in zip(steps, before, strict=False)
+    ]
+
+
 def evaluated_lines(run: Run) -> list[Result]:
     """Return the lines of an evaluation as those of the run's cell, or of the models that no run trains."""
-    lines = read_results(run.folder / "evaluated.jsonl")
+    lines = [replace(line, run=run.id, evaluation=run.evaluation_id) for line in read_results(run.evaluated_file)]
     if run.models != ("student",):
-        return [replace(line, run=run.id, cell=line.model) for line in lines]
+        return [replace(line, cell=line.model) for line in lines]
     cell = run.cell
-    return [replace(line, run=run.id, cell=cell.name, coordinates=cell.coordinates, seed=run.seed) for line in lines]
+    return [replace(line, cell=cell.name, coordinates=cell.coordinates, seed=run.seed) for line in lines]
 
 
 def threads_of(slots: Sequence[str | None]) -> int:

@@ -14,6 +14,7 @@ from torchtune_kd._torchtune import recipe_registry
 from torchtune_kd.config.sections import plain_values
 from torchtune_kd.config.settings import typed
 from torchtune_kd.errors import UserError, nearest
+from torchtune_kd.reports.results import METRICS
 from torchtune_kd.sweeps.grid import Cell, cells_of
 
 RECIPES = ("torchtune_kd/kd_single_device", "torchtune_kd/kd_distributed")
@@ -144,6 +145,8 @@ def _check(keys: Keys) -> None:
     expect("keep", keys.keep in KEEP, f"one of {', '.join(KEEP)}")
     whole = [seed for seed in keys.seeds if type(seed) is int and seed >= 0]
     expect("seeds", bool(whole) and whole == keys.seeds and len(set(whole)) == len(whole), "different whole numbers")
+    higher_is_better = METRICS.get(keys.tune_by, METRICS["loss"]).better > 0
+    expect("tune_by", not higher_is_better, "a metric of which less is better, such as class_loss or kl")
     expect("models", set(keys.models) <= set(MODELS), f"some of {', '.join(MODELS)}")
     expect("exclude", all(isinstance(rule, dict) for rule in keys.exclude), "a list of mappings from keys to labels")
     for key, values in keys.tune.items():

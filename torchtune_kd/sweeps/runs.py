@@ -7,6 +7,7 @@ failed, and ``.lock``, which the process that works on it holds.
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,20 +16,20 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_kd.config.checks import checkpoint_files
 from torchtune_kd.config.command import without_unread_names
-from torchtune_kd.config.reading import Config, read_config
+from torchtune_kd.config.reading import read_config
 from torchtune_kd.errors import UserError, one_line
-from torchtune_kd.evaluation.provenance import config_sha
+from torchtune_kd.evaluation import read_request as read_evaluation
 from torchtune_kd.reports.results import Result, read_results
-from torchtune_kd.storage.fingerprints import files_fingerprint
+from torchtune_kd.storage.atomic import write_text
 from torchtune_kd.sweeps.grid import Cell, tuning_points
+from torchtune_kd.sweeps.identity import evaluation_id, models_id, run_id
 from torchtune_kd.sweeps.request import Request
 
 LOG = "log_run.txt"
-_UNNAMED = "-"  # stands for every folder in a run's identity
-# what changes no number of a run
-_NOT_IDENTITY = ("resume_from_checkpoint", "save_every_n_steps", "keep_last_n", "overwrite_output_dir", "metric_logger")
+# what the sweep sets itself
+_SET = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps")
+_SET_IN_EVALUATION = ("models", "results", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
         id (str): SHA-256 of the resolved config without folders, and of the files that it reads.
         folder (Path): ``runs/<id>``.
         total_steps (int | None): steps of the run, where the config bounds them.
+        evaluation_id (str | None): identity of what is measured of the run; None where nothing is.
         models (tuple[str, ...]): what is evaluated.
     """
 
@@ -53,6 +55,7 @@ class Run:
     id: str
     folder: Path
     total_steps: int | None = None
+    evaluation_id: str | None = None
     models: tuple[str, ...] = ("student",)
 
     @property
@@ -65,8 +68,13 @@ class Run:
         return self.folder / "trained.jsonl"
 
     @property
+    def evaluated_file(self) -> Path:
+        return self.folder / "evaluated.jsonl"
+
+    @property
     def results_file(self) -> Path:
-        return self.folder / "results.jsonl"
+        """Return where the results are: another file once the sweep measures something else."""
+        return self.folder / ("results.jsonl" if self.evaluation_id is None else f"results_{self.evaluation_id}.jsonl")
 
     @property
     def failure_file(self) -> Path:
@@ -79,6 +87,11 @@ class Run:
     @property
     def is_done(self) -> bool:
         return self.results_file.is_file()
+
+    @property
+    def has_weights(self) -> bool:
+        """Return whether an epoch of the run is on the disk."""
+        return any(path.is_dir() and path.suffix == "" for path in self.output.glob("epoch_*"))
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -100,7 +113,7 @@ class Run:
         for key, value in request.keys.evaluate.items():
             OmegaConf.update(written, key, value, merge=False, force_add=True)
         written.models = list(self.models)
-        written.results = str(self.folder / "evaluated.jsonl")
+        written.results = str(self.evaluated_file)
         return written
 
     def result(self, task: str, metric: str, value: float) -> Result:
@@ -113,7 +126,7 @@ class Run:
     def write_failure(self, exit_code: int, message: str) -> None:
         """Record that the run failed."""
         content = json.dumps({"exit_code": exit_code, "message": message}, indent=1)
-        self.failure_file.write_text(f"{content}\n", encoding="utf-8")
+        write_text(self.failure_file, f"{content}\n")
 
     def delete_weights(self) -> None:
         """Delete checkpoints and exports; the logs stay."""
@@ -129,46 +142,84 @@ class Run:
 def plan_runs(request: Request) -> list[list[Run]]:
     """Return, for every seed in turn, the runs of all cells: of each cell as many as there are points to tune over.
 
-    Every config is read whole, so that a key that the recipe does not read, or a value that cannot be, is found
-    before the first run.
+    Every config is read whole, that of its evaluation too, so that a key that nothing reads, or a value that cannot be,
+    is found before the first run.
 
     Raises:
         UserError: naming the cell.
     """
+    _check_keys(request)
     points, files = list(tuning_points(request.keys.tune)), {}
-    return [
+    seeds = [
         [_run(request, cell, point, seed, files) for cell in request.cells for point in points]
         for seed in request.keys.seeds
     ]
+    known: dict[str, Run] = {}
+    for run in seeds[0]:
+        if run.id in known:
+            raise UserError(f"The cells {str(known[run.id])!r} and {str(run)!r} are the same run: delete one of them.")
+        known[run.id] = run
+    for run in seeds[0][:: len(points)] if request.keys.evaluate else []:
+        _check_evaluation(request, run)
+    return seeds
+
+
+def _check_keys(request: Request) -> None:
+    """Refuse keys that the sweep sets itself, and a key that is tuned and set by a cell."""
+    keys = request.keys
+    given = {
+        "overrides": keys.overrides, "grid": keys.grid, "tune": keys.tune,
+        **{f"cells.{name}": overrides for name, overrides in keys.cells.items()},
+    }  # fmt: skip
+    for where, overrides in given.items():
+        for key in overrides:
+            if key.split(".")[0] in _SET:
+                there = "`seeds` are a key of the sweep" if key == "seed" else "the sweep sets it"
+                raise UserError(f"`{where}` sets `{key}`, but {there}: delete it there.")
+            if key in keys.tune and where not in ("tune", "overrides"):
+                raise UserError(f"`{where}` sets `{key}`, which `tune` tunes for every cell alike: delete one of them.")
+    for key in keys.evaluate:
+        if key.split(".")[0] in _SET_IN_EVALUATION:
+            raise UserError(f"`evaluate` sets `{key}`, which the sweep sets for every run: delete it there.")
+
+
+def _check_evaluation(request: Request, run: Run) -> None:
+    written = run.evaluation(request)
+    written.models = ["untrained"]  # nothing is trained yet
+    try:
+        read_evaluation(written)
+    except UserError as error:
+        raise UserError(f"`evaluate` cannot be done for the cell {run.cell.name!r}: {error}") from error
+    if written.get("save_adapter_weights_only"):
+        raise UserError(
+            f"The cell {run.cell.name!r} has `save_adapter_weights_only: True`, and `evaluate` needs merged weights: "
+            "set it to False."
+        )
 
 
 def _run(request: Request, cell: Cell, point: Mapping[str, Any], seed: int, files: dict[tuple, str]) -> Run:
     written = _overridden(request, {**cell.overrides, **point, "seed": seed})
-    nameless = copy.deepcopy(written)
-    for key in nameless:
-        if key == "output_dir" or str(key).endswith("_dir"):
-            nameless[key] = _UNNAMED
     try:
-        plain = OmegaConf.to_container(nameless, resolve=True)
+        plain = OmegaConf.to_container(written, resolve=True)
         config = read_config(written, distributed=request.distributed)
     except UserError as error:
         raise UserError(f"The cell {cell.name!r} cannot be run: {error}") from error
     except Exception as error:  # OmegaConf's, for a ${name} that is nowhere
         raise UserError(f"The cell {cell.name!r} cannot be run, correct its keys: {one_line(error)}") from error
-    for key in _NOT_IDENTITY:
-        plain.pop(key, None)
-    content = {"config": plain, "files": _fingerprint(config, files), "devices": request.keys.devices_per_run}
-    identity = config_sha(content)[:16]
+    identity = run_id(plain, config, request.keys.devices_per_run, files)
     folder = request.folder / "runs" / identity
     written.output_dir = str(folder / "run")
     written.resume_from_checkpoint = True
+    written.overwrite_output_dir = True  # an epoch without a checkpoint is that of a run that was killed
+    written.log_every_n_steps = 1
     written.metric_logger = {
         "_component_": "torchtune.training.metric_logging.DiskLogger",
         "log_dir": str(folder / "run" / "logs"),
         "filename": LOG,
     }
     steps = config.settings.max_steps_per_epoch
-    return Run(cell, point, seed, written, identity, folder, steps and steps * config.settings.epochs)
+    total = steps and steps * config.settings.epochs
+    return Run(cell, point, seed, written, identity, folder, total, evaluation_id(request.keys.evaluate))
 
 
 def _overridden(request: Request, more: Mapping[str, Any]) -> DictConfig:
@@ -184,25 +235,13 @@ def run_of_models(request: Request) -> Run | None:
     if not request.keys.models:
         return None
     written = _overridden(request, {})
-    config = read_config(written, distributed=request.distributed)
-    content = {"models": request.keys.models, "evaluate": request.keys.evaluate, "files": _fingerprint(config, {})}
-    identity = config_sha(content)[:16]
+    plain = OmegaConf.to_container(written, resolve=True)
+    config, evaluation = read_config(written, distributed=request.distributed), evaluation_id(request.keys.evaluate)
+    identity = models_id(plain, config, request.keys.models, evaluation)
     folder = request.folder / "runs" / identity
     written.output_dir = str(folder / "run")
-    return Run(Cell("models"), {}, None, written, identity, folder, models=tuple(request.keys.models))
-
-
-def _fingerprint(config: Config, known: dict[tuple, str]) -> str:
-    """Compute one fingerprint of the files that a run reads: weights and local data."""
-    sections = [config.checkpointer, *([config.teacher_checkpointer] if config.settings.uses_teacher else [])]
-    paths = [path for section in sections if section is not None for path in checkpoint_files(section)]
-    for section in (*config.dataset, *config.dataset_val):
-        named = section.get("data_files", [])
-        paths += [Path(str(path)) for path in (named if isinstance(named, list) else [named])]
-    there = tuple(path for path in paths if path.is_file())  # the recipe says what is missing
-    if there not in known:
-        known[there] = files_fingerprint(list(there))
-    return known[there]
+    models = tuple(request.keys.models)
+    return Run(Cell("models"), {}, None, written, identity, folder, evaluation_id=evaluation, models=models)
 
 
 def chosen_runs(request: Request, seeds: Sequence[Sequence[Run]]) -> set[str]:
@@ -217,6 +256,7 @@ def chosen_runs(request: Request, seeds: Sequence[Sequence[Run]]) -> set[str]:
         name = run.cell.name
         if run.is_trained:
             value = validation(run, request.keys.tune_by) if request.keys.tune else 0.0
+            value = value if math.isfinite(value) else math.inf
             if name not in best or value < best[name][0]:
                 best[name] = (value, run.point)
         elif run.failure is None:

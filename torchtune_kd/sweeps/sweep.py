@@ -6,6 +6,7 @@ several processes, on machines that see one folder, share it.
 
 import contextlib
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,9 +51,10 @@ class Sweep:
         self.flops = Flops(request.keys.devices_per_run)
         self.stopping: str | None = None
         collect.adopt(request, self.all_runs())
-        if request.keys.retry_failed:
-            for run in self.all_runs():
-                run.failure_file.unlink(missing_ok=True)
+        for run in self.all_runs() if request.keys.retry_failed else []:
+            with try_lock(run.folder / ".lock") as free:  # not what another process has just recorded
+                if free is not None:
+                    run.failure_file.unlink(missing_ok=True)
 
     def all_runs(self) -> list[Run]:
         """Return every run that the sweep may come to."""
@@ -72,10 +74,20 @@ class Sweep:
             for run in runs:
                 if run.failure is not None:
                     continue
-                if run.id in chosen and run.is_trained and not run.is_done:
-                    yield run, "evaluate"
-                elif not run.is_trained and (runs is self.seeds[0] or run.id in chosen):
-                    yield run, "train"
+                stage = self._stage(run, chosen, is_first=runs is self.seeds[0])
+                if stage is not None:
+                    yield run, stage
+
+    def _stage(self, run: Run, chosen: set[str], *, is_first: bool) -> str | None:
+        """Return what is to be done for a run: train, evaluate or nothing.
+
+        Weights that are gone, on another machine or because the run did not count before, are trained again.
+        """
+        if run.id not in chosen:
+            return "train" if is_first and not run.is_trained else None
+        if run.is_done:
+            return None
+        return "evaluate" if run.is_trained and run.has_weights else "train"
 
     def counts(self) -> tuple[int, int]:
         """Return how many trainings are over, failed ones included, and how many there are."""
@@ -92,22 +104,29 @@ class Sweep:
             UserError: for a mistake before any run was trained.
             Stopped: after a signal, once the programs have ended.
         """
-        counted = -OTHERS
         with _signals(self), tqdm(unit="run", desc="sweep", dynamic_ncols=True) as bar:
-            while True:
-                ended = [self._look_at(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
-                if any(ended) or time.monotonic() > counted + OTHERS:  # others may have done some meanwhile
-                    (bar.n, bar.total), counted = self.counts(), time.monotonic()
-                    bar.refresh()
-                if self.stopping:
-                    if not any(self.jobs):
-                        raise Stopped(
-                            f"{self.stopping} ended the sweep after {bar.n} of {bar.total} runs: start it again with "
-                            "the same command to go on."
-                        )
-                elif not self._fill_slots() and not any(self.jobs):
-                    return
-                time.sleep(POLL)
+            try:
+                self._work(bar)
+            except BaseException as error:
+                self.stop(type(error).__name__)  # nothing goes on that nobody looks at
+                raise
+
+    def _work(self, bar: tqdm) -> None:
+        counted = -OTHERS
+        while True:
+            ended = [self._look_at(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+            if any(ended) or time.monotonic() > counted + OTHERS:  # others may have done some meanwhile
+                (bar.n, bar.total), counted = self.counts(), time.monotonic()
+                bar.refresh()
+            if self.stopping:
+                if not any(self.jobs):
+                    raise Stopped(
+                        f"{self.stopping} ended the sweep after {bar.n} of {bar.total} runs: start it again with the "
+                        "same command to go on."
+                    )
+            elif not self._fill_slots() and not any(self.jobs):
+                return
+            time.sleep(POLL)
 
     def _fill_slots(self) -> bool:
         """Start programs in free slots; False if nothing is open, neither here nor with another process."""
@@ -129,11 +148,18 @@ class Sweep:
     def _start(self, slot: int, run: Run, stage: str) -> bool:
         """Start a program if no other process works on its run, and none has done it meanwhile."""
         stack = contextlib.ExitStack()
+        visible = self.request.slots[slot]
         descriptor = stack.enter_context(try_lock(run.folder / ".lock"))
-        if descriptor is None or (run.is_done if stage == "evaluate" else run.is_trained) or run.failure is not None:
+        locks = [descriptor]
+        if visible is not None:  # another sweep on this machine may have the same GPUs
+            locks.append(
+                stack.enter_context(try_lock(Path(tempfile.gettempdir()) / f"torchtune_kd_gpu_{visible}.lock"))
+            )
+        still = [(other.id, name) for other, name in self.open_work()]
+        if None in locks or (run.id, stage) not in still:
             stack.close()
             return False
-        (run.folder / "evaluated.jsonl").unlink(missing_ok=True)  # of an evaluation that was killed
+        run.evaluated_file.unlink(missing_ok=True)  # of an evaluation that was killed
         recipe, config = (
             (self.request.keys.run_recipe, run.written)
             if stage == "train"
@@ -145,9 +171,9 @@ class Sweep:
             run.folder,
             stage,
             devices=self.request.keys.devices_per_run if stage == "train" else 1,
-            visible=self.request.slots[slot],
+            visible=visible,
             threads=threads_of(self.request.slots),
-            locked=descriptor,
+            locked=locks,
         )
         bar = tqdm(
             total=run.total_steps,
@@ -158,6 +184,8 @@ class Sweep:
             dynamic_ncols=True,
         )
         self.jobs[slot] = Job(run, stage, program, stack, bar)
+        if self.stopping:  # the signal came while the program was being started
+            program.stop()
         return True
 
     def _look_at(self, slot: int, job: Job) -> bool:
@@ -185,7 +213,7 @@ class Sweep:
     def _keep(self, job: Job) -> None:
         run = job.run
         if job.stage == "train":
-            lines = list(training_lines(run, self.request.keys.devices_per_run))
+            lines = list(training_lines(run, self.request.keys.devices_per_run, job.program.peak_bytes))
             tokens = next(line.value for line in lines if line.metric == "training_tokens")
             lines += self.flops.lines(run, tokens)
             collect.write_trained(run, lines, evaluates=bool(self.request.keys.evaluate))
@@ -195,9 +223,8 @@ class Sweep:
     def _fail(self, job: Job, code: int) -> None:
         """Record a failure; a mistake ends the sweep as long as no run was trained, since all would make it."""
         message = job.program.last_words()
-        if code == MISTAKE and not any(run.is_trained for run in self.all_runs()):
-            self.stop("a mistake")
-            raise UserError(f"The first run, {job.run}, cannot be run, so no other was started: {message}")
+        if code == MISTAKE and not any(run.is_trained for runs in self.seeds for run in runs):
+            raise UserError(f"{job.run} cannot be run, and no run could before it, so the sweep ends here: {message}")
         job.run.write_failure(code, message)
         say(f"warning: {job.run} failed with exit code {code} and the sweep goes on; see {job.program.log}: {message}")
 

@@ -14,8 +14,8 @@ def cities() -> list[Item]:
     """Return one question for every city of the time-zone database.
 
     "The city of Dubai is in the country of", and four countries: the right one and three that follow from a hash of the
-    city's name. Chance is 25 %. The questions follow from the database alone, whose version is part of their
-    fingerprint.
+    city's name. Chance is 25 %. The questions follow from the database alone: another version of it
+    is another task, as their fingerprint tells.
 
     Raises:
         UserError: if the database is not there.

@@ -41,7 +41,7 @@ def read_items(file: Path) -> list[Item]:
         UserError: if the file cannot be read, is empty, or a line is no question.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The task {file} cannot be read ({error}): name a file of one JSON object a line.") from error
     items = [_item(line, f"line {number} of {file}") for number, line in enumerate(lines, 1) if line.strip()]
