@@ -17,9 +17,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
 JOBS ?= 2
 check test test-nightly test-fast test-oldest: export OMP_NUM_THREADS ?= 1
-CHECKED := $(wildcard tests/test_*.py) tests/recipes/test_plan.py $(addprefix tests/,checkpoints config configs data demo \
+CHECKED := $(wildcard tests/test_*.py) $(addprefix tests/,checkpoints config configs data demo \
 	distributed docs evaluation launch losses models plan reports storage sweeps tools training) $(addsuffix .py,$(addprefix tests/kernels/test_, \
-	host_sync linear_cost meta metrics properties readme softmax_autograd workspaces))
+	linear_cost meta properties softmax_autograd workspaces))
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
 # PyTorch 2.6 and what was new when it was: what pyproject.toml promises to work with
 OLDEST := .venv-oldest

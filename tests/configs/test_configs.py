@@ -178,6 +178,7 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
     assert all(any(file.startswith(f"{folder}/") for folder in folders.values()) for file in tokenizer_files)
 
 
+@pytest.mark.heavy  # a second each
 @each_config
 def test_misspelt_keys_are_found_wherever_they_stand(path):
     plain = yaml.safe_load(path.read_text())
