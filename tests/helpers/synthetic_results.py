@@ -99,7 +99,6 @@ def _figures(name: str, seed: int | None, where: dict[str, Any], random: np.rand
             result(name, "training", "student_flops", 1.24e13, **where),
             result(name, "training", "teacher_flops", 6.9e12 * distils, **where),
             result(name, "training", "training_seconds", seconds + random.uniform(-3, 3), **where),
-            result(name, "training", "teacher_seconds", 31.0 * distils, **where),
             result(name, "training", "peak_bytes", 2.1e9, **where),
         ]
     return lines

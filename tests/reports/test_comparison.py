@@ -287,7 +287,7 @@ def test_chosen_metrics():
         ("latency 1", 1),
         ("latency 8", 1),
         ("size", 3),
-        ("training", 6),
+        ("training", 5),
     ]
     with pytest.raises(UserError, match=r"There is no metric `lk`: did you mean `kl`\?"):
         compare(grid(seeds=(0,)), "sft", metrics=["lk"])
