@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from helpers.tiny import make_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-FILES = sorted((CHECKOUT / "configs").rglob("*.yaml"))
+FILES = sorted((CHECKOUT / "configs").rglob("*_KD_*.yaml"))  # sweeps are no runs
 
 
 def benchmark() -> ModuleType:

@@ -19,7 +19,7 @@ from torchtune_kd.plan import as_dict, plan_run, read_request
 from torchtune_kd.training import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(CONFIGS.rglob("*_KD_*.yaml"))  # sweeps are no runs
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512, "max_seq_len": 512}
 # the builders behind those of the configs, which take sizes, and what each model keeps of its own
 BUILDERS = {

@@ -73,6 +73,7 @@ def test_two_steps_from_beginning_to_end(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # a minute; test_two_steps_from_beginning_to_end walks the same stages
 def test_by_the_clock(tmp_path):
     """Seventy seconds in place of the demo's own: training ends by them, with its schedule at its end."""
     (tmp_path / "own.txt").write_text(reference_text()[:60_000], encoding="utf-8")

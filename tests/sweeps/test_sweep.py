@@ -50,15 +50,21 @@ def figures(cfg):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    cfg = sweep_config(tmp_path_factory.mktemp("sweep"))
-    finish(start(cfg))
-    return cfg
+def files(tmp_path_factory):
+    """Models, rows and the config of a sweep over them."""
+    return sweep_config(tmp_path_factory.mktemp("sweep"))
 
 
-def again(undisturbed, name):
+@pytest.fixture(scope="module")
+def undisturbed(files):
+    """The same sweep, done."""
+    finish(start(files))
+    return files
+
+
+def again(files, name):
     """The same sweep in another folder, over the same files."""
-    cfg = undisturbed.copy()
+    cfg = files.copy()
     cfg.output_dir = str(Path(cfg.output_dir).parent / name)
     return cfg
 
@@ -76,10 +82,10 @@ def test_a_sweep_has_every_cell_with_every_seed(undisturbed):
     assert {curve["metric"] for curve in curves} >= {"val_kl", "val_class_loss"} and len(curves) == 8 * 4
 
 
-def test_the_best_of_each_cell_is_evaluated_beside_the_models(undisturbed):
+def test_the_best_of_each_cell_is_evaluated_beside_the_models(files):
     """Two cells, each tuned over two rates; then nothing is left to do."""
-    folder = Path(undisturbed.output_dir).parent
-    cfg = again(undisturbed, "tuned")
+    folder = Path(files.output_dir).parent
+    cfg = again(files, "tuned")
     cfg.grid, cfg.cells = {"kd_loss.temperature": [1]}, {"sft": {"kd_ratio": 0.0}}
     cfg.seeds, cfg.tune, cfg.models, cfg.evaluate = [0], {"optimizer.lr": [0.9, 1e-4]}, ["teacher"], evaluation(folder)
     out, _ = finish(start(cfg, "slots=2"))
@@ -104,7 +110,7 @@ def test_the_best_of_each_cell_is_evaluated_beside_the_models(undisturbed):
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
 
 
-@pytest.mark.parametrize("programs_too", [False, True])
+@pytest.mark.parametrize("programs_too", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_killed_in_the_middle_and_started_again_it_gives_the_same(undisturbed, programs_too):
     """SIGKILL to the sweep alone while a run trains, whose program lives on; or to that, too. No step is saved."""
     cfg = again(undisturbed, f"killed_{programs_too}")
@@ -134,9 +140,9 @@ def programs_of(runs):
                 yield int(file.parent.name)
 
 
-def test_an_epoch_without_its_record_is_trained_again(undisturbed):
+def test_an_epoch_without_its_record_is_trained_again(files):
     """As after a SIGKILL between the export and the record."""
-    cfg = small(undisturbed, "unrecorded")
+    cfg = small(files, "unrecorded")
     cfg.keep = "all"
     finish(start(cfg))
     expected, runs = figures(cfg), Path(cfg.output_dir) / "runs"
@@ -147,15 +153,15 @@ def test_an_epoch_without_its_record_is_trained_again(undisturbed):
     assert figures(cfg) == expected
 
 
-def small(undisturbed, name):
+def small(files, name):
     """Two cells with one seed."""
-    cfg = again(undisturbed, name)
+    cfg = again(files, name)
     cfg.grid, cfg.seeds = {"kd_loss.temperature": [1, 2]}, [0]
     return cfg
 
 
-def test_asked_to_stop_it_says_how_to_go_on(undisturbed):
-    cfg = small(undisturbed, "stopped")
+def test_asked_to_stop_it_says_how_to_go_on(files):
+    cfg = small(files, "stopped")
     process = start(cfg)
     runs = Path(cfg.output_dir) / "runs"
     while not list(runs.glob("*/run/logs/log_run.txt")):
@@ -168,8 +174,8 @@ def test_asked_to_stop_it_says_how_to_go_on(undisturbed):
     assert {line["cell"] for line in figures(cfg)} == {"T=1", "T=2"}
 
 
-def test_two_sweeps_on_one_folder_run_each_cell_once(undisturbed):
-    cfg = small(undisturbed, "shared")
+def test_two_sweeps_on_one_folder_run_each_cell_once(files):
+    cfg = small(files, "shared")
     both = [start(cfg), start(cfg)]
     for process in both:
         finish(process)
@@ -190,9 +196,9 @@ def test_results_alone_let_another_machine_go_on(undisturbed):
     assert not list((folder / "runs").glob("*/train.log"))
 
 
-def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(undisturbed):
+def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(files):
     """A learning rate at which nothing is finite."""
-    cfg = again(undisturbed, "failing")
+    cfg = again(files, "failing")
     cfg.grid, cfg.seeds = {"kd_loss.temperature": [1]}, [0]
     cfg.cells = {"diverging": {"optimizer.lr": 1e30, "max_skipped_steps": 1, "max_steps_per_epoch": 6}}
     _, err = finish(start(cfg), 3)
@@ -205,9 +211,9 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(undisturbed):
     assert log.read_text(errors="replace").count("Running KDRecipe with resolved config") == 1
 
 
-def test_a_mistake_stops_before_the_second_cell(undisturbed):
+def test_a_mistake_stops_before_the_second_cell(files):
     """A folder that is not there is no mistake in the keys, so that the first run finds it."""
-    cfg = again(undisturbed, "mistaken")
+    cfg = again(files, "mistaken")
     cfg.overrides = {"tokenizer.path": "/nope/tokenizer.json"}
     cfg.models, cfg.evaluate = ["teacher"], {"tasks": ["heldout"]}  # what no run trains does not count
     _, err = finish(start(cfg), 2)
@@ -215,8 +221,8 @@ def test_a_mistake_stops_before_the_second_cell(undisturbed):
     assert len(list((Path(cfg.output_dir) / "runs").iterdir())) == 1
 
 
-def test_dry_run_says_what_it_takes(undisturbed):
-    cfg = again(undisturbed, "dry")
+def test_dry_run_says_what_it_takes(files):
+    cfg = again(files, "dry")
     out, _ = finish(start(cfg, "dry_run=True"))
     assert "4 cells x 2 seeds, 1 point to tune over with the first seed: 8 runs, 8 of them open." in out
     assert "Each run: 3 steps, " in out and "FLOPs" in out and " minutes with 1 run at once" in out
