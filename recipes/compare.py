@@ -1,4 +1,4 @@
-"""What is better than a baseline: ``tune run torchtune_kd/compare results=[results.jsonl] baseline=sft``."""
+"""Compare results with a baseline: ``tune run torchtune_kd/compare results=[results.jsonl] baseline=sft``."""
 
 import os
 import sys

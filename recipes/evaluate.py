@@ -1,4 +1,4 @@
-"""How good, fast and large models are: ``tune run torchtune_kd/evaluate --config ... tasks=[heldout,cities]``."""
+"""Measure models, quality, speed and size: ``tune run torchtune_kd/evaluate --config ... tasks=[heldout,cities]``."""
 
 import sys
 

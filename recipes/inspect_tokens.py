@@ -1,4 +1,4 @@
-"""Where a student differs from its teacher: ``tune run torchtune_kd/inspect --config ... text=heldout.txt``."""
+"""Show where a student differs from its teacher: ``tune run torchtune_kd/inspect --config ... text=heldout.txt``."""
 
 import sys
 

@@ -56,7 +56,7 @@ class Networks(nn.Module):
 
 @dataclass(frozen=True)
 class Targets:
-    """What networks learn from images: hard labels, or soft targets where there is a teacher.
+    """Train networks on images: on hard labels, or soft targets where there is a teacher.
 
     Attributes:
         labels (Tensor): ``[M, N]``.

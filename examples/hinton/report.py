@@ -79,7 +79,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Findings:
-    """What an experiment found.
+    """Hold what an experiment found.
 
     Attributes:
         title (str): of the experiment.

@@ -43,7 +43,7 @@ def test_a_tree_is_one_pass_per_choice(candidates, name, drawn, batch_size):
 
 
 def test_log_likelihoods_agree_within_1e_5(candidates):
-    """Of a model whose logits are of order one, as a trained one's are."""
+    """Take a model whose logits are of order one, as a trained one's are."""
     context, choices = [5, 6, 7, 8], [[1, 2, 3], [9], [1, 2, 4, 5]]
     (scores,) = score_questions(candidates["teacher"], [question_of(4, [context + choice for choice in choices])])
     for score, choice in zip(scores, choices, strict=True):

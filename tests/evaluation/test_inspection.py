@@ -1,4 +1,4 @@
-"""What two models expect at every token, against their whole logits and fp64 from there on."""
+"""Check what two models expect at every token against their whole logits, in fp64 from there on."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What tokens write: joined they are the text, whatever the tokenizer does to a token alone."""
+"""Check what tokens write: joined they are the text, whatever the tokenizer does to a token alone."""
 
 import pytest
 

@@ -20,7 +20,7 @@ def cfg(tmp_path):
 
 
 def export(cfg, epoch):
-    """What a run leaves in ``epoch_<n>``, as far as its name goes."""
+    """Write what a run leaves in ``epoch_<n>``, as far as its name goes."""
     folder = f"{cfg.output_dir}/epoch_{epoch}"
     OmegaConf.save({}, _made(folder, "model-00001-of-00001.safetensors"))
     return folder

@@ -65,7 +65,7 @@ def test_tables_hold_mean_and_standard_error():
 
 
 def found():
-    """What experiments with a picture might have found."""
+    """Return what experiments with a picture might have found."""
     values = torch.tensor([1.0, 2.0])
     per_temperature = {"sure": {"T = 1": values, "T = 4": -values}}
     shares = {f"{percent} %, of images": {"hard": values * percent, "soft": values} for percent in (3, 100)}

@@ -9,7 +9,7 @@ from helpers.tiny import dataset_section, make_config
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
-    """What is measured of each run: text, and a file of two questions."""
+    """Return what is measured of each run: text, and a file of two questions."""
     return {"tasks": ["heldout", str(folder / "questions.jsonl")], "latency": None}
 
 

@@ -1,4 +1,4 @@
-"""What a comparison says, computed by hand; what it refuses; what it does not keep to itself."""
+"""Check what a comparison says, computed by hand; what it refuses; what it does not keep to itself."""
 
 import json
 import math

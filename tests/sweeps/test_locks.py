@@ -1,4 +1,4 @@
-"""Who works on a run, killed ones and their programs included."""
+"""Lock runs, also against killed sweeps and their programs."""
 
 import os
 import signal

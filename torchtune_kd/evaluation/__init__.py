@@ -1,4 +1,4 @@
-"""How good, how fast and how large models are, and how far a student is from its teacher."""
+"""Measure how good, fast and large models are, and how far a student is from its teacher."""
 
 from torchtune_kd._torchtune import prepare_import
 

@@ -29,7 +29,7 @@ from torchtune_kd.storage.fingerprints import files_fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: its builder and its files."""
+    """Name a model's builder and its files."""
 
     name: str
     model: Section

@@ -21,13 +21,13 @@ CHUNK = 1024  # tokens whose logits exist at once
 
 
 class Tokenizer(Protocol):
-    """What is asked of torchtune's tokenizers."""
+    """List what is asked of torchtune's tokenizers."""
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]: ...
 
 
 class Score(NamedTuple):
-    """What a model says of one choice."""
+    """Hold what a model says of one choice."""
 
     log_likelihood: float  # nats, summed over its tokens
     is_greedy: bool  # each of its tokens is the most likely one

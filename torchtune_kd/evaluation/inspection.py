@@ -1,4 +1,4 @@
-"""Where a student differs from its teacher: the KL, and what both expect, at every token of a text.
+"""Find where a student differs from its teacher: the KL, and what both expect, at every token of a text.
 
 Shapes: N tokens of a chunk, S tokens of a window, D hidden width, V vocabulary that both models share.
 """

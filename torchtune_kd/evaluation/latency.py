@@ -1,4 +1,4 @@
-"""How long a model takes to read a prompt and to write each token.
+"""Time a model reading a prompt and writing each token.
 
 Shapes: B batch, P tokens of the prompt, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torchtune_kd.evaluation.measured import Measured
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """What is timed.
+    """Say what is timed.
 
     Attributes:
         prompt_tokens (int): ids of the prompt, which are random: what they are changes no time.

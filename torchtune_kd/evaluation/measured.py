@@ -1,4 +1,4 @@
-"""What a task gives: a metric, its value, and the items behind it."""
+"""Hold what a task gives: a metric, its value, and the items behind it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a token writes, for any tokenizer of torchtune."""
+"""Tell what a token writes, for any tokenizer of torchtune."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where a figure comes from: packages, machine, load, source."""
+"""Record where a figure comes from: packages, machine, load, source."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How large a model is: parameters, and bytes with the embedding counted."""
+"""Measure how large a model is: parameters, and bytes with the embedding counted."""
 
 from torch import Tensor, nn
 from torchtune.modules.peft import get_adapter_params

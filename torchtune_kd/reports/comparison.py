@@ -50,7 +50,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """What one name reached in a table; ``seeds`` holds None for what was not trained."""
+    """Hold what one name reached in a table; ``seeds`` holds None for what was not trained."""
 
     name: str
     seeds: Sequence[int | None]

@@ -1,4 +1,4 @@
-"""What two models expect at every token of a text: the figures of the inspection page.
+"""Hold what two models expect at every token of a text: the figures of the inspection page.
 
 The *reference* is usually the teacher. KL is KL(reference ‖ student) at temperature 1, in nats.
 """
@@ -12,7 +12,7 @@ from torchtune_kd.reports.statistics import perplexity
 
 @dataclass(frozen=True)
 class Guess:
-    """What one model expects at a token.
+    """Hold what one model expects at a token.
 
     Attributes:
         loss (float): -log of the probability of the token that the text has, nats.
@@ -29,7 +29,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What both models expect at a token, and how far apart they are."""
+    """Hold what both models expect at a token, and how far apart they are."""
 
     kl: float
     student: Guess

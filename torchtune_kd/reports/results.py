@@ -18,7 +18,7 @@ SCHEMA = 1
 
 
 class Metric(NamedTuple):
-    """How a metric is called, printed and read.
+    """Say how a metric is called, printed and read.
 
     Attributes:
         label (str): in tables and pictures.

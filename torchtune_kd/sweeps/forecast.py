@@ -1,4 +1,4 @@
-"""What a sweep takes: FLOPs by the plan of a run, and, before it starts, tokens, FLOPs and minutes of it all."""
+"""Forecast what a sweep takes: FLOPs by the plan of a run, and tokens, FLOPs and minutes of it all."""
 
 import copy
 import tempfile

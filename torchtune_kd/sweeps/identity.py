@@ -1,4 +1,4 @@
-"""Who a run of a sweep is: its resolved config without folders, and what is in the files that it reads."""
+"""Identify a run of a sweep: its resolved config without folders, and what is in the files that it reads."""
 
 import re
 from collections.abc import Mapping
