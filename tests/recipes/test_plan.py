@@ -157,7 +157,7 @@ def test_unknown_optimizer_leaves_the_total_open(config):
         ({"devices": 2, "tflops": 3, "bandwidth": 5}, r"Expected `link_bandwidth`"),
         ({"sequence_length": 4096}, r"Expected sequences of at most 128 tokens.*got 4096: lower `sequence_length`"),
         ({"devices": 3, "data_parallel_replicate_dim": 2}, r"to be the number of (devices|processes), 3"),
-        ({"device_memroy": "80GiB"}, r"Unknown key `device_memroy`: did you mean `device_memory`"),
+        ({"device_memroy": "80GiB"}, r"Unknown key `device_memroy` in the config: did you mean `device_memory`"),
         ({"batchsize": 3}, r"Unknown key `batchsize` in the config: did you mean `batch_size`"),
         ({"kd_loss": None}, r"this one has no `kd_loss`: it is another recipe's"),
         ({"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}}, r"Expected `kd_loss` alone"),

@@ -1,8 +1,9 @@
 """A run's config, read once: after it nobody touches the YAML."""
 
+import difflib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,8 @@ from torchtune_kd.config.sections import (
     section_of,
     sections_of,
 )
-from torchtune_kd.config.settings import Settings, read_settings
+from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings, read_settings
+from torchtune_kd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,30 @@ def read_config(written: DictConfig, *, distributed: bool | None = None) -> Conf
     for section in components_in(written):
         check_component(section)
     return config
+
+
+def read_run_config(written: DictConfig, own: Collection[str], *, distributed: bool = False) -> Config:
+    """Check what another recipe is given beside its own keys: the config of a training run.
+
+    Args:
+        written (DictConfig): as the command line and the YAML file gave it.
+        own (Collection[str]): keys of that recipe.
+        distributed (bool): whether several processes are meant even where no key of theirs is there.
+
+    Raises:
+        UserError: for a config of another recipe, and as :func:`read_config`.
+    """
+    run = OmegaConf.masked_copy(written, [key for key in written if key not in own])
+    if run.get("kd_loss") is None:
+        raise UserError(
+            "Expected a config of torchtune_kd/kd_single_device or torchtune_kd/kd_distributed, but this one has no "
+            "`kd_loss`: it is another recipe's, see `tune ls` for ours."
+        )
+    for key in run:
+        meant = difflib.get_close_matches(str(key), own, n=1, cutoff=0.8)
+        if meant and key not in KEYS:
+            raise UserError(f"Unknown key `{key}` in the config: did you mean `{meant[0]}`?")
+    return read_config(run, distributed=distributed or any(key in run for key in DISTRIBUTED_ONLY))
 
 
 def started_by_launcher() -> bool:

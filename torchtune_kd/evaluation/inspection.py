@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
 from torchtune_kd.config.checks import check_tokenizer
-from torchtune_kd.config.reading import read_config
+from torchtune_kd.config.reading import read_run_config
 from torchtune_kd.config.sections import Section
-from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings, interpolated_names, typed
+from torchtune_kd.config.settings import Settings, typed
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import RunError, UserError, as_user_errors, nearest
+from torchtune_kd.errors import RunError, UserError, as_user_errors
 from torchtune_kd.evaluation.candidates import Candidate, Source, check_sources, load_candidate, sources_of
 from torchtune_kd.evaluation.pieces import Pieces
 from torchtune_kd.kernels import shared_vocab, softmax_kd_loss
@@ -59,19 +59,10 @@ def read_request(written: DictConfig) -> Request:
     Raises:
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
-    run = OmegaConf.masked_copy(written, [key for key in written if key not in OWN])
-    if run.get("kd_loss") is None:
-        raise UserError(
-            "Expected a config of torchtune_kd/kd_single_device or torchtune_kd/kd_distributed, but this one has no "
-            "`kd_loss`: name the config that the student is trained with."
-        )
-    for key in run:
-        if key not in KEYS and key not in interpolated_names(written):
-            raise UserError(f"Unknown key `{key}` in the config: {nearest(str(key), (*OWN, *KEYS))}")
+    config = read_run_config(written, OWN)
     given = {key: typed(key, written.get(key), str | None) for key in OWN}
     if not given["text"]:
         raise UserError("Expected the key `text`, the path of a text to inspect, but it is missing: add text=my.txt.")
-    config = read_config(run, distributed=any(key in run for key in DISTRIBUTED_ONLY))
     known = sources_of(config)
     student = _source("student", given["student"] or ("student" if "student" in known else "untrained"), known)
     reference = _source("reference", given["reference"] or "teacher", known)

@@ -1,6 +1,5 @@
 """The keys of ``torchtune_kd/evaluate``, alone or beside those of a training run's config."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from torchtune_kd.config.reading import read_config
+from torchtune_kd.config.reading import read_run_config
 from torchtune_kd.config.sections import (
     Section,
     check_component,
@@ -17,7 +16,7 @@ from torchtune_kd.config.sections import (
     section_of,
     sections_of,
 )
-from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings, interpolated_names, typed
+from torchtune_kd.config.settings import Settings, interpolated_names, typed
 from torchtune_kd.errors import UserError, nearest
 from torchtune_kd.evaluation.candidates import Source, sources_of
 from torchtune_kd.evaluation.latency import LatencySettings
@@ -76,11 +75,7 @@ def read_request(written: DictConfig) -> Request:
     """
     rest = OmegaConf.masked_copy(written, [key for key in written if key not in OWN])
     if written.get("kd_loss") is not None:
-        for key in rest:
-            meant = difflib.get_close_matches(str(key), OWN, n=1, cutoff=0.8)
-            if meant and key not in KEYS:
-                raise UserError(f"Unknown key `{key}` in the config: did you mean `{meant[0]}`?")
-        config = read_config(rest, distributed=any(key in rest for key in DISTRIBUTED_ONLY))
+        config = read_run_config(written, OWN)
         known, settings = sources_of(config), config.settings
         tokenizer, text = config.tokenizer, config.dataset_val
     else:

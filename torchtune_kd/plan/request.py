@@ -1,12 +1,11 @@
 """The keys that ``torchtune_kd/plan`` reads beside those of a run's config."""
 
 import dataclasses
-import difflib
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from torchtune_kd.config.reading import Config, read_config
-from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings, typed
+from torchtune_kd.config.reading import Config, read_run_config
+from torchtune_kd.config.settings import DISTRIBUTED_ONLY, Settings, typed
 from torchtune_kd.distributed.world import mesh_shape
 from torchtune_kd.errors import UserError
 from torchtune_kd.plan.communication import Layout
@@ -64,25 +63,15 @@ def read_request(written: DictConfig) -> tuple[Request, Config, Layout]:
         UserError: for a value that cannot be, and for a config of another recipe.
     """
     fields = {field.name: field for field in dataclasses.fields(Request)}
-    run = OmegaConf.masked_copy(written, [key for key in written if key not in fields])
     given = {name: field for name, field in fields.items() if written.get(name) is not None}
     request = Request(**{name: typed(name, written[name], field.type) for name, field in given.items()})
     for name in ("devices", "sequence_length", "network_bandwidth"):
         value = getattr(request, name)
         if value is not None and not value > 0:
             raise UserError(f"Expected `{name}` to be above 0, got {value}: change it.")
-    if run.get("kd_loss") is None:
-        raise UserError(
-            "Expected a config of torchtune_kd/kd_single_device or torchtune_kd/kd_distributed, but this one has no "
-            "`kd_loss`: it is another recipe's, see `tune ls` for ours."
-        )
-    for key in run:
-        meant = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.8)
-        if meant and key not in KEYS:
-            raise UserError(f"Unknown key `{key}`: did you mean `{meant[0]}`?")
-    distributed = any(key in run for key in DISTRIBUTED_ONLY)
+    distributed = any(key in written for key in DISTRIBUTED_ONLY)
     devices = request.devices or (2 if distributed else 1)
-    config = read_config(run, distributed=distributed or devices > 1)
+    config = read_run_config(written, fields, distributed=devices > 1)
     return request, config, _layout(config.settings, devices, distributed or devices > 1)
 
 
