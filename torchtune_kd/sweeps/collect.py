@@ -40,9 +40,9 @@ def write_done(run: Run, evaluated: list[Result]) -> None:
 
 def write_all(request: Request, seeds: Sequence[Sequence[Run]], models: Run | None) -> list[Result]:
     """Write the files of the sweep, each whole at any moment, and return the lines that count."""
-    chosen = chosen_runs(request, seeds)
     runs = [run for of_seed in seeds for run in of_seed]
     with lock(request.folder / ".lock"):
+        chosen = chosen_runs(request, seeds)  # in here: who writes last has seen what was done before
         counting = [*([models] if models is not None else []), *(run for run in runs if run.id in chosen)]
         results = [line for run in counting if run.is_done for line in read_results(run.results_file)]
         write_text(request.folder / RESULTS, to_lines(results))

@@ -135,10 +135,12 @@ def training_lines(run: Run, devices: int, peak_bytes: int) -> Iterator[Result]:
 
 
 def step_seconds(steps: Sequence[Mapping[str, float]], devices: int) -> list[float]:
-    """Return how long each step of a log took, in seconds."""
+    """Return how long each step of a log took, in seconds; 0 of one without a valid token, whose rate says nothing."""
     before = [0.0, *(step["tokens_seen"] for step in steps)]
     return [
         (step["tokens_seen"] - seen) / step["tokens_per_second_per_gpu"] / devices
+        if step["tokens_seen"] > seen
+        else 0.0
         for step, seen in zip(steps, before, strict=False)
     ]
 

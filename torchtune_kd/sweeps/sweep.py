@@ -155,8 +155,7 @@ class Sweep:
             locks.append(
                 stack.enter_context(try_lock(Path(tempfile.gettempdir()) / f"torchtune_kd_gpu_{visible}.lock"))
             )
-        still = [(other.id, name) for other, name in self.open_work()]
-        if None in locks or (run.id, stage) not in still:
+        if None in locks or (run.id, stage) not in ((other.id, name) for other, name in self.open_work()):
             stack.close()
             return False
         run.evaluated_file.unlink(missing_ok=True)  # of an evaluation that was killed
