@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from helpers.tiny import dataset_section, make_config, read_log
 
-CLOCK = "tokens_per_second_per_gpu"  # all that may differ
+CLOCK = {"tokens_per_second_per_gpu", "teacher_time_share"}  # all that may differ
 
 
 def resumable_config(folder, kind="full", **overrides):
@@ -31,7 +31,7 @@ def resumable_config(folder, kind="full", **overrides):
 
 
 def log_of(cfg):
-    return [{k: v for k, v in line.items() if k != CLOCK} for line in read_log(cfg.output_dir)]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_log(cfg.output_dir)]
 
 
 def weights_of(cfg, epoch=1):

@@ -101,7 +101,7 @@ def test_a_run_without_files_trains_and_exports_nothing(tmp_path, kind, capsys):
     assert not list((tmp_path / "out").glob("epoch_*"))
     losses = [step["loss"] for step in read_log(tmp_path / "out")]
     assert len(losses) == 6 and all(0 < loss < 20 for loss in losses)
-    teacher, student = run.teacher.decoder, run.student.decoder
+    teacher, student = run.teacher.teacher.decoder, run.student.decoder
     expected = RandomWeights(teacher, "teacher_model", torch.bfloat16, cfg.seed)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in teacher.named_parameters())
     adapted = [module for module in student.modules() if isinstance(module, LoRALinear)]

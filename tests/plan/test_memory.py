@@ -121,7 +121,7 @@ def test_the_stock_recipe_takes_what_is_said_of_it(tmp_path, kind):
     planned = plan_memory(config, build_models(config), Layout(), 128, run=stock_step.dry_stock_step)[1]
     recipe = KDRecipe(cfg)
     recipe.setup()
-    student, teacher = recipe._run.student.decoder, recipe._run.teacher.decoder
+    student, teacher = recipe._run.student.decoder, recipe._run.teacher.teacher.decoder
     held = weight_bytes(recipe._run)
     for decoder in (student, teacher):
         del decoder.unembed

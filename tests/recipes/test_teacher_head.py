@@ -44,7 +44,7 @@ def test_losses_are_finite_and_near_those_of_the_head_as_it_is(tmp_path, capsys,
         run = run_in_process(cfg)
         said = capsys.readouterr().err.count("The teacher's head is in 8-bit floats")
         assert said == (head is not None)
-        assert (run.teacher.head is None) == (head is None)
+        assert (run.teacher.teacher.head is None) == (head is None)
         found.append(steps_of(cfg))
     assert len(found[0]) == len(found[1]) == 4
     for plain, float8 in zip(*found, strict=True):

@@ -45,7 +45,7 @@ def figures(cfg):
     return [
         {name: value for name, value in vars(line).items() if name not in CLOCK}
         for line in lines
-        if line.metric not in ("training_seconds", "peak_bytes")
+        if line.metric not in ("training_seconds", "teacher_seconds", "student_seconds", "peak_bytes")
     ]
 
 

@@ -18,7 +18,7 @@ from torchtune_kd.reports.statistics import Interval
 
 SCHEMA = 1
 SIGNIFICANT = 0.05
-TIMES = ("training_seconds",)  # of training: another machine's are left out
+TIMES = ("training_seconds", "teacher_seconds", "student_seconds")  # of training: another machine's are left out
 
 
 @dataclass(frozen=True)

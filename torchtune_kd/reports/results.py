@@ -58,6 +58,8 @@ METRICS = {
     "training_tokens": Metric("tokens trained on", "", 0),
     "training_steps": Metric("optimizer steps", "", 0),
     "training_seconds": Metric("device seconds of training", "s", -1),
+    "teacher_seconds": Metric("of them the teacher's", "s", -1),
+    "student_seconds": Metric("of them the student's", "s", -1),
     "teacher_flops": Metric("FLOPs of the teacher on these tokens", "FLOP", -1),
     "student_flops": Metric("FLOPs of the student on these tokens", "FLOP", -1),
 }

@@ -126,7 +126,11 @@ def training_lines(run: Run, devices: int, peak_bytes: int) -> Iterator[Result]:
     peak = max((step.get("peak_memory_reserved", 0.0) * 2**30 for step in steps), default=0.0)  # torchtune logs GiB
     yield run.result("training", "training_steps", steps[-1]["step"])
     yield run.result("training", "training_tokens", steps[-1]["tokens_seen"])
-    yield run.result("training", "training_seconds", devices * sum(step_seconds(steps, devices)))
+    seconds = [devices * each for each in step_seconds(steps, devices)]
+    of_teacher = sum(each * step.get("teacher_time_share", 0.0) for each, step in zip(seconds, steps, strict=True))
+    yield run.result("training", "training_seconds", sum(seconds))
+    yield run.result("training", "teacher_seconds", of_teacher)
+    yield run.result("training", "student_seconds", sum(seconds) - of_teacher)
     if peak or peak_bytes:
         yield run.result("training", "peak_bytes", peak or peak_bytes)
     for name, value in (validations[-1] if validations else {}).items():

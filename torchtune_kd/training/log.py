@@ -3,7 +3,8 @@
 Per token, natural logarithms (nats): ``loss`` (the objective), ``class_loss`` (cross-entropy on the labels),
 ``kd_loss`` (the divergence at the run's temperature, T² included), ``kl`` (true KL(teacher ‖ student) at T=1),
 ``top1_agreement``, ``student_entropy``, ``teacher_entropy``, ``acceptance_rate`` (Σ min(p, q)). ``tokens_seen`` counts
-the valid tokens of the run so far, over all processes.
+the valid tokens of the run so far, over all processes; ``teacher_time_share`` is the part of the time since the last
+logged step in which the device of rank 0 ran the teacher.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from torchtune_kd.config.metrics import training_metrics
 from torchtune_kd.config.reading import Config
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, first_line, say
+from torchtune_kd.teachers.timed import TimedTeacher
 
 
 def means(sums: dict[str, Tensor], world: World) -> dict[str, float]:
@@ -39,7 +41,11 @@ def means(sums: dict[str, Tensor], world: World) -> dict[str, float]:
 
 
 class TrainingLog:
-    """Writes steps and validations to torchtune's metric logger and to a progress bar, from rank 0."""
+    """Writes steps and validations to torchtune's metric logger and to a progress bar, from rank 0.
+
+    Attributes:
+        teacher (TimedTeacher | None): whose share of the time is logged.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class TrainingLog:
     ) -> None:
         settings = config.settings
         self._settings, self._world = settings, world
+        self.teacher: TimedTeacher | None = None
         self._logger: Any = None
         self._told = False  # that the log cannot be written
         self._bar: tqdm | None = None
@@ -91,6 +98,8 @@ class TrainingLog:
     def restart_clock(self) -> None:
         """Leave what happened since the last step (validation, saving) out of the tokens per second."""
         self._tokens.zero_()
+        if self.teacher is not None:
+            self.teacher.restart()
         self._start = time.perf_counter()
 
     def wants(self, step: int) -> tuple[str, ...]:
@@ -116,6 +125,8 @@ class TrainingLog:
         elapsed = time.perf_counter() - self._start
         values["tokens_per_second_per_gpu"] = float(tokens) / elapsed / self._world.size
         values["tokens_seen"] = int(all_tokens)
+        if self.teacher is not None:
+            values["teacher_time_share"] = self.teacher.seconds() / elapsed
         if self._memory:
             values |= training.get_memory_stats(device=self._world.device)
         if self._bar is not None:

@@ -21,7 +21,9 @@ from torchtune_kd.errors import UserError, say
 from torchtune_kd.models.build import build_student, check_sharded_layers, check_vocabularies, on_meta
 from torchtune_kd.models.float8_head import check_head
 from torchtune_kd.models.loading import load_weights
+from torchtune_kd.teachers.base import Teacher
 from torchtune_kd.teachers.live import build_teacher
+from torchtune_kd.teachers.timed import TimedTeacher
 from torchtune_kd.training.events import Events
 from torchtune_kd.training.log import TrainingLog
 from torchtune_kd.training.optim import build_lr_scheduler, build_profiler, check_optimizer
@@ -132,7 +134,9 @@ def set_up(config: Config, world: World) -> Run:
         written=written,
     )
 
-    teacher = build_teacher(config, world)
+    teacher: Teacher = build_teacher(config, world)
+    if settings.uses_teacher:
+        teacher = log.teacher = TimedTeacher(teacher, world.device)
     checkpointer, weights = load_weights(config.checkpointer, world)
     student = build_student(config.model, settings, world, kd_loss, weights, seed)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
