@@ -1,6 +1,6 @@
 """The public functions: settings become an `Objective`, and the tensors' loss is that of one.
 
-Legend: N tokens, V vocabulary, D hidden width, B batch, S sequence.
+Legend: N tokens, n valid tokens, V vocabulary, D hidden width, B batch, S sequence, k stored ids a token.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 from ._call import Result, linear_kd_objective, softmax_kd_objective
 from ._float8 import Float8Weight
 from ._objective import Objective
+from ._sparse import linear_sparse_kd_objective
 
 
 def softmax_kd_loss(
@@ -188,6 +189,104 @@ def linear_kd_loss(
         reduction=reduction,
         chunk_tokens=chunk_tokens,
         teacher_head_dtype=teacher_head_dtype,
+        backend=backend,
+        return_metrics=return_metrics,
+    )
+
+
+def linear_sparse_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    ids: Tensor | None,
+    log_probs: Tensor | None,
+    tail: Tensor | None,
+    labels: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    tail_at_1: Tensor | None = None,
+    entropy: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    temperature: float = 1.0,
+    kd_ratio: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    scale_by_temperature_squared: bool = True,
+    sampled: bool = False,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+    return_metrics: bool | Sequence[str] = False,
+) -> Result:
+    r"""Compute the distillation loss against a teacher of which k log-probabilities a token are stored.
+
+    The k stored ids K of a token are cells of their own, all other ids are one cell, the rest R:
+
+    .. math:: Q_c = q_{T,c},\quad Q_R = \sum_{j \notin K} q_{T,j},\qquad
+        P_c \propto e^{\ell_c/T},\quad P_R \propto e^{t},\quad t = \log \sum_{j \notin K} e^{\ell_j/T}
+
+    and the loss of a token is that of :func:`softmax_kd_loss` with D(P, Q) of the k + 1 cells: at most D of the whole
+    distributions (data processing inequality), and equal to it where K is the whole vocabulary. The cross-entropy is
+    exact. The student's logits exist one chunk of tokens at a time, as in :func:`linear_kd_loss`, and no other tensor
+    has a column for every id; its limits, its dtypes and its operator of ``torch.compile`` are the same.
+
+    With ``tail=None`` the stored ids are taken for the whole teacher: P is renormalised over them, and the student is
+    drawn to 0 elsewhere. ``forward_kl``, ``jsd``, ``skew_*`` and ``tvd`` are defined then; the other two are infinite.
+
+    With ``sampled=True`` the ids were drawn from the teacher and P = count / number of draws (Anshumann et al., 2025):
+    the gradient q - P is that of the whole forward KL on average, and so is the value with `entropy`,
+    Σ P·(-log q) - entropy, which may be negative. Without `entropy` it is the cross-entropy. Any other divergence or
+    temperature would be biased and is an error.
+
+    Args:
+        student_hidden (Tensor): last hidden states ``[N, D]`` or ``[B, S, D]``, bf16, fp16, fp32 or fp64.
+        student_weight (Tensor): output projection ``[V, D]``, of the same dtype.
+        ids (Tensor | None): ``[n, k]`` integers, one row for each of the n valid tokens in the order of `labels`; all
+            ids of a row differ, -1 pads. Ids from V on are dropped, as those of a padded vocabulary; from V + 1024 on
+            they are an error. Values are checked on the CPU only. Not touched, and may be None, if `kd_ratio` is 0 and
+            no metric asks for them; so may `log_probs`.
+        log_probs (Tensor | None): ``[n, k]`` floating, the teacher's log-probabilities ℓ at T = 1, not requiring grad;
+            of sampled ids log(count / number of draws). What stands at padding is not read.
+        tail (Tensor | None): ``[n]`` floating, t of each token at the run's T, -inf for none; at T = 1 it is the log of
+            the mass that is not stored. It does not follow from the stored ones at another T.
+        labels (Tensor): ``[N]`` or ``[B, S]``, integers in [0, V) or `ignore_index`; see :func:`linear_kd_loss`.
+        student_bias (Tensor | None): ``[V]`` floating.
+        tail_at_1 (Tensor | None): ``[n]``, t at T = 1, for metrics where the run's T is another; not read at T = 1.
+        entropy (Tensor | None): ``[n]``, the whole teacher's at T = 1, in nats.
+        divergence (str): see :func:`softmax_kd_loss`, as for all arguments down to `scale_by_temperature_squared`.
+        beta (float | None): parameter of the divergence.
+        temperature (float): T in [0.001, 1000].
+        kd_ratio (float): α in [0, 1].
+        ignore_index (int): label of tokens that do not count.
+        reduction (str): "mean", "sum" or "none"; see :func:`linear_kd_loss`.
+        scale_by_temperature_squared (bool): multiply D by T².
+        sampled (bool): the ids were drawn from the teacher.
+        chunk_tokens (int | None): tokens per chunk; None chooses them by the bytes of the student's logits alone.
+        backend (str): "auto" or "torch": there is no Triton kernel for it yet.
+        return_metrics (bool | Sequence[str]): True for all of :data:`SPARSE_METRICS` that the inputs define, or the
+            names of some. ``kl_cells`` is a lower bound of the KL, ``teacher_class_loss_cells`` of the teacher's
+            cross-entropy, ``acceptance_rate_cells`` an upper bound of the acceptance rate; they need the tail at
+            T = 1. ``top1_agreement`` compares with the likeliest stored id, and is undefined for sampled ones.
+
+    Returns:
+        Tensor | tuple[Tensor, dict[str, Tensor]]: as :func:`softmax_kd_loss`.
+
+    Raises:
+        ValueError: on unknown or unusable arguments.
+    """
+    return linear_sparse_kd_objective(
+        student_hidden,
+        student_weight,
+        ids,
+        log_probs,
+        tail,
+        labels,
+        Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared),
+        student_bias=student_bias,
+        tail_at_1=tail_at_1,
+        entropy=entropy,
+        reduction=reduction,
+        sampled=sampled,
+        chunk_tokens=chunk_tokens,
         backend=backend,
         return_metrics=return_metrics,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from ._checks import (
     BACKENDS,
     check_choice,
+    check_chunk_tokens,
     check_float8_head,
     check_float8_source,
     check_group,
@@ -35,6 +36,7 @@ from ._objective import Objective, needs_teacher, resolve_metrics
 from ._operators import float8_weight_op, linear_kd_op, softmax_kd_op
 from ._plan import Plan, autocast_type, to_device
 from ._softmax import SoftmaxKD
+from ._teachers import Teacher, TeacherHead, scores_of, tensors_of
 
 REDUCTIONS = ("mean", "sum", "none")
 HEAD_DTYPES = ("float8",)
@@ -114,9 +116,7 @@ def linear_kd_objective(
     check_choice("backend", backend, BACKENDS)
     if teacher_head_dtype is not None:
         check_choice("teacher_head_dtype", teacher_head_dtype, HEAD_DTYPES)
-    whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
-    if chunk_tokens is not None and not (whole and chunk_tokens > 0):
-        raise ValueError(f"chunk_tokens must be a whole number above 0 or None, but got {chunk_tokens!r}")
+    check_chunk_tokens(chunk_tokens)
     if labels is None:
         raise ValueError("linear_kd_loss needs labels [N] to know the valid tokens, but got None")
     check_rows("student_hidden", student_hidden, "D", labels)
@@ -127,39 +127,53 @@ def linear_kd_objective(
     has_teacher = needs_teacher(objective.kd_ratio, metrics)
     student_hidden, student_weight, student_bias = check_head("student", student_hidden, student_weight, student_bias)
     vocab = student_weight.shape[0]
-    teacher_scale = None
-    if not has_teacher:
-        teacher_hidden = teacher_weight = teacher_bias = None
-    else:
+    teacher: tuple[TeacherHead, ...] = ()
+    if has_teacher:
         assert teacher_hidden is not None and teacher_weight is not None  # or it would have been refused above
         check_teacher("teacher_hidden", teacher_hidden, student_hidden)
-        teacher_hidden, teacher_weight, teacher_bias, teacher_scale = _teacher_head(
-            teacher_hidden, teacher_weight, teacher_bias, teacher_head_dtype
-        )
-        teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-        vocab = shared_vocab(vocab, (teacher_weight if teacher_scale is None else teacher_scale).shape[0])
+        teacher = (_teacher_head(teacher_hidden, teacher_weight, teacher_bias, teacher_head_dtype),)
+        vocab = shared_vocab(vocab, teacher[0].vocab)
     flat_labels = check_labels(labels, vocab, objective.ignore_index)
 
-    trainable = (t for t in (student_hidden, student_weight, student_bias) if t is not None)
-    want_grad = torch.is_grad_enabled() and any(t.requires_grad for t in trainable)
-    plan = Plan(objective, metrics, vocab, reduction, has_teacher, want_grad)
-    backend = resolve_backend(backend, student_hidden, teacher_hidden)
+    student = student_hidden, student_weight, student_bias
+    plan = Plan(objective, metrics, vocab, reduction, has_teacher, wants_gradient(*student))
+    backend = resolve_backend(backend, student_hidden, *scores_of(teacher))
+    return linear_result(student, flat_labels, plan, chunk_tokens, backend, teacher, return_metrics)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether a gradient of one of the student's tensors will be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def linear_result(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    plan: Plan,
+    chunk_tokens: int | None,
+    backend: str,
+    teacher: Teacher,
+    return_metrics: object,
+) -> Result:
+    """Compute the loss from hidden states of arguments that were checked.
+
+    Args:
+        student (tuple[Tensor, Tensor, Tensor | None]): hidden states ``[N, D]`` or ``[B, S, D]``, head and bias.
+        labels (Tensor): ``[N]`` int64, flat.
+        plan (Plan): what to compute.
+        chunk_tokens (int | None): tokens of a chunk; None chooses.
+        backend (str): what ``resolve_backend`` returned.
+        teacher (Teacher): what it is measured against.
+        return_metrics (object): whether to return them.
+    """
+    check_transforms()  # once more: torch.compile takes up again here where it left off at the caller's refusal
+    hidden, weight, bias = student
+    rows = hidden.reshape(-1, hidden.shape[-1])
     apply = linear_kd_op if torch.compiler.is_compiling() else LinearKD.apply
-    with torch.autocast(autocast_type(student_hidden.device), enabled=False):
-        loss, sums, count = apply(
-            student_hidden.reshape(-1, student_hidden.shape[-1]),
-            student_weight,
-            student_bias,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            teacher_scale,
-            flat_labels,
-            plan,
-            chunk_tokens,
-            backend,
-        )
-    return _result(loss, sums, count, plan, student_hidden.shape[:-1], return_metrics)
+    with torch.autocast(autocast_type(hidden.device), enabled=False):
+        settings = labels, plan, chunk_tokens, backend
+        loss, sums, count = apply(rows, weight, bias, *settings, *tensors_of(teacher))
+    return _result(loss, sums, count, plan, hidden.shape[:-1], return_metrics)
 
 
 def float8_weight(weight: Tensor) -> Float8Weight:
@@ -185,19 +199,19 @@ def float8_weight(weight: Tensor) -> Float8Weight:
 
 def _teacher_head(
     hidden: Tensor, weight: Tensor | Float8Weight, bias: Tensor | None, head_dtype: str | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the teacher's hidden states, head, bias, and scales where the head is in 8-bit floats."""
+) -> TeacherHead:
+    """Return the teacher's hidden states ``[N, D]``, head, bias, and scales where the head is in 8-bit floats."""
     if not isinstance(weight, Float8Weight):
         for name, tensor in (("teacher_weight", weight), ("teacher_bias", bias)):
             if tensor is not None:
                 check_teacher(name, tensor, None)
         hidden, weight, bias = check_head("teacher", hidden, weight, bias)
         if head_dtype is None:
-            return hidden, weight, bias, None
+            return TeacherHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
         check_float8_source("teacher_weight", weight)
         weight = float8_weight(weight)
     hidden, (data, scale), bias = check_float8_head(hidden, weight, bias)
-    return hidden, data, bias, scale
+    return TeacherHead(hidden.reshape(-1, hidden.shape[-1]), data, bias, scale)
 
 
 def _sharded(

@@ -39,6 +39,13 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale must be a finite number, but got {scale!r}")
 
 
+def check_chunk_tokens(chunk_tokens: int | None) -> None:
+    """Check that a chunk holds a whole number of tokens, or that their number is left open."""
+    whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
+    if chunk_tokens is not None and not (whole and chunk_tokens > 0):
+        raise ValueError(f"chunk_tokens must be a whole number above 0 or None, but got {chunk_tokens!r}")
+
+
 def resolve_backend(backend: str, *tensors: Tensor | None) -> str:
     """Return one of `BACKENDS` but "auto", or inside of ``on_meta`` its backend.
 

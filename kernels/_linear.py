@@ -8,36 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._chunks import Models, StudentChunks, chunk_tokens_of, one_chunk, teacher_chunks
 from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transforms
-from ._float8 import Float8Product, padded
 from ._meta import META
-from ._plan import (
-    Plan,
-    Rows,
-    Tokens,
-    autocast_type,
-    chunk_size,
-    rows_per_block,
-    slices,
-    valid_tokens,
-    working_dtype,
-)
+from ._plan import Plan, Rows, Tokens, autocast_type, rows_per_block, slices, valid_tokens, working_dtype
 from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
+from ._sparse_checks import check_cells_of
+from ._teachers import CELL_KINDS, Cells, scores_of, teacher_of
 from ._torch.block import BlockLoss
+from ._torch.cells import CellsBlockLoss
 from ._torch.head_gradient import HeadGradient
 from ._torch.meta import MetaBlockLoss
-
-
-class Heads(NamedTuple):
-    """Hold the inputs of the matrix products; the teacher's are None where it is not needed."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V', D], V' >= plan.vocab
-    bias: Tensor | None  # [V']
-    teacher_hidden: Tensor | None  # [N, D]
-    teacher_weight: Tensor | None  # [V', D]
-    teacher_bias: Tensor | None  # [V']
-    teacher_scale: Tensor | None = None  # [V'], of a teacher_weight in 8-bit floats
 
 
 class NeededGradients(NamedTuple):
@@ -77,28 +58,25 @@ class LinearKD(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
-        teacher_scale: Tensor | None,
         labels: Tensor,
         plan: Plan,
         chunk_tokens: int | None,
         backend: str,
+        *teacher: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
-        heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+        models = Models(hidden, weight, bias, teacher_of(plan.teacher_kind, teacher))
         ctx.needed = NeededGradients(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
         ctx.recomputes = ctx.needed.wait_for_backward(plan.reduction)
         needed_now = ctx.needed.before_backward(plan.reduction)
-        loss, metrics, count, grads = linear_forward(heads, labels, plan, chunk_tokens, backend, needed_now)
+        loss, metrics, count, grads = linear_forward(models, labels, plan, chunk_tokens, backend, needed_now)
         ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.count = plan, chunk_tokens, backend, count
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes, ctx.undifferentiated = (hidden.dtype, weight.dtype), (None,) * (4 + len(teacher))
         with torch.enable_grad():
             ctx.inputs = anchor(hidden, weight, bias) if any(ctx.needed) else None
         if ctx.recomputes:
             # a tensor from inference mode cannot be saved, its copy can
-            saved = (*heads, labels)
+            saved = (hidden, weight, bias, labels, *teacher)
             ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in saved))
         else:
             ctx.save_for_backward(*grads)
@@ -111,35 +89,37 @@ class LinearKD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         refuse_transforms(grad_loss)
-        nothing = (None,) * 8
         if grad_loss is None:
-            return None, None, None, *nothing
+            return None, None, None, *ctx.undifferentiated
         with torch.no_grad():
             if ctx.recomputes:
-                *heads, labels = ctx.saved_tensors
+                hidden, weight, bias, labels, *teacher = ctx.saved_tensors
+                models = Models(hidden, weight, bias, teacher_of(ctx.plan.teacher_kind, teacher))
                 settings = ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.needed
-                grads = recomputed_gradients(Heads(*heads), labels, *settings, grad_loss.unsqueeze(-1))
+                grads = recomputed_gradients(models, labels, *settings, grad_loss.unsqueeze(-1))
                 scale, in_place = grad_loss.new_ones(()), True
             else:
                 grads = Gradients(*ctx.saved_tensors)
                 scale = remaining_scale(grad_loss, ctx.count, ctx.plan.reduction, ctx.backend, ctx.dtypes[0])
                 in_place = not retains_graph()  # else what is stored is needed again
             out = scaled_gradients(grads, scale, *ctx.dtypes, in_place=in_place)
-        return *on_graph_of(out, grad_loss, ctx.inputs), *nothing
+        return *on_graph_of(out, grad_loss, ctx.inputs), *ctx.undifferentiated
 
 
 def linear_forward(
-    heads: Heads, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, needed: NeededGradients
+    models: Models, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, needed: NeededGradients
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Return loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradients to scale."""
-    tokens = valid_tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
-    rows, grads = _walk(heads, tokens, plan, chunk_tokens, backend, needed)
+    tokens = valid_tokens(labels, plan.objective.ignore_index, models.hidden.device, backend)
+    if isinstance(models.teacher, Cells):
+        check_cells_of(models.teacher, tokens, plan.vocab)
+    rows, grads = _walk(models, tokens, plan, chunk_tokens, backend, needed)
     loss, metrics = rows.reduce(plan.reduction, tokens.count)
     return loss, metrics, tokens.count, grads
 
 
 def recomputed_gradients(
-    heads: Heads,
+    models: Models,
     labels: Tensor,
     plan: Plan,
     chunk_tokens: int | None,
@@ -148,9 +128,9 @@ def recomputed_gradients(
     row_scale: Tensor,
 ) -> Gradients:
     """Return the gradients of Σ row_scale·loss, final, by walking the chunks again; `row_scale` ``[N, 1]``."""
-    tokens = valid_tokens(labels, plan.objective.ignore_index, heads.hidden.device, backend)
-    with torch.autocast(autocast_type(heads.hidden.device), enabled=False):
-        return _walk(heads, tokens, plan._replace(metrics=()), chunk_tokens, backend, needed, row_scale)[1]
+    tokens = valid_tokens(labels, plan.objective.ignore_index, models.hidden.device, backend)
+    with torch.autocast(autocast_type(models.hidden.device), enabled=False):
+        return _walk(models, tokens, plan._replace(metrics=()), chunk_tokens, backend, needed, row_scale)[1]
 
 
 def scaled_gradients(
@@ -169,7 +149,7 @@ def scaled_gradients(
 
 
 def _walk(
-    heads: Heads,
+    models: Models,
     tokens: Tokens,
     plan: Plan,
     chunk_tokens: int | None,
@@ -180,7 +160,7 @@ def _walk(
     """Visit all tokens, one chunk after another.
 
     Args:
-        heads (Heads): inputs of the matrix products.
+        models (Models): factors of the student's logits, and the teacher.
         tokens (Tokens): which to visit.
         plan (Plan): what to compute.
         chunk_tokens (int | None): C; None chooses.
@@ -189,35 +169,36 @@ def _walk(
         row_scale (Tensor | None): ``[N, 1]``, multiplies the gradient of each token's loss.
     """
     index, labels, count = tokens
-    hidden, device, vocab, n_visited = heads.hidden, heads.hidden.device, plan.vocab, len(labels)
-    dtype = working_dtype(hidden, heads.teacher_hidden)
+    hidden, device, vocab, n_visited = models.hidden, models.hidden.device, plan.vocab, len(labels)
+    dtype = working_dtype(hidden, *scores_of(models.teacher))
     plan = plan._replace(want_grad=any(needed))
     rows = Rows.zeros(hidden.shape[0], plan, dtype, device)
     grads = Gradients(
         torch.zeros_like(hidden) if needed.hidden else None,
         None,
-        torch.zeros(heads.weight.shape[0], dtype=dtype, device=device) if needed.bias else None,
+        torch.zeros(models.weight.shape[0], dtype=dtype, device=device) if needed.bias else None,
     )
-    head_grad = HeadGradient(heads.weight, vocab, one_chunk(heads, vocab, chunk_tokens)) if needed.weight else None
+    head_grad = HeadGradient(models.weight, vocab, one_chunk(models, vocab, chunk_tokens)) if needed.weight else None
     if n_visited == 0:
         return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
-    chunk_tokens = min(_chunk_tokens(heads, vocab, chunk_tokens, n_visited), n_visited)
-    chunks = _Chunks(heads, vocab, chunk_tokens)
+    chunk_tokens = min(chunk_tokens_of(models, vocab, chunk_tokens, n_visited), n_visited)
+    chunks, teacher = StudentChunks(models, vocab, chunk_tokens), teacher_chunks(models, vocab, chunk_tokens)
     block_rows = min(chunk_tokens, rows_per_block(vocab, device)) if backend == "torch" else chunk_tokens
     inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
     block_loss = _block_loss(backend, plan, block_rows, dtype, count, inside)
     for chunk in slices(n_visited, chunk_tokens):
         pick = chunk if index is None else index[chunk]  # positions among the N tokens
         h = hidden[pick]
-        student, teacher = chunks.fill(h, None if heads.teacher_hidden is None else heads.teacher_hidden[pick])
+        student = chunks.fill(h)
+        teacher.fill(pick)
         for block in slices(len(student), block_rows):
             where = slice(chunk.start + block.start, chunk.start + block.stop)  # positions among the n tokens
             at = where if index is None else index[where]
             s = student[block]
             loss, metrics = block_loss(
                 s,
-                None if teacher is None else teacher[block],
+                teacher.rows(block, where),  # pyright: ignore[reportArgumentType]: each kind has its arithmetic
                 labels[where],
                 s if plan.want_grad else None,
                 None if row_scale is None else row_scale[at],
@@ -239,50 +220,6 @@ def _walk(
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
 
-class _Chunks:
-    """Make the logits of chunks of tokens, one after another in the same memory.
-
-    Args:
-        heads (Heads): inputs of the matrix products.
-        vocab (int): V, ids that both models score.
-        size (int): the largest chunk.
-
-    Attributes:
-        weight (Tensor): ``[V, D]`` of the student.
-    """
-
-    def __init__(self, heads: Heads, vocab: int, size: int) -> None:
-        def cut(head: Tensor | None) -> Tensor | None:
-            return None if head is None else head[:vocab]
-
-        def buffer(like: Tensor) -> Tensor:
-            return like.new_empty(size, padded(vocab))
-
-        self.weight, self._bias = heads.weight[:vocab], cut(heads.bias)
-        self._teacher_weight, self._teacher_bias = cut(heads.teacher_weight), cut(heads.teacher_bias)
-        self._vocab, self._student = vocab, buffer(heads.hidden)
-        self._teacher = None if heads.teacher_hidden is None else buffer(heads.teacher_hidden)
-        self._float8 = None
-        if heads.teacher_scale is not None:
-            assert heads.teacher_weight is not None and self._teacher is not None  # a head comes with hidden states
-            quantised = heads.teacher_weight, heads.teacher_scale, self._teacher_bias
-            self._float8 = Float8Product(*quantised, vocab, self._teacher.dtype)
-
-    def fill(self, hidden: Tensor, teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute a chunk's logits ``[C, V]`` of both models from their hidden states ``[C, D]``."""
-        student = _logits(hidden, self.weight, self._bias, self._student[: len(hidden), : self._vocab])
-        if teacher_hidden is None or self._teacher is None:
-            return student, None
-        rows = self._teacher[: len(hidden)]
-        teacher = rows[:, : self._vocab]
-        if self._float8 is None:
-            assert self._teacher_weight is not None  # hidden states come with a head
-            _logits(teacher_hidden, self._teacher_weight, self._teacher_bias, teacher)
-        else:
-            self._float8(teacher_hidden, rows)
-        return student, teacher
-
-
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, count: Tensor, inside: bool):
     """Return the loss arithmetic of `backend`, a function of a block of logits."""
     if backend == "triton":
@@ -291,27 +228,5 @@ def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, cou
         return TritonBlockLoss(plan, mean_scale(count, inside))
     if backend == META:
         return MetaBlockLoss(plan, max_rows, dtype)
-    return BlockLoss(plan, max_rows, dtype, count.device, mean_factor(count, inside))
-
-
-def _chunk_tokens(heads: Heads, vocab: int, chunk_tokens: int | None, n_tokens: int) -> int:
-    """Return the chunk size asked for, or the one chosen for `n_tokens`."""
-    if chunk_tokens is not None:
-        return chunk_tokens
-    element_bytes = heads.hidden.element_size()
-    if heads.teacher_hidden is not None:
-        element_bytes += heads.teacher_hidden.element_size()
-    return chunk_size(n_tokens, vocab, element_bytes, heads.hidden.device)
-
-
-def one_chunk(heads: Heads, vocab: int, chunk_tokens: int | None) -> bool:
-    """Return whether one chunk holds all N tokens, valid or not, which is known without their labels."""
-    n_tokens = heads.hidden.shape[0]
-    return _chunk_tokens(heads, vocab, chunk_tokens, n_tokens) >= n_tokens
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Compute hidden @ weight.T (+ bias) ``[C, V]``."""
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+    kind = CellsBlockLoss if plan.teacher_kind in CELL_KINDS else BlockLoss
+    return kind(plan, max_rows, dtype, count.device, mean_factor(count, inside))

@@ -37,6 +37,22 @@ _NEEDS = {
 }
 
 METRICS = tuple(_NEEDS)
+
+# The same for stored ids of a teacher, where bounds have names of their own.
+TEACHER, TOP_IDS, TAIL_AT_1, ENTROPY = "teacher", "its likeliest ids", "its tail at T = 1", "its entropy"
+_SPARSE_NEEDS = {
+    "class_loss": set(),
+    "teacher_class_loss_cells": {TEACHER, TAIL_AT_1},
+    "kd_loss": {TEACHER},
+    "kl_cells": {TEACHER, TAIL_AT_1},
+    "top1_agreement": {TEACHER, TOP_IDS},
+    "student_entropy": set(),
+    "teacher_entropy": {TEACHER, ENTROPY},
+    "acceptance_rate_cells": {TEACHER, TAIL_AT_1},
+}
+
+SPARSE_METRICS = tuple(_SPARSE_NEEDS)
+_READ_TEACHER = {name for name, needs in (_NEEDS | _SPARSE_NEEDS).items() if TEACHER in needs}
 _COUNT = "num_tokens"
 
 
@@ -122,21 +138,36 @@ def resolve_metrics(request: bool | Sequence[str], has_teacher: bool, has_labels
     Raises:
         ValueError: if a name is unknown or needs an input that is not there.
     """
-    here = {name for name, there in (("teacher", has_teacher), ("labels", has_labels)) if there}
+    return _resolved(
+        request, _NEEDS, {name for name, there in (("teacher", has_teacher), ("labels", has_labels)) if there}
+    )
+
+
+def resolve_sparse_metrics(request: bool | Sequence[str], here: set[str]) -> tuple[str, ...]:
+    """Return the names to compute, in the order of :data:`SPARSE_METRICS`; `here` is what the call gives.
+
+    Raises:
+        ValueError: if a name is unknown or needs what is not in `here`.
+    """
+    return _resolved(request, _SPARSE_NEEDS, here)
+
+
+def _resolved(request: bool | Sequence[str], needs: dict[str, set[str]], here: set[str]) -> tuple[str, ...]:
+    """Return the names of `needs` that are requested; all that `here` suffices for if the request is True."""
     if isinstance(request, bool):
-        return tuple(name for name in METRICS if request and _NEEDS[name] <= here)
+        return tuple(name for name in needs if request and needs[name] <= here)
     names = {request} if isinstance(request, str) else set(request)
     for name in sorted(names - {_COUNT}):
-        if name not in _NEEDS:
-            raise ValueError(f"metrics are {', '.join(METRICS)}, but return_metrics names {name!r}")
-        if missing := _NEEDS[name] - here:
+        if name not in needs:
+            raise ValueError(f"metrics are {', '.join(needs)}, but return_metrics names {name!r}")
+        if missing := needs[name] - here:
             raise ValueError(
                 f"the metric {name!r} needs {' and '.join(sorted(missing))}, which this call does not give; "
                 f"pass them or leave the metric out of return_metrics"
             )
-    return tuple(name for name in METRICS if name in names)
+    return tuple(name for name in needs if name in names)
 
 
 def needs_teacher(kd_ratio: float, metrics: Sequence[str]) -> bool:
     """Return whether the objective or a metric reads the teacher."""
-    return kd_ratio > 0.0 or any("teacher" in _NEEDS[name] for name in metrics)
+    return kd_ratio > 0.0 or any(name in _READ_TEACHER for name in metrics)

@@ -7,26 +7,21 @@ Legend: N tokens, M metrics, V vocabulary, D hidden width.
 """
 
 import math
+from typing import Sequence  # noqa: UP035 PyTorch 2.6 knows no other in an operator's signature
 
 import torch
 from torch import Tensor
 
 from ._checks import check_label_values
+from ._chunks import Models, one_chunk
 from ._derivatives import anchor, is_traced, on_graph_of, refuse_graph_of_gradients, refuse_transforms
 from ._float8 import FLOAT8, Float8Weight, padded, quantised_weight
-from ._linear import (
-    Gradients,
-    Heads,
-    NeededGradients,
-    linear_forward,
-    one_chunk,
-    recomputed_gradients,
-    scaled_gradients,
-)
-from ._packing import pack, pack_needed, unpack, unpack_needed
+from ._linear import Gradients, NeededGradients, linear_forward, recomputed_gradients, scaled_gradients
+from ._packing import pack, pack_needed, pack_optional, unpack, unpack_needed, unpack_optional
 from ._plan import Plan, working_dtype
 from ._scaling import remaining_scale
 from ._softmax import softmax_backward, softmax_forward
+from ._teachers import scored_ids, scores_of, teacher_of
 from ._torch.head_gradient import head_gradient_dtype
 
 # a copy of this folder under another name registers operators of its own
@@ -55,22 +50,23 @@ def if_needed(tensor: Tensor, needed: bool) -> Tensor | None:
     return tensor if needed else None
 
 
-def shared_ids(student: Tensor, teacher: Tensor | None, dim: int) -> int:
-    """Return the size that both models' tensors share along `dim`, the vocabulary."""
-    return student.shape[dim] if teacher is None else min(student.shape[dim], teacher.shape[dim])
+def shared_ids(student: Tensor, teacher: Tensor | None) -> int:
+    """Return the number of ids that both models' logits have."""
+    return student.shape[-1] if teacher is None else min(student.shape[-1], teacher.shape[-1])
 
 
-def shared_vocab_of(heads: Heads) -> int:
-    """Return the number of ids that both heads score; one in 8-bit floats has more rows than ids."""
-    scored = heads.teacher_weight if heads.teacher_scale is None else heads.teacher_scale
-    return shared_ids(heads.weight, scored, 0)
+def with_vocab(plan: str, models: Models) -> Plan:
+    """Read a plan, and the vocabulary from the tensors."""
+    return unpack(plan)._replace(vocab=scored_ids(models.weight.shape[0], models.teacher))
 
 
-def fake_results(student: Tensor, teacher: Tensor | None, n_tokens: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, sums of the metrics ``[M]`` and number of tokens without their values."""
+def fake_results(
+    student: Tensor, scores: Sequence[Tensor | None], n_tokens: int, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, sums of the metrics ``[M]`` and number of tokens without their values; `scores` of the teacher."""
     shape = (n_tokens,) if plan.reduction == "none" else ()
     return (
-        student.new_empty(shape, dtype=working_dtype(student, teacher)),
+        student.new_empty(shape, dtype=working_dtype(student, *scores)),
         student.new_empty(len(plan.metrics), dtype=torch.float32),
         student.new_empty((), dtype=torch.int64),
     )
@@ -84,7 +80,7 @@ def _softmax_kd(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: str, backend: str, inputs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, sums of the metrics, number of valid tokens, gradient; `inputs` is for autograd, see ``anchor``."""
-    settings = unpack(plan)._replace(vocab=shared_ids(student, teacher, -1))
+    settings = unpack(plan)._replace(vocab=shared_ids(student, teacher))
     if labels is not None:
         check_label_values(labels, settings.vocab, settings.objective.ignore_index)
     loss, sums, count, grad = softmax_forward(student, teacher, labels, settings, backend)
@@ -96,7 +92,7 @@ def _(student, teacher, labels, plan, backend, inputs):
     settings = unpack(plan)
     grad = student.new_empty(student.shape) if settings.want_grad else nothing(student)
     # Size.numel() would make N a constant of the graph
-    return *fake_results(student, teacher, math.prod(student.shape[:-1]), settings), grad
+    return *fake_results(student, (teacher,), math.prod(student.shape[:-1]), settings), grad
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softmax_kd_backward", mutates_args=())
@@ -169,10 +165,8 @@ def _linear_kd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_scale: Tensor | None,
+    teacher: Sequence[Tensor],
+    given: str,
     labels: Tensor,
     plan: str,
     needed: str,
@@ -181,37 +175,34 @@ def _linear_kd(
     inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, sums of the metrics, number of valid tokens, `Gradients`; `inputs` as for ``softmax_kd``."""
-    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
-    settings = unpack(plan)._replace(vocab=shared_vocab_of(heads))
+    models = Models(hidden, weight, bias, teacher_of(unpack(plan).teacher_kind, unpack_optional(teacher, given)))
+    settings = with_vocab(plan, models)
     check_label_values(labels, settings.vocab, settings.objective.ignore_index)
     now = unpack_needed(needed).before_backward(settings.reduction)
-    loss, sums, count, grads = linear_forward(heads, labels, settings, chunk_tokens, backend, now)
+    loss, sums, count, grads = linear_forward(models, labels, settings, chunk_tokens, backend, now)
     return loss, sums, count, *tensors_of(grads, hidden)
 
 
 @_linear_kd.register_fake
-def _(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale, labels, plan, needed,
-    chunk_tokens, backend, inputs,
-):  # fmt: skip
+def _(hidden, weight, bias, teacher, given, labels, plan, needed, chunk_tokens, backend, inputs):
     settings = unpack(plan)
-    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+    models = Models(hidden, weight, bias, teacher_of(settings.teacher_kind, unpack_optional(teacher, given)))
     now = unpack_needed(needed).before_backward(settings.reduction)
-    results = fake_results(hidden, teacher_hidden, hidden.shape[0], settings)
-    return *results, *_fake_gradients(heads, chunk_tokens, now)
+    results = fake_results(hidden, scores_of(models.teacher), hidden.shape[0], settings)
+    return *results, *_fake_gradients(models, chunk_tokens, now)
 
 
-def _fake_gradients(heads: Heads, chunk_tokens: int | None, needed: NeededGradients) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(models: Models, chunk_tokens: int | None, needed: NeededGradients) -> tuple[Tensor, Tensor, Tensor]:
     """Return `Gradients` without their values."""
-    hidden, weight = heads.hidden, heads.weight
+    hidden, weight = models.hidden, models.weight
     of_hidden, of_weight, of_bias = (nothing(hidden) for _ in range(3))  # no two outputs are one tensor
     if needed.hidden:
         of_hidden = torch.empty_like(hidden)
     if needed.weight:
-        single = one_chunk(heads, shared_vocab_of(heads), chunk_tokens)
+        single = one_chunk(models, scored_ids(weight.shape[0], models.teacher), chunk_tokens)
         of_weight = torch.empty_like(weight, dtype=head_gradient_dtype(weight.dtype, single))
     if needed.bias:
-        of_bias = weight.new_empty(weight.shape[0], dtype=working_dtype(hidden, heads.teacher_hidden))
+        of_bias = weight.new_empty(weight.shape[0], dtype=working_dtype(hidden, *scores_of(models.teacher)))
     return of_hidden, of_weight, of_bias
 
 
@@ -254,10 +245,8 @@ def _linear_kd_recomputed(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_scale: Tensor | None,
+    teacher: Sequence[Tensor],
+    given: str,
     labels: Tensor,
     grad_loss: Tensor,
     plan: str,
@@ -269,18 +258,15 @@ def _linear_kd_recomputed(
     """Return the gradients of Σ grad_loss·loss, by walking the chunks again."""
     if compiled:
         refuse_graph_of_gradients()
-    heads = Heads(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
-    settings = unpack(plan)._replace(vocab=shared_vocab_of(heads))
+    models = Models(hidden, weight, bias, teacher_of(unpack(plan).teacher_kind, unpack_optional(teacher, given)))
+    settings = with_vocab(plan, models)
     rows = grad_loss.unsqueeze(-1)
-    grads = recomputed_gradients(heads, labels, settings, chunk_tokens, backend, unpack_needed(needed), rows)
+    grads = recomputed_gradients(models, labels, settings, chunk_tokens, backend, unpack_needed(needed), rows)
     return tensors_of(scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype), hidden)
 
 
 @_linear_kd_recomputed.register_fake
-def _(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_scale, labels, grad_loss, plan, needed,
-    chunk_tokens, backend, compiled,
-):  # fmt: skip
+def _(hidden, weight, bias, teacher, given, labels, grad_loss, plan, needed, chunk_tokens, backend, compiled):
     of_hidden, of_weight, of_bias = unpack_needed(needed)
     return (
         torch.empty_like(hidden) if of_hidden else nothing(hidden),
@@ -290,32 +276,33 @@ def _(
 
 
 def _linear_context(ctx, inputs, output) -> None:
-    heads, labels = Heads(*inputs[:7]), inputs[7]
-    ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, graph = inputs[8:]
+    *student, teacher, ctx.given, labels = inputs[:6]
+    ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, graph = inputs[6:]
     ctx.reduction = unpack(ctx.plan).reduction
     ctx.recomputes = unpack_needed(ctx.needed).wait_for_backward(ctx.reduction)
-    ctx.dtypes = heads.hidden.dtype, heads.weight.dtype
+    ctx.dtypes = student[0].dtype, student[1].dtype
     _, metrics, count, *grads = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, count, *grads)
-    ctx.save_for_backward(graph, *((*heads, labels) if ctx.recomputes else (*grads, count)))
+    ctx.save_for_backward(graph, *((*student, labels, *teacher) if ctx.recomputes else (*grads, count)))
 
 
-def _linear_gradient(ctx, grad_loss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def _linear_gradient(ctx, grad_loss: Tensor | None, *_):
     refuse_transforms(grad_loss)
+    of_teacher = [None] * ctx.given.count("+")
     if grad_loss is None:
-        return (None,) * 13
+        return None, None, None, of_teacher, *(None,) * 7
     with torch.no_grad():
         if ctx.recomputes:
-            graph, *inputs = ctx.saved_tensors
+            graph, hidden, weight, bias, labels, *teacher = ctx.saved_tensors
             settings = (ctx.plan, ctx.needed, ctx.chunk_tokens, ctx.backend, is_traced())
-            grads = _linear_kd_recomputed(*inputs, grad_loss, *settings)
+            grads = _linear_kd_recomputed(hidden, weight, bias, teacher, ctx.given, labels, grad_loss, *settings)
         else:
             graph, *stored, count = ctx.saved_tensors
             settings = (ctx.reduction, ctx.needed, *ctx.dtypes, ctx.backend, is_traced())
             grads = _linear_kd_backward(*stored, grad_loss, count, *settings)
     given = tuple(map(if_needed, grads, unpack_needed(ctx.needed)))
-    return *on_graph_of(given, grad_loss, graph), *(None,) * 10
+    return *on_graph_of(given, grad_loss, graph), of_teacher, *(None,) * 7
 
 
 _linear_kd.register_autograd(_linear_gradient, setup_context=_linear_context)
@@ -325,18 +312,15 @@ def linear_kd_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_scale: Tensor | None,
     labels: Tensor,
     plan: Plan,
     chunk_tokens: int | None,
     backend: str,
+    *teacher: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do in a graph what ``LinearKD.apply`` does eagerly."""
     trained = (hidden, weight, bias)
     needed = NeededGradients(*[plan.want_grad and t is not None and t.requires_grad for t in trained])
-    heads = (*trained, teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
     inputs = anchor(*trained) if plan.want_grad else None
-    return _linear_kd(*heads, labels, pack(plan), pack_needed(needed), chunk_tokens, backend, inputs)[:3]
+    settings = pack(plan), pack_needed(needed), chunk_tokens, backend
+    return _linear_kd(*trained, *pack_optional(teacher), labels, *settings, inputs)[:3]

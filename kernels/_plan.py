@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     has_teacher: bool  # the objective or a metric reads it
     want_grad: bool
     scale: float = 1.0  # of the loss and its gradient, not of the metrics
+    teacher_kind: str = "head"  # how ``_teachers.py`` reads the teacher's tensors
 
 
 class Rows(NamedTuple):

@@ -17,7 +17,7 @@ from . import metrics
 from .divergences import KULLBACK_LEIBLER, Distributions, Softmax, divergence, kl_from_exponentials
 from .workspaces import Workspaces
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _T = TypeVar("_T")
 
 
@@ -97,13 +97,13 @@ class BlockLoss:
         loss = kd_loss = kl = of_student = of_teacher = None
         if self._kd_value:
             of_student = _softmax(student, temperature, u_q, q, divide=not self._undivided)
-            of_teacher = _softmax(_known(teacher), temperature, _known(u_p), _known(p), divide=not self._undivided)
+            of_teacher = _softmax(known(teacher), temperature, known(u_p), known(p), divide=not self._undivided)
             kd_grad = grad if self._has_kd else None
             dist = Distributions(of_teacher, of_student)
             if self._undivided:
-                kd_loss = kl_from_exponentials(objective.divergence, objective.beta, dist, _known(r), x)
+                kd_loss = kl_from_exponentials(objective.divergence, objective.beta, dist, known(r), x)
             else:
-                kd_loss = divergence(self._divergence, objective.beta, dist, _known(r), x, kd_grad)
+                kd_loss = divergence(self._divergence, objective.beta, dist, known(r), x, kd_grad)
             kl = kd_loss.clone() if at_temperature_1 and self._divergence == "forward_kl" else None
             kd_loss.mul_(objective.divergence_scale)
             if self._has_kd:
@@ -116,14 +116,14 @@ class BlockLoss:
         if self._needs_student and not fresh:
             of_student = self._at_temperature_1(student, of_student, u_q, q)
         if self._needs_teacher and not fresh:
-            of_teacher = self._at_temperature_1(_known(teacher), of_teacher, _known(u_p), _known(p))
-        dist = None if of_teacher is None else Distributions(of_teacher, _known(of_student))
+            of_teacher = self._at_temperature_1(known(teacher), of_teacher, known(u_p), known(p))
+        dist = None if of_teacher is None else Distributions(of_teacher, known(of_student))
 
         class_loss = None
         if self._has_ce or "class_loss" in plan.metrics:
-            class_loss = _cross_entropy(_known(of_student), _known(labels))
+            class_loss = _cross_entropy(known(of_student), known(labels))
         if self._has_ce:
-            class_loss, weight = _known(class_loss), 1.0 - objective.kd_ratio
+            class_loss, weight = known(class_loss), 1.0 - objective.kd_ratio
             loss = class_loss * weight if loss is None else loss.add(class_loss, alpha=weight)
             if grad is not None:
                 weight *= self._factor
@@ -131,25 +131,25 @@ class BlockLoss:
                     grad.add_(q, alpha=weight)
                 else:
                     torch.mul(q, weight, out=grad)
-                ids = _known(labels)
+                ids = known(labels)
                 grad[torch.arange(len(ids), device=ids.device), ids] -= weight
 
         values = {
             "class_loss": lambda: class_loss,
-            "teacher_class_loss": lambda: _cross_entropy(_known(of_teacher), _known(labels)),
+            "teacher_class_loss": lambda: _cross_entropy(known(of_teacher), known(labels)),
             "kd_loss": lambda: kd_loss,
-            "kl": lambda: kl if kl is not None else metrics.kl(_known(dist), _known(r), x),
-            "top1_agreement": lambda: metrics.top1_agreement(_known(dist)),
-            "student_entropy": lambda: metrics.entropy(_known(of_student), x),
-            "teacher_entropy": lambda: metrics.entropy(_known(of_teacher), x),
-            "acceptance_rate": lambda: metrics.acceptance_rate(_known(dist), x),
+            "kl": lambda: kl if kl is not None else metrics.kl(known(dist), known(r), x),
+            "top1_agreement": lambda: metrics.top1_agreement(known(dist)),
+            "student_entropy": lambda: metrics.entropy(known(of_student), x),
+            "teacher_entropy": lambda: metrics.entropy(known(of_teacher), x),
+            "acceptance_rate": lambda: metrics.acceptance_rate(known(dist), x),
         }
         watched = [values[name]() for name in plan.metrics]
         # grad_out may be the student's own rows, so that it is written last
         if grad_out is not None:
-            grad = _known(grad)
+            grad = known(grad)
             grad_out.copy_(grad if row_scale is None else grad.mul_(row_scale))
-        return _known(loss), watched
+        return known(loss), watched
 
     def _at_temperature_1(self, logits: Tensor, other: Softmax | None, u: Tensor, prob: Tensor) -> Softmax:
         """Compute the softmax at T = 1, from the logits that `other`, that at T, has left in `u`, if there is one."""
@@ -158,7 +158,7 @@ class BlockLoss:
         return _exponentials(u.mul_(self.plan.objective.temperature), prob)
 
 
-def _known(value: _T | None) -> _T:
+def known(value: _T | None) -> _T:
     """Return what is there because the plan needs it."""
     assert value is not None
     return value
@@ -179,7 +179,7 @@ def _softmax(logits: Tensor, temperature: float, u: Tensor, prob: Tensor, divide
 
 def _exponentials(u: Tensor, prob: Tensor, divide: bool = True) -> Softmax:
     """Compute exp(u) in `prob`, divided by its sum if `divide`."""
-    torch.exp2(torch.mul(u, _LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
+    torch.exp2(torch.mul(u, LOG2_E, out=prob), out=prob)  # on a CPU half the time of exp
     total = prob.sum(-1, keepdim=True)
     if divide:
         prob.div_(total)

@@ -12,6 +12,7 @@ import torchtune_kd.kernels as kernels
 from torchtune_kd.kernels import (
     DIVERGENCES,
     METRICS,
+    SPARSE_METRICS,
     Objective,
     linear_kd_loss,
     linear_kd_objective,
@@ -226,10 +227,11 @@ def test_the_entries_that_take_an_objective_take_all_else(entry):
 
 
 def test_public_names():
-    functions = {"float8_weight", "linear_kd_loss", "softmax_kd_loss"}
-    assert set(kernels.__all__) == {"DIVERGENCES", "METRICS", "Float8Weight", "Objective", *functions}
+    functions = {"float8_weight", "linear_kd_loss", "linear_sparse_kd_loss", "softmax_kd_loss"}
+    settings = {"DIVERGENCES", "METRICS", "SPARSE_METRICS", "Float8Weight", "Objective"}
+    assert set(kernels.__all__) == settings | functions
     assert len(DIVERGENCES) == 7
-    assert len(METRICS) == 8
+    assert len(METRICS) == len(SPARSE_METRICS) == 8
 
 
 def test_importing_pulls_in_neither_torchtune_nor_the_compiler():

@@ -286,16 +286,19 @@ def test_chunks_of_logits_of_an_odd_vocabulary_are_loaded_128_bits_at_a_time():
     code = """
 import torch
 from torchtune_kd.kernels import Objective
-from torchtune_kd.kernels._linear import Heads, NeededGradients, linear_forward
+from torchtune_kd.kernels._chunks import Models
+from torchtune_kd.kernels._linear import NeededGradients, linear_forward
+from torchtune_kd.kernels._teachers import TeacherHead
 vocab, n, width = 50257, 4096, 64
 tensor = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
-heads = Heads(tensor(n, width), tensor(vocab, width), None, tensor(n, width), tensor(vocab, width), None)
+teacher = TeacherHead(tensor(n, width), tensor(vocab, width), None)
+models = Models(tensor(n, width), tensor(vocab, width), None, (teacher,))
 labels = torch.empty(n, dtype=torch.int64, device="meta")
 answer = []
 for name in ("forward_kl", "jsd"):
     plan = binaries.Plan(Objective(name, temperature=2.0, kd_ratio=0.5), (), vocab, "mean", True, True)
     with binaries.recorded() as found:
-        linear_forward(heads, labels, plan, 2048, "triton", NeededGradients(True, False, False))
+        linear_forward(models, labels, plan, 2048, "triton", NeededGradients(True, False, False))
     report = binaries.compile_binary(name, found[0], 90)
     answer.append([len(set(found)), min(one.narrowest for one in report.passes), report.spilled_bytes])
 print(json.dumps(answer))
@@ -327,17 +330,20 @@ def test_what_the_gpu_compares_to_the_bit_is_one_binary():
     code = """
 import torch
 from torchtune_kd.kernels import Objective
-from torchtune_kd.kernels._linear import Heads, NeededGradients, linear_forward
+from torchtune_kd.kernels._chunks import Models
+from torchtune_kd.kernels._linear import NeededGradients, linear_forward
+from torchtune_kd.kernels._teachers import TeacherHead
 from torchtune_kd.kernels._softmax import softmax_forward
 answer = []
 for vocab, dtype in ((4096, torch.bfloat16), (1088, torch.float32), (1000, torch.float32)):
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
-    heads = Heads(tensor(129, vocab), tensor(vocab, vocab), None, tensor(129, vocab), tensor(vocab, vocab), None)
+    teacher = TeacherHead(tensor(129, vocab), tensor(vocab, vocab), None)
+    models = Models(tensor(129, vocab), tensor(vocab, vocab), None, (teacher,))
     labels = torch.empty(129, dtype=torch.int64, device="meta")
     plan = binaries.Plan(Objective("jsd", temperature=2.0, kd_ratio=0.5), (), vocab, "none", True, True)
     with binaries.recorded() as found:
         softmax_forward(tensor(129, vocab), tensor(129, vocab), labels, plan, "triton")
-        linear_forward(heads, labels, plan, 48, "triton", NeededGradients(True, False, False))
+        linear_forward(models, labels, plan, 48, "triton", NeededGradients(True, False, False))
     answer.append(len(set(found)))
 print(json.dumps(answer))
 """

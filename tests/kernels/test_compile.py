@@ -98,8 +98,9 @@ def test_opcheck_softmax(backend, reduction):
 def test_opcheck_linear(trainable, chunk_tokens, backend, reduction):
     *heads, y, bias = from_hidden(dtype=BF16, trainable=trainable)
     needed = pack_needed(NeededGradients(True, trainable, trainable))
-    heads.insert(2, bias)
-    arguments = (*heads, None, None, y, plan(reduction), needed, chunk_tokens, backend, heads[0][:0].flatten())
+    hidden, weight, *teacher = heads
+    inputs = hidden, weight, bias, teacher, "++--", y
+    arguments = (*inputs, plan(reduction), needed, chunk_tokens, backend, hidden[:0].flatten())
     torch.library.opcheck(OPS.linear_kd.default, arguments)
 
 
@@ -118,9 +119,10 @@ def test_opcheck_linear_backward(needed, dtype, grad_loss, backend):
 @pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (True, False, True)])
 def test_opcheck_linear_recomputed(needed, backend):
     *heads, y, bias = (tensor.detach() for tensor in from_hidden(dtype=BF16))
-    heads.insert(2, bias)
+    hidden, weight, *teacher = heads
     names = pack_needed(NeededGradients(*needed))
-    arguments = (*heads, None, None, y, torch.randn(N), plan("none"), names, 2, backend, False)
+    inputs = hidden, weight, bias, teacher, "++--", y
+    arguments = (*inputs, torch.randn(N), plan("none"), names, 2, backend, False)
     torch.library.opcheck(OPS.linear_kd_recomputed.default, arguments)
 
 
@@ -138,8 +140,9 @@ def test_a_plan_comes_back_from_its_text(divergence, metrics, flag):
     beta = None if Objective(divergence).beta is None else 1e-300
     objective = Objective(divergence, beta, 1 / 3, 0.1, -1, flag)
     for reduction in ("mean", "sum", "none"):
-        whole = Plan(objective, metrics, V, reduction, flag, not flag)
-        assert unpack(pack(whole))._replace(vocab=V) == whole
+        for kind in ("head", "cells", "sampled"):
+            whole = Plan(objective, metrics, V, reduction, flag, not flag, 1.0, kind)
+            assert unpack(pack(whole))._replace(vocab=V) == whole
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3)))
@@ -152,7 +155,7 @@ def test_a_graph_shows_the_plan():
     graphs = Graphs()
     compiled(lambda *x: softmax_kd_loss(*x, divergence="jsd", temperature=2.0, kd_ratio=0.5), graphs)(*from_logits())
     (node,) = (node for node in graphs[0].graph.nodes if "softmax_kd" in str(node.target))
-    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True, 1.0"
+    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True, 1.0, 'head'"
 
 
 # ------------------------------------------------------------------------------------------ torch.compile
@@ -198,7 +201,7 @@ def test_compiled_with_a_frozen_head(reduction, backend):
     call = lambda *inputs: linear(*inputs, kd_ratio=0.5, reduction=reduction, backend=backend)  # noqa: E731
     same(call, from_hidden(trainable=False), graphs)
     (node,) = (node for graph in graphs for node in graph.graph.nodes if "linear_kd" in str(node.target))
-    assert node.args[9] == "hidden"  # the head's gradient is not asked for
+    assert node.args[7] == "hidden"  # the head's gradient is not asked for
 
 
 @pytest.mark.parametrize("function", [softmax_kd_loss, linear], ids=["softmax", "linear"])

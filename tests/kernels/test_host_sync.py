@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtune_kd.kernels as kernels
 from helpers.grid_checks import make_inputs
-from torchtune_kd.kernels import _checks, _linear, _plan, _scaling, _softmax, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import _checks, _chunks, _plan, _scaling, _softmax, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._plan import is_capturing
 
 FOLDER = Path(kernels.__file__).parent
@@ -342,8 +342,8 @@ def test_the_host_waits_once_and_never_while_a_graph_is_captured(reduction, trai
 def test_ignored_tokens_are_not_multiplied(as_on_a_device, monkeypatch):
     """Multiply all 8 tokens in a captured graph, though 4 are ignored: their labels are on the device."""
     inputs = make_inputs(n=8, v=40, ignored=2)
-    rows, plain = [], _linear._logits
-    monkeypatch.setattr(_linear, "_logits", lambda hidden, *rest: rows.append(len(hidden)) or plain(hidden, *rest))
+    rows, plain = [], _chunks._logits
+    monkeypatch.setattr(_chunks, "_logits", lambda hidden, *rest: rows.append(len(hidden)) or plain(hidden, *rest))
     for capturing, expected in ((False, 4), (True, 8)):
         as_on_a_device(capturing)
         rows.clear()

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers import oracle
 from helpers.grid import GRID, VALUES
 from helpers.grid_checks import check_hidden, logits, make_inputs
-from torchtune_kd.kernels import METRICS, Objective, _checks, _linear, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import METRICS, Objective, _checks, _chunks, linear_kd_loss, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -269,14 +269,14 @@ def test_changing_an_inference_tensor_meanwhile_changes_nothing():
 @pytest.mark.parametrize("v", [50257, 32001, 128])
 def test_rows_of_logits_lie_at_multiples_of_64(v, backend, monkeypatch):
     inputs = make_inputs(n=4, v=v, ignored=4)
-    strides, plain = [], _linear._logits
+    strides, plain = [], _chunks._logits
 
     def logits_into(hidden, weight, bias, out):
         assert out.shape[1] == v
         strides.append(out.stride())
         return plain(hidden, weight, bias, out)
 
-    monkeypatch.setattr(_linear, "_logits", logits_into)
+    monkeypatch.setattr(_chunks, "_logits", logits_into)
     settings = {"temperature": 2.0, "kd_ratio": 0.5, "divergence": "jsd", "beta": 0.5}
     loss = linear_kd_loss(**inputs, chunk_tokens=2, **settings)
     assert set(strides) == {(-(-v // 64) * 64, 1)}

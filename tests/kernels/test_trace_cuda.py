@@ -133,7 +133,7 @@ with FakeTensorMode():
     *results, grad = ops.softmax_kd(student, teacher, labels, plan, "triton", None)
     back = ops.softmax_kd_backward(grad, results[0], results[2], "mean", "triton", True)
     hidden, weight, teacher_hidden, teacher_weight, _ = inputs["linear"]
-    heads = hidden, weight, None, teacher_hidden, teacher_weight, None, None, labels.cpu()
+    heads = hidden, weight, None, [teacher_hidden, teacher_weight], "++--", labels.cpu()
     more = ops.linear_kd(*heads, plan, "hidden,weight", 4, "triton", None)
     dtypes = hidden.dtype, weight.dtype
     last = ops.linear_kd_backward(*more[3:], more[0], more[2], "mean", "hidden,weight", *dtypes, "triton", True)

@@ -1,0 +1,94 @@
+"""A teacher's stored ids, and the loss of their cells from the formulas, on all logits: independent of the code.
+
+Legend: N tokens, n valid tokens, V vocabulary, D hidden width, k stored ids a token, m = k + 1 cells.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from helpers import oracle
+from torchtune_kd.kernels import Objective, linear_sparse_kd_loss
+
+F64 = torch.float64
+
+
+class Case(NamedTuple):
+    """Hold the student's factors, the teacher's logits and what is stored of them."""
+
+    hidden: torch.Tensor  # [N, D]
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor  # [V]
+    teacher: torch.Tensor  # [n, V] logits of the valid tokens
+    labels: torch.Tensor  # [N]
+    ids: torch.Tensor  # [n, k]
+
+    @property
+    def student(self):
+        """The logits of the valid tokens ``[n, V]``."""
+        return F.linear(self.hidden, self.weight, self.bias)[self.labels != -100]
+
+    @property
+    def trained(self):
+        return self.hidden, self.weight, self.bias
+
+    def signal(self, t, dtype=F64):
+        """The stored log-probabilities, and the tails at T and at 1, each summed over the ids that are not stored."""
+        log_probs = self.teacher.log_softmax(-1)
+        stored = log_probs.gather(-1, self.ids.clamp(min=0))
+        rest = log_probs.masked_fill(is_stored(self.ids, log_probs.shape[-1]), -torch.inf)
+        tail, tail_at_1 = (torch.logsumexp(rest / at, -1).to(dtype) for at in (t, 1.0))
+        return {"ids": self.ids, "log_probs": stored.to(dtype), "tail": tail, "tail_at_1": tail_at_1}
+
+    def loss(self, t, **settings):
+        signal = self.signal(t) | {name: settings.pop(name) for name in ("tail", "tail_at_1") if name in settings}
+        student = {"student_hidden": self.hidden, "student_weight": self.weight, "student_bias": self.bias}
+        return linear_sparse_kd_loss(**student, **signal, labels=self.labels, temperature=t, **settings)
+
+    def gradients(self, loss):
+        return torch.autograd.grad(loss, [x for x in self.trained if x.requires_grad])
+
+
+def make(k, n=11, v=97, d=6, padded=False, dtype=F64, scale=2.0):
+    """A case whose every third token is ignored and, if `padded`, whose tokens store between 1 and k ids."""
+    hidden, weight, bias = torch.randn(n, d), torch.randn(v, d) / 2, torch.randn(v)
+    labels = torch.randint(v, (n,))
+    labels[1::3] = -100
+    teacher = torch.randn(int((labels != -100).sum()), v, dtype=F64) * scale
+    ids = teacher.topk(k).indices
+    if padded:
+        stored = torch.randint(1, k + 1, (len(ids), 1))
+        ids = ids.where(torch.arange(k) < stored, -1)[:, torch.randperm(k)]
+    return Case(*(x.to(dtype).requires_grad_() for x in (hidden, weight, bias)), teacher, labels, ids)
+
+
+def is_stored(ids, v):
+    """Where the vocabulary is stored ``[n, V]``; padding is nowhere."""
+    return (ids.unsqueeze(-1) == torch.arange(v)).any(1)
+
+
+def log_cells(logits, ids, t):
+    """The logarithms of a distribution's m cells, ``[n, m]``; -inf where there is padding, or no rest."""
+    log_q = torch.log_softmax(logits / t, -1)
+    stored = log_q.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+    inside = is_stored(ids, logits.shape[-1])
+    rest = log_q.masked_fill(inside, -torch.inf).logsumexp(-1).where(~inside.all(-1), -torch.inf)
+    return torch.cat([stored, rest.unsqueeze(-1)], -1)
+
+
+def divergence(name, beta, log_p, log_q):
+    """D of each row's cells, by the formulas on those that are there, ``[n]``."""
+    values = []
+    for p, q in zip(log_p, log_q, strict=True):
+        there = ~(torch.isinf(p) & torch.isinf(q))
+        values.append(oracle.divergence_of(name, beta, p[there], q[there]))
+    return torch.stack(values)
+
+
+def truth(case, name, t, kd_ratio=1.0, beta=None):
+    """The mean loss of the valid tokens, differentiable."""
+    beta = Objective(name, beta).beta
+    d = divergence(name, beta, log_cells(case.teacher, case.ids, t), log_cells(case.student, case.ids, t))
+    ce = F.cross_entropy(case.student, case.labels[case.labels != -100], reduction="none")
+    return (kd_ratio * t * t * d + (1 - kd_ratio) * ce).mean()
