@@ -4,8 +4,11 @@ torchtune does not declare that it needs torch and torchao, and fails deep insid
 is too new. Our packages that import torchtune have it checked first, so that one sentence says why.
 """
 
+import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
+
+import torchtune_kd
 
 TORCHTUNE_VERSION = "0.6.1"
 TORCHAO_FROM = (0, 10)
@@ -32,6 +35,16 @@ def check_versions() -> None:
     torchao = _installed("torchao")
     if torchao is None or not TORCHAO_FROM <= _release(torchao) < TORCHAO_BELOW:
         raise ImportError(_sentence(f"torchtune {torchtune}", "torchao", torchao, TORCHAO_PIN))
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python, of torchtune-kd and of what it is built on, where they are installed."""
+    found = {name: _installed(name) for name in ("torch", "torchtune", "torchao", "torchdata")}
+    return {
+        "torchtune_kd": torchtune_kd.__version__,
+        "python": platform.python_version(),
+        **{name: text for name, text in found.items() if text is not None},
+    }
 
 
 def _installed(package: str) -> str | None:

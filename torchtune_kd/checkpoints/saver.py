@@ -1,15 +1,12 @@
 """When a run writes a checkpoint, and what it writes about itself into the manifest."""
 
-import contextlib
 import datetime
 import math
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torchtune_kd
+from torchtune_kd._versions import installed_versions
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.progress import Progress
 from torchtune_kd.checkpoints.writer import SnapshotWriter
@@ -52,7 +49,7 @@ class Saver:
         settings = config.settings
         self._settings, self._world, self._log_file = settings, world, log_file
         self._output, self._seed, self._identity = output, seed, identity
-        self._config, self._versions = config.resolved, _versions()
+        self._config, self._versions = config.resolved, installed_versions()
         self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
         self._on_disk = None if written is None else _state(written)
         self._undo: tuple[Progress, float | None] | None = None  # if what is being written fails
@@ -145,11 +142,3 @@ class Saver:
 def _state(progress: Progress) -> tuple[int, bool]:
     """Tell moments of a run apart: between two steps only a validation can happen."""
     return progress.global_step, progress.validation_pending
-
-
-def _versions() -> dict[str, str]:
-    found = {"torchtune_kd": torchtune_kd.__version__, "python": platform.python_version()}
-    for name in ("torch", "torchtune", "torchao", "torchdata"):
-        with contextlib.suppress(ModuleNotFoundError):
-            found[name] = version(name)
-    return found

@@ -7,13 +7,12 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import torchtune_kd
+from torchtune_kd._versions import installed_versions
 
 
 def provenance(device: torch.device, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,11 +20,7 @@ def provenance(device: torch.device, config: Mapping[str, Any]) -> dict[str, Any
     return {
         "config": config_sha(config),
         "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torchtune_kd": torchtune_kd.__version__,
-            **{name: version(name) for name in ("torch", "torchtune", "torchao")},
-        },
+        "versions": installed_versions(),
         "machine": _machine(device),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -51,7 +51,7 @@ def publish(written: Path, folder: Path, previous_run: list[Path], old: Path | N
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    _flush_one(folder.parent)
+    flush_file(folder.parent)
     for path in (old, *replaced):  # what is written is whole by now, whether or not these go
         if path.exists():
             _remove(path)
@@ -78,7 +78,7 @@ def write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
     beside.write_text(text, encoding="utf-8")
-    _flush_one(beside)
+    flush_file(beside)
     beside.replace(file)
 
 
@@ -93,8 +93,8 @@ def flush(folder: Path) -> None:
     """Flush every file and folder below ``folder`` to the disk."""
     for path, _, files in os.walk(folder):
         for name in files:
-            _flush_one(Path(path) / name)
-        _flush_one(Path(path))
+            flush_file(Path(path) / name)
+        flush_file(Path(path))
 
 
 @contextlib.contextmanager
@@ -107,7 +107,8 @@ def discarded_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _flush_one(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Flush one file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,12 @@
-"""``manifest.json`` of a checkpoint: what it holds, what it was made with, and what each file must look like."""
+"""``manifest.json``: what a folder holds, what it was made with, and what each file must look like.
+
+:class:`Manifest` is a checkpoint's. Other folders keep fields of their own in the same form (:func:`manifest_text`).
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ FORMAT = 1
 
 
 class Damaged(ValueError):
-    """A checkpoint that cannot be trusted. The message says what was found, without a full stop."""
+    """A folder that cannot be trusted. The message says what was found, without a full stop."""
 
 
 @dataclass
@@ -36,10 +39,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write and flush to disk, with a checksum over all fields."""
-        content = json.loads(json.dumps(asdict(self)))  # as it will be read: keys are strings, tuples lists
-        content["checksum"] = _checksum(content)
         with (folder / NAME).open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+            file.write(manifest_text(asdict(self)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -50,20 +51,7 @@ class Manifest:
         Raises:
             Damaged: if it cannot be read or is not what was written.
         """
-        try:
-            content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-            checksum = content.pop("checksum")
-        except FileNotFoundError as error:
-            raise Damaged(f"it has no {NAME}") from error
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise Damaged(f"its {NAME} cannot be read") from error
-        if content.get("format") != FORMAT:
-            raise Damaged(f"its format is {content.get('format')}, and this version reads {FORMAT}")
-        if checksum != _checksum(content):
-            raise Damaged(f"its {NAME} is not as it was written")
-        if content.keys() != {each.name for each in fields(cls)}:
-            raise Damaged(f"its {NAME} has the fields of another version")
-        return cls(**content)
+        return cls(**read_manifest(folder, {each.name for each in fields(cls)}, FORMAT))
 
     def check_files(self, folder: Path, names: Iterable[str]) -> None:
         """Compare size and content of some of the files.
@@ -72,14 +60,66 @@ class Manifest:
             Damaged: naming the first that is missing, cut short or changed.
         """
         for name in names:
-            expected, path = self.files[name], folder / name
-            if not path.is_file():
-                raise Damaged(f"the file {name} is missing")
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise Damaged(f"the file {name} has {size} bytes instead of {expected['bytes']}")
-            if file_facts(path) != expected:
-                raise Damaged(f"the content of {name} has changed since it was written")
+            check_size(folder, name, self.files[name])
+            check_content(folder, name, self.files[name])
+
+
+def manifest_text(fields: Mapping[str, Any]) -> str:
+    """Return a manifest as JSON, with a checksum over all of its fields."""
+    content = json.loads(json.dumps(fields))  # as it will be read: keys are strings, tuples lists
+    content["checksum"] = _checksum(content)
+    return json.dumps(content, indent=1)
+
+
+def read_manifest(folder: Path, names: Set[str], format: int) -> dict[str, Any]:
+    """Return the fields of the manifest in ``folder``.
+
+    Args:
+        folder (Path): holds it.
+        names (Set[str]): the fields it must have.
+        format (int): what its field ``format`` must be.
+
+    Raises:
+        Damaged: if it cannot be read or is not what was written.
+    """
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        checksum = content.pop("checksum")
+    except FileNotFoundError as error:
+        raise Damaged(f"it has no {NAME}") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"its {NAME} cannot be read") from error
+    if content.get("format") != format:
+        raise Damaged(f"its format is {content.get('format')}, and this version reads {format}")
+    if checksum != _checksum(content):
+        raise Damaged(f"its {NAME} is not as it was written")
+    if content.keys() != names:
+        raise Damaged(f"its {NAME} has the fields of another version")
+    return content
+
+
+def check_size(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Refuse a file that is not there, or has another size than ``expected["bytes"]``.
+
+    Raises:
+        Damaged: naming it.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise Damaged(f"the file {name} is missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise Damaged(f"the file {name} has {size} bytes instead of {expected['bytes']}")
+
+
+def check_content(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Read a file whole, and refuse one whose SHA-256 is not ``expected["sha256"]``.
+
+    Raises:
+        Damaged: naming it.
+    """
+    if file_facts(folder / name) != expected:
+        raise Damaged(f"the content of {name} has changed since it was written")
 
 
 def file_facts(path: Path) -> dict[str, Any]:
