@@ -30,7 +30,7 @@ MAPPED = {"torchtune_kd": "torchtune_kd"} | SETUPTOOLS["package-dir"]  # package
 # What each room may import of ours, beside itself and EVERYWHERE; from the ground up, see docs/architecture.md.
 EVERYWHERE = {"torchtune_kd", "_versions", "_warnings", "_torchtune"}
 _PARTS = {"losses", "config", "distributed", "data", "models"}
-_LOOP = {"kernels", "storage", *_PARTS, "teachers", "checkpoints"}
+_LOOP = {"kernels", "storage", *_PARTS, "caches", "teachers", "checkpoints"}
 FLOORS = {
     "kernels": set(),  # by relative imports alone: the folder is copied into other projects
     "errors": set(),
@@ -42,15 +42,17 @@ FLOORS = {
     "distributed": {"errors", "config"},
     "data": {"errors", "config", "distributed"},
     "models": {"errors", "kernels", "losses", "config", "distributed", "data"},
-    "teachers": {"errors", "storage", *_PARTS},
+    "caches": {"errors", "storage", "data"},
+    "teachers": {"errors", "kernels", "storage", "caches", *_PARTS},
     "checkpoints": {"errors", "storage", "config", "distributed", "data", "models"},
     "training": {"errors", *_LOOP},
     "plan": {"errors", "training", *_LOOP},
     "evaluation": {"errors", "kernels", *_PARTS, "generation", "reports", "storage"},
+    "cache_teacher": {"errors", "training", *_LOOP},
     "sweeps": {"errors", "training", "plan", "evaluation", "reports", *_LOOP},
     "tools": {"errors", "data", "models", "generation", "reports", "storage"},
     "demo": {"errors", "training", "plan", "evaluation", "tools", "generation", "reports", *_LOOP},
-    "recipes": {"errors", "training", "plan", "evaluation", "sweeps", "reports", *_LOOP},
+    "recipes": {"errors", "training", "cache_teacher", "plan", "evaluation", "sweeps", "reports", *_LOOP},
     "configs": set(),
     "launch": set(),
     # loaded by every `import torch`
@@ -274,7 +276,16 @@ def test_wheel_in_the_stock_command(wheel, tmp_path):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
 
     listed = re.findall(r"torchtune_kd/\S+", run("ls"))
-    expected = {"kd_single_device", "kd_distributed", "plan", "evaluate", "sweep", "compare", "inspect"}
+    expected = {
+        "kd_single_device",
+        "kd_distributed",
+        "plan",
+        "cache_teacher",
+        "evaluate",
+        "sweep",
+        "compare",
+        "inspect",
+    }
     expected |= {str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")}
     assert sorted(listed) == sorted(f"torchtune_kd/{name}" for name in expected)
     run("cp", "torchtune_kd/kd_distributed", "mine.py")

@@ -22,6 +22,7 @@ _RECIPES = {
     "kd_single_device": ("kd.py", "*_single_device.yaml"),
     "kd_distributed": ("kd.py", "*_distributed.yaml"),
     "plan": ("plan.py", None),
+    "cache_teacher": ("cache_teacher.py", None),
     "evaluate": ("evaluate.py", "evaluate*.yaml"),
     "sweep": ("sweep.py", "sweep*.yaml"),
     "compare": ("compare.py", None),

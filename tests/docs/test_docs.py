@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from torchtune_kd import evaluation
+from torchtune_kd.cache_teacher.request import CacheKeys
 from torchtune_kd.config import settings
 from torchtune_kd.evaluation import inspection
 from torchtune_kd.plan import Request
@@ -135,6 +136,7 @@ def test_the_kernels_example_runs_as_it_stands():
 def test_every_key_of_a_config_is_explained():
     text = "\n".join(page.read_text() for page in PAGES) + (ROOT / "torchtune_kd" / "launch" / "README.md").read_text()
     keys = [field.name for field in fields(settings.Settings)] + list(settings.COMPONENTS)
+    keys += ["teacher_cache", "teacher_head", *(f"cache.{field.name}" for field in fields(CacheKeys))]
     assert [key for key in keys if f"`{key}" not in text] == []
 
 
@@ -185,6 +187,7 @@ def test_overrides_are_keys_of_configs():
     """``key=value`` behind ``tune run`` or the demo: a setting, a section, a key of the plan, or a name of a config."""
     known = {*settings.KEYS, *(field.name for field in fields(Request)), *evaluation.request.OWN, *inspection.OWN}
     known |= {"baseline", "metrics", "title"}  # of torchtune_kd/compare
+    known |= {"cache"}  # of torchtune_kd/cache_teacher
     for file in (ROOT / "configs").rglob("*.yaml"):
         known |= set(re.findall(r"^(\w+):", file.read_text(), flags=re.MULTILINE))
     overrides = {

@@ -40,10 +40,11 @@ def sized_config(folder: Path, size: int, kind: str, sequence: int = 128, **over
 
 def weight_bytes(run: Any) -> int:
     """Return what the two models of a run hold on this process, tables included."""
-    models: list[nn.Module] = [run.teacher.teacher.decoder, run.student.decoder]
+    teacher = run.teacher.teacher
+    models: list[nn.Module] = [getattr(teacher, "decoder", teacher), run.student.decoder]  # a cached one has none
     tensors = [tensor for model in models for tensor in (*model.parameters(), *_buffers(model))]
-    if run.teacher.teacher.head is not None:  # in 8-bit floats
-        tensors += run.teacher.teacher.head.weight
+    if getattr(teacher, "head", None) is not None:  # in 8-bit floats
+        tensors += teacher.head.weight
     return sum(tensor_bytes(t.to_local() if isinstance(t, DTensor) else t) for t in tensors)
 
 

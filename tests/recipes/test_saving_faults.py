@@ -121,7 +121,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
     cfg.metric_logger.log_dir = str(tmp_path / "logs")
     run = ForkedRun(OmegaConf.merge(cfg, {"output_dir": str(tmp_path / "file")}), 2)
     assert run.join() == [2, 2]
-    assert f"Expected an `output_dir` that can be written, got {tmp_path}/file: " in run.output(1)
+    assert f"Expected `output_dir` to be a folder that can be written, got {tmp_path}/file: " in run.output(1)
 
 
 # --- copies in host memory

@@ -79,6 +79,21 @@ def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
         settings.save_every_n_steps is None and settings.keep_best is None and not settings.resume_from_checkpoint
     ):
         return
+    check_one_folder(folder, "output_dir", world, "or save and resume nothing")
+
+
+def check_one_folder(folder: Path, key: str, world: World, otherwise: str = "or start one process") -> None:
+    """Refuse a folder that not all processes see.
+
+    Args:
+        folder (Path): made where it is not there.
+        key (str): of the config, which names it.
+        world (World): the processes.
+        otherwise (str): what else can be done, for the sentence.
+
+    Raises:
+        UserError: on every process, if one of them does not find what rank 0 puts there, or rank 0 cannot.
+    """
     mark, why = folder / f".seen_{uuid.uuid4().hex}", None
     if world.is_rank_zero:
         try:
@@ -89,14 +104,14 @@ def check_shared_folder(folder: Path, settings: Settings, world: World) -> None:
     name, why = world.gather((mark.name, why))[0]
     blind = [rank for rank, seen in enumerate(world.gather(os.path.isfile(folder / name))) if not seen]
     if why is not None:
-        raise UserError(f"Expected an `output_dir` that can be written, got {folder}: {why}.")
+        raise UserError(f"Expected `{key}` to be a folder that can be written, got {folder}: {why}.")
     if world.is_rank_zero:
         mark.unlink(missing_ok=True)
     if blind:
         raise UserError(
-            f"Expected `output_dir` to be one folder for all processes, but what rank 0 writes into {folder} is not "
+            f"Expected `{key}` to be one folder for all processes, but what rank 0 writes into {folder} is not "
             f"there for {'rank' if len(blind) == 1 else 'ranks'} {', '.join(map(str, blind))}: put it on a file "
-            "system that all nodes share, or save and resume nothing."
+            f"system that all nodes share, {otherwise}."
         )
 
 

@@ -21,7 +21,14 @@ ROWS = 256  # rows of a dataset that are read, evenly spread
 GROUPS = ("teacher", "student", "tokenizer", "data", "loss", "training")
 
 
-def run_identity(config: Config, dataset: Dataset, *, seed: int, sequences_per_step: int) -> dict[str, dict[str, Any]]:
+def run_identity(
+    config: Config,
+    dataset: Dataset,
+    *,
+    seed: int,
+    sequences_per_step: int,
+    cached_teacher: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Return everything that changes a run's numbers, in :data:`GROUPS`, each from a dotted key to a plain value.
 
     Paths are left out: files count by a fingerprint of what is in them. What changes no number (logging, devices,
@@ -32,13 +39,12 @@ def run_identity(config: Config, dataset: Dataset, *, seed: int, sequences_per_s
         dataset (Dataset): what its sections have built.
         seed (int): the seed in use, drawn where the config has none.
         sequences_per_step (int): rows of one optimizer step over all processes.
+        cached_teacher (Mapping[str, Any] | None): what a cache says of the teacher, where none runs.
     """
-    settings, teacher = config.settings, {}
-    if settings.uses_teacher:
-        teacher = _leaves(config.teacher_model)
-        if config.teacher_head is not None:
-            teacher["teacher_head"] = config.teacher_head
-        teacher["weights of the teacher"] = weights_fingerprint(config.teacher_checkpointer)
+    settings = config.settings
+    teacher = dict(cached_teacher or (teacher_identity(config) if config.runs_teacher else {}))
+    if settings.uses_teacher and config.teacher_head is not None:
+        teacher["teacher_head"] = config.teacher_head
     student = _leaves(config.model) | {"dtype": settings.dtype}
     student["weights that the student starts from"] = weights_fingerprint(config.checkpointer)
     data = _leaves(*config.dataset) | {"rows of the dataset": len(dataset)}
@@ -47,14 +53,26 @@ def run_identity(config: Config, dataset: Dataset, *, seed: int, sequences_per_s
     return {
         "teacher": teacher,
         "student": student,
-        "tokenizer": _leaves(config.tokenizer)
-        | {"files of the tokenizer": files_fingerprint(_paths(config.tokenizer.plain))},
+        "tokenizer": tokenizer_identity(config),
         "data": data,
         "loss": _leaves(config.kd_loss) | {"kd_ratio": settings.kd_ratio},
         "training": _leaves(config.optimizer, config.lr_scheduler)
         | {name: getattr(settings, name) for name in ("epochs", "max_steps_per_epoch", "max_minutes", "clip_grad_norm")}
         | {"sequences per step (batch_size x gradient_accumulation_steps x processes)": sequences_per_step},
     }
+
+
+def teacher_identity(config: Config, *, weights: bool = True) -> dict[str, Any]:
+    """Return what a teacher's hidden states depend on, beside the tokens: its builder and, with ``weights``, those."""
+    builder = _leaves(config.teacher_model)
+    if not weights:
+        return builder
+    return builder | {"weights of the teacher": weights_fingerprint(config.teacher_checkpointer)}
+
+
+def tokenizer_identity(config: Config) -> dict[str, Any]:
+    """Return what the ids of a text depend on."""
+    return _leaves(config.tokenizer) | {"files of the tokenizer": files_fingerprint(_paths(config.tokenizer.plain))}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], groups: tuple[str, ...] = GROUPS) -> list[str]:

@@ -125,18 +125,18 @@ def _token_ids(path: Path) -> dict[str, int]:
     return ids | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-def check_random_weights(written: DictConfig, *, asked: bool, uses_teacher: bool) -> None:
+def check_random_weights(written: DictConfig, *, asked: bool, runs_teacher: bool) -> None:
     """Refuse a model without a checkpoint that is not meant so, and a ``random_weights`` without a use.
 
     Args:
         written (DictConfig): a run's config.
         asked (bool): its ``random_weights``.
-        uses_teacher (bool): whether its teacher counts.
+        runs_teacher (bool): whether a teacher runs in it.
 
     Raises:
         UserError: for one without the other.
     """
-    used = CHECKPOINTERS if uses_teacher else CHECKPOINTERS[:1]
+    used = CHECKPOINTERS if runs_teacher else CHECKPOINTERS[:1]
     null = [name for name in used if name in written and written[name] is None]
     if null and not asked:
         raise UserError(
@@ -153,7 +153,8 @@ def check_random_weights(written: DictConfig, *, asked: bool, uses_teacher: bool
 
 def check_needed_sections(written: DictConfig, settings: Settings) -> None:
     """Refuse a config without a section that its run needs."""
-    for name in REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if settings.uses_teacher else ()):
+    runs_teacher = settings.uses_teacher and written.get("teacher_cache") is None
+    for name in REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if runs_teacher else ()):
         if written.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
             raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
 
@@ -163,6 +164,13 @@ def check_teacher_head(written: DictConfig) -> None:
     name = written.get("teacher_head")
     if name is not None and name not in TEACHER_HEADS:
         raise UserError(f"Expected `teacher_head` to be {' or '.join(TEACHER_HEADS)} or null, got {name!r}: change it.")
+
+
+def check_teacher_cache(written: DictConfig) -> None:
+    """Refuse a ``teacher_cache`` that names no folder."""
+    folder = written.get("teacher_cache")
+    if folder is not None and not (isinstance(folder, str) and folder):
+        raise UserError(f"Expected `teacher_cache` to be a folder or null, got {folder!r}: change it.")
 
 
 def check_kd_loss(section: Section) -> None:

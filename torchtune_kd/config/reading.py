@@ -13,6 +13,7 @@ from torchtune_kd.config.checks import (
     check_kd_loss,
     check_needed_sections,
     check_random_weights,
+    check_teacher_cache,
     check_teacher_head,
 )
 from torchtune_kd.config.sections import (
@@ -40,9 +41,10 @@ class Config:
         kd_loss (Section): one of ``torchtune_kd.losses``.
         metric_logger (Section): one of torchtune's.
         checkpointer (Section | None): the student's files; None with ``random_weights: True``.
-        teacher_model (Section | None): may be None at ``kd_ratio: 0``, like the next.
+        teacher_model (Section | None): may be None at ``kd_ratio: 0`` or with a ``teacher_cache``, like the next.
         teacher_checkpointer (Section | None): None with ``random_weights: True`` as well.
         teacher_head (str | None): one of :data:`~torchtune_kd.config.settings.TEACHER_HEADS`; None as it is.
+        teacher_cache (str | None): folder of what the teacher said, in place of a teacher that runs.
         dataset_val (tuple[Section, ...]): validation data; empty where there is none.
         lr_scheduler (Section | None): None for a constant rate.
         profiler (Section | None): torchtune's.
@@ -60,6 +62,7 @@ class Config:
     teacher_model: Section | None
     teacher_checkpointer: Section | None
     teacher_head: str | None
+    teacher_cache: str | None
     dataset_val: tuple[Section, ...]
     lr_scheduler: Section | None
     profiler: Section | None
@@ -69,6 +72,11 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """Return everything as plain values, interpolations filled in."""
         return plain_values(self.written)
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Return whether a teacher runs beside the student."""
+        return self.settings.uses_teacher and self.teacher_cache is None
 
     def with_keys(self, keys: Mapping[str, Any]) -> "Config":
         """Return the config with other values under dotted keys; ``None`` takes a key of a section out."""
@@ -95,9 +103,11 @@ def read_config(written: DictConfig, *, distributed: bool | None = None) -> Conf
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
     settings = read_settings(written, distributed=started_by_launcher() if distributed is None else distributed)
-    check_random_weights(written, asked=settings.random_weights, uses_teacher=settings.uses_teacher)
+    runs_teacher = settings.uses_teacher and written.get("teacher_cache") is None
+    check_random_weights(written, asked=settings.random_weights, runs_teacher=runs_teacher)
     check_needed_sections(written, settings)
     check_teacher_head(written)
+    check_teacher_cache(written)
     config = _assembled(written, settings)
     check_kd_loss(config.kd_loss)
     for section in components_in(written):
@@ -156,6 +166,7 @@ def _assembled(written: DictConfig, settings: Settings) -> Config:
         teacher_model=optional("teacher_model"),
         teacher_checkpointer=optional("teacher_checkpointer"),
         teacher_head=written.get("teacher_head"),
+        teacher_cache=written.get("teacher_cache"),
         dataset_val=sections_of("dataset_val", written.get("dataset_val")),
         lr_scheduler=optional("lr_scheduler"),
         profiler=optional("profiler"),

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,12 +26,14 @@ class Batch:
             the valid ones there waits for no device.
         mask (Any): which tokens of packed data see each other, as torchtune's decoders take it; None elsewhere.
         input_pos (Tensor | None): [B, S] positions of packed data.
+        lengths (Sequence[Sequence[int]]): of the documents in each row, from its beginning; the rest is padding.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Any = None
     input_pos: Tensor | None = None
+    lengths: Sequence[Sequence[int]] = ()
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -65,9 +68,14 @@ def collate_shifted(samples: list[Sample], *, pad_id: int, ignore_index: int, pa
         batch = padded_collate_sft(samples, padding_idx=pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
     if ignore_index != CROSS_ENTROPY_IGNORE_IDX:  # torchtune's datasets mask and pad with its own
         batch["labels"] = batch["labels"].masked_fill(batch["labels"] == CROSS_ENTROPY_IGNORE_IDX, ignore_index)
-    documents = [sample["seq_lens"].tolist() for sample in samples] if packed else None
-    labels = shift_labels(batch["labels"], documents, ignore_index)
-    return Batch(batch["tokens"], labels, batch.get("mask"), batch.get("input_pos"))
+    lengths = [document_lengths(sample) for sample in samples]
+    labels = shift_labels(batch["labels"], lengths if packed else None, ignore_index)
+    return Batch(batch["tokens"], labels, batch.get("mask"), batch.get("input_pos"), lengths)
+
+
+def document_lengths(sample: Sample) -> list[int]:
+    """Return how long the documents of a dataset's row are: several where it is packed."""
+    return [int(length) for length in sample["seq_lens"]] if "seq_lens" in sample else [len(sample["tokens"])]
 
 
 def shift_labels(labels: Tensor, documents: list[list[int]] | None, ignore_index: int) -> Tensor:

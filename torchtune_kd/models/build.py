@@ -87,15 +87,22 @@ def _check_adapters(section: Section) -> None:
         )
 
 
-def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder | None) -> int:
-    """Return the number of ids that teacher and student share; padded vocabularies may differ in the padding alone."""
+def check_vocabularies(student: TransformerDecoder, teacher: TransformerDecoder | int | None) -> int:
+    """Return the number of ids that teacher and student share; padded vocabularies may differ in the padding alone.
+
+    Args:
+        student (TransformerDecoder): on any device.
+        teacher (TransformerDecoder | int | None): on any device; of a cached one, its number of ids.
+    """
     student_size = output_head(student)[0].shape[0]
     if teacher is None:
         return student_size
+    cached = isinstance(teacher, int)
     try:
-        return shared_vocab(student_size, output_head(teacher)[0].shape[0])
+        return shared_vocab(student_size, teacher if cached else output_head(teacher)[0].shape[0])
     except ValueError as error:
-        raise UserError(f"`model` and `teacher_model` do not fit: {one_line(error)}") from error
+        name = "teacher_cache" if cached else "teacher_model"
+        raise UserError(f"`model` and `{name}` do not fit: {one_line(error)}") from error
 
 
 def check_sharded_layers(student: TransformerDecoder, names: list[str]) -> None:

@@ -9,24 +9,29 @@ Legend: B sequences, S their length, N = B x S tokens, V vocabulary, D hidden wi
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchtune_kd.caches.reader import Reading
+from torchtune_kd.caches.states import encode
 from torchtune_kd.config.metrics import training_metrics, validation_metrics
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.batches import Batch
+from torchtune_kd.data.documents import Document
 from torchtune_kd.distributed.world import World
 from torchtune_kd.kernels import on_meta
 from torchtune_kd.losses import KDLoss
+from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.student import Student
-from torchtune_kd.plan.meta_models import Models, head_tensors
+from torchtune_kd.plan.meta_models import Models, StoredHead, head_tensors
 from torchtune_kd.plan.tracker import Operation, Tracker
 from torchtune_kd.teachers.base import NoTeacher, Teacher
+from torchtune_kd.teachers.cached import CachedTeacher
 from torchtune_kd.teachers.live import LiveTeacher
 from torchtune_kd.training.step import gradient_scale
 
@@ -101,6 +106,7 @@ class _DryRun:
 
     def loss(self, student: Student, metrics: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Do what a step does with a microbatch before its backward."""
+        self.teacher.expect(self.batch)
         batch = self.batch.to(torch.device("meta"))
         return student(batch, self.teacher.signal(batch), metrics)
 
@@ -119,7 +125,7 @@ class _DryRun:
 def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
     settings, kd_loss = config.settings, config.kd_loss.build()
     student = Student(models.student, kd_loss, settings.kd_ratio)
-    teacher = LiveTeacher(models.teacher, models.teacher_head) if models.teacher is not None else NoTeacher()
+    teacher = _teacher(models, kd_loss.ignore_index)
     if settings.enable_activation_offloading:
         student.offload_activations = _offloaded()
     tracker = Tracker()
@@ -131,7 +137,33 @@ def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> 
         in_8_bits = functools.partial(tracker.account, float8=True)
         account = functools.partial(tracker.account, 0)
         stack.enter_context(on_meta(settings.torch_device, account=account, account_product=in_8_bits))
-        yield _DryRun(tracker, student, teacher, kd_loss, Batch(labels, labels), sizes)
+        yield _DryRun(
+            tracker, student, teacher, kd_loss, Batch(labels, labels, lengths=[[sequence]] * batch_size), sizes
+        )
+
+
+def _teacher(models: Models, ignore_index: int) -> Teacher:
+    if models.teacher is None:
+        return NoTeacher()
+    if not isinstance(models.teacher, StoredHead):
+        return LiveTeacher(models.teacher, models.teacher_head)
+    stored, meta = models.teacher, torch.device("meta")
+    rms = torch.empty(stored.width, device=meta)
+    head = models.teacher_head or Head(stored.weight, stored.bias)
+    reader = _DryReader(stored.dtype, rms)
+    return CachedTeacher(reader, head, rms, ignore_index=ignore_index, device=meta, dtype=stored.computed_in)
+
+
+class _DryReader:
+    """Stands for the files of a cache."""
+
+    def __init__(self, dtype: str, rms: Tensor) -> None:
+        self._dtype, self._rms = dtype, rms
+
+    def read(self, documents: Sequence[Document]) -> Reading:
+        """Return columns of the right size, without values."""
+        tokens = sum(len(document.positions) for document in documents)
+        return Reading(encode(self._rms.new_empty(tokens, len(self._rms)), self._dtype, self._rms), [])
 
 
 def hold_weights(tracker: Tracker, models: Models) -> None:

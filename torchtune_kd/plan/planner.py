@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torchtune_kd.caches.states import bytes_per_token
 from torchtune_kd.config.checks import check_tokenizer, missing_tokenizer_files
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
@@ -12,7 +13,7 @@ from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
-from torchtune_kd.plan.meta_models import Models, Parameters, as_run, build_models, count_parameters
+from torchtune_kd.plan.meta_models import Models, Parameters, StoredHead, as_run, build_models, count_parameters
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.request import SEQUENCE, Request
 from torchtune_kd.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
@@ -28,6 +29,7 @@ class RunPlan:
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
         teacher_head (str | None): as in the config.
+        stored_bytes (int | None): that a token's states take in a cache; None where a teacher runs.
         missing_tokenizer (tuple[str, ...]): files of the tokenizer that are not there, so that it is not checked.
         parameters (Parameters): of both models.
         memory (Memory): of a device.
@@ -44,6 +46,7 @@ class RunPlan:
     layout: Layout
     sequence: int
     teacher_head: str | None
+    stored_bytes: int | None
     missing_tokenizer: tuple[str, ...]
     parameters: Parameters
     memory: Memory
@@ -85,9 +88,12 @@ def plan_run(
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(config, layout.shards)
+    stored = models.teacher if isinstance(models.teacher, StoredHead) else None
+    stored_bytes = None if stored is None else bytes_per_token(stored.dtype, stored.width)
     missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
-        check_tokenizer(config.tokenizer.build(), check_vocabularies(models.student, models.teacher))
+        vocab = check_vocabularies(models.student, models.teacher if stored is None else stored.weight.shape[0])
+        check_tokenizer(config.tokenizer.build(), vocab)
     sequence, parameters = _sequence(request, config, models), count_parameters(models)
     models = as_run(config, models)
     memory, dry = plan_memory(config, models, layout, sequence, run=step)
@@ -113,6 +119,7 @@ def plan_run(
         layout=layout,
         sequence=sequence,
         teacher_head=config.teacher_head if settings.uses_teacher else None,
+        stored_bytes=stored_bytes,
         missing_tokenizer=tuple(map(str, missing)),
         parameters=parameters,
         memory=memory,

@@ -103,6 +103,7 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
             "flops_per_step": plan.flops,
             "communication_per_step": asdict(plan.communication),
             "seconds_per_step": None if plan.why_no_times else seconds,
+            "cache_bytes_per_token": plan.stored_bytes,
         },
         "why_no_times": plan.why_no_times,
         "devices": [asdict(device) for device in plan.devices],
@@ -130,6 +131,8 @@ def as_text(plan: RunPlan) -> str:
     ]
     if layout.processes > 1:
         lines += ["", *_communication_lines(plan.communication)]
+    if plan.stored_bytes is not None:
+        lines += ["", _cache_line(plan, plan.stored_bytes)]
     if plan.devices:
         lines += ["", *_time_lines(plan)]
     if plan.why_no_times:
@@ -157,6 +160,18 @@ def _memory_lines(plan: RunPlan) -> list[str]:
             said = f"{verdict}, at most batch_size={plan.largest_batch}"
         lines += ["", f"in {room / GIB:.1f} GiB of device memory: {said}"]
     return lines
+
+
+def _cache_line(plan: RunPlan, stored: int) -> str:
+    """Say what is read instead of computed, of the teacher."""
+    read = stored * plan.tokens_per_step / plan.layout.processes
+    said = (
+        f"from the cache: {stored:,} bytes a token, {stored * 1e6 / 1e9:,.1f} GB for each million on the disk, and "
+        f"{read / 1e6:,.0f} MB to be read per step and device"
+    )
+    if len(plan.devices) == 1:
+        said += f", {read / 1e6 / plan.times[plan.devices[0].name].total:,.0f} MB/s"
+    return said
 
 
 def _flops_lines(flops: dict[str, int]) -> list[str]:

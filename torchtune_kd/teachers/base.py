@@ -15,6 +15,10 @@ class Teacher(Protocol):
         """Return what the loss is measured against, on the batch's device and without a graph."""
         ...
 
+    def expect(self, batch: Batch) -> None:
+        """Prepare for a batch, still on the host, whose signal will be the next to be asked for."""
+        ...
+
     def end_step(self, student: nn.Module) -> None:
         """Give back what an optimizer step, or a validation, no longer needs."""
         ...
@@ -25,6 +29,9 @@ class NoTeacher:
 
     def signal(self, batch: Batch) -> None:
         """Return nothing: the loss is the cross-entropy alone."""
+
+    def expect(self, batch: Batch) -> None:
+        """Prepare nothing."""
 
     def end_step(self, student: nn.Module) -> None:
         """Hold nothing."""

@@ -57,6 +57,9 @@ class LiveTeacher(nn.Module):
             weight, bias = output_head(self.decoder)
         return Hidden(states, Head(weight.detach(), None if bias is None else bias.detach()))
 
+    def expect(self, batch: Batch) -> None:
+        """Prepare nothing: the forward begins when it is asked for."""
+
     def end_step(self, student: nn.Module) -> None:
         """Give the gathered parameters back."""
         reshard(self)

@@ -36,6 +36,10 @@ class TimedTeacher:
         self._spans.append((begin, self._now()))
         return signal
 
+    def expect(self, batch: Batch) -> None:
+        """Let the teacher prepare for a batch."""
+        self.teacher.expect(batch)
+
     def end_step(self, student: nn.Module) -> None:
         """Give back what the teacher no longer needs."""
         self.teacher.end_step(student)

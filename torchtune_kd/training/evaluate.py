@@ -42,6 +42,7 @@ def evaluate(
         stopped = interrupted()
         if stopped:
             break
+        teacher.expect(batch)
         batch = batch.to(world.device)
         loss, batch_sums = student(batch, teacher.signal(batch), metrics)
         add_sums(sums, {"loss": loss, **batch_sums})

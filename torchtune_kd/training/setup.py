@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torchtune import training
 from torchtune.modules.peft import get_adapter_params
 
+from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.folders import check_output_folder, check_shared_folder, output_folder, run_folders
 from torchtune_kd.checkpoints.identity import run_identity
@@ -22,8 +23,10 @@ from torchtune_kd.models.build import build_student, check_sharded_layers, check
 from torchtune_kd.models.float8_head import check_head
 from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.base import Teacher
+from torchtune_kd.teachers.cached import build_cached_teacher, cache_of
 from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.teachers.timed import TimedTeacher
+from torchtune_kd.training.cached import check_cached_data, check_cached_models
 from torchtune_kd.training.events import Events
 from torchtune_kd.training.log import TrainingLog
 from torchtune_kd.training.optim import build_lr_scheduler, build_profiler, check_optimizer
@@ -38,10 +41,17 @@ class DataLimits(NamedTuple):
     vocab: int  # ids from 0 to vocab - 1
 
 
-def check_run(config: Config, tokenizer: Any, world: World, *, resumed: bool = False) -> DataLimits:
+def check_run(
+    config: Config, tokenizer: Any, world: World, cache: CacheReader | None = None, *, resumed: bool = False
+) -> DataLimits:
     """Check everything that needs neither weights nor data, and return what the data may hold.
 
-    ``resumed`` says that the output folder holds the checkpoint with which the run goes on.
+    Args:
+        config (Config): the run's.
+        tokenizer (Any): built from it.
+        world (World): the processes.
+        cache (CacheReader | None): what stands for a teacher that runs.
+        resumed (bool): whether the output folder holds the checkpoint with which the run goes on.
 
     Raises:
         UserError: at the first thing that cannot work.
@@ -58,7 +68,10 @@ def check_run(config: Config, tokenizer: Any, world: World, *, resumed: bool = F
             "set it to False."
         )
     longest, teacher = student.max_seq_len, None
-    if settings.uses_teacher:
+    if cache is not None:
+        check_cached_models(config, cache)
+        teacher = cache.manifest.vocab
+    elif config.runs_teacher:
         check_checkpoint_files(config.teacher_checkpointer)
         teacher = on_meta(config.teacher_model, settings, world)
         if config.teacher_head is not None:
@@ -91,13 +104,24 @@ def set_up(config: Config, world: World) -> Run:
     seed = training.set_seed(seed, debug_mode=settings.cudnn_deterministic_mode)
     kd_loss = config.kd_loss.build()
     tokenizer = config.tokenizer.build()
-    limits = check_run(config, tokenizer, world, resumed=found is not None)
+    cache = cache_of(config, world)
+    limits = check_run(config, tokenizer, world, cache, resumed=found is not None)
     loader, val_loader = build_loaders(
         config, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world
     )
+    if cache is not None:
+        for each, name in ((loader, "dataset"), (val_loader, "dataset_val")):
+            if each is not None:
+                check_cached_data(cache, each.sampler.dataset, name, world)
     sequences = settings.batch_size * settings.gradient_accumulation_steps * world.size
     traits = (
-        run_identity(config, loader.sampler.dataset, seed=seed, sequences_per_step=sequences)
+        run_identity(
+            config,
+            loader.sampler.dataset,
+            seed=seed,
+            sequences_per_step=sequences,
+            cached_teacher=None if cache is None else cache.manifest.as_teacher,
+        )
         if world.is_rank_zero
         else {}
     )
@@ -134,7 +158,11 @@ def set_up(config: Config, world: World) -> Run:
         written=written,
     )
 
-    teacher: Teacher = build_teacher(config, world)
+    teacher: Teacher = (
+        build_teacher(config, world)
+        if cache is None
+        else build_cached_teacher(config, kd_loss.ignore_index, cache, world)
+    )
     if settings.uses_teacher:
         teacher = log.teacher = TimedTeacher(teacher, world.device)
     checkpointer, weights = load_weights(config.checkpointer, world)

@@ -37,6 +37,7 @@ class Step:
         ignore_index (int): label of the tokens that do not count.
         world (World): all its processes take the step together.
         interrupted (Callable[[], bool]): asked between two microbatches, on all processes with the same answer.
+        expect (Callable[[Batch], None]): told of each microbatch, still on the host, one microbatch ahead.
         announce (Callable[[str], None]): told of every ``microbatch``.
 
     Attributes:
@@ -52,21 +53,25 @@ class Step:
         ignore_index: int,
         world: World,
         interrupted: Callable[[], bool] = lambda: False,
+        expect: Callable[[Batch], None] = lambda batch: None,
         announce: Callable[[str], None] = lambda event: None,
     ) -> None:
         self.microbatches, self.metrics = microbatches, metrics
         self.sums: dict[str, Tensor] = {}
         self.given_up = False
         self._student, self._world = student, world
-        self._interrupted, self._announce = interrupted, announce
+        self._interrupted, self._expect, self._announce = interrupted, expect, announce
         self._scale = gradient_scale(microbatches, ignore_index, world)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._expect(self.microbatches[0])
         for index, batch in enumerate(self.microbatches):
             if index > 0 and self._interrupted():
                 self.given_up = True
                 return
             self._student.prepare_microbatch(is_last=index + 1 == len(self.microbatches))
+            if index + 1 < len(self.microbatches):
+                self._expect(self.microbatches[index + 1])
             self._announce("microbatch")
             yield batch.to(self._world.device)
 
@@ -116,6 +121,7 @@ def begin_step(run: Run, microbatches: list[Batch]) -> Step:
         run.ignore_index,
         run.world,
         interrupted=lambda: asked_to_stop(run),
+        expect=run.teacher.expect,
         announce=run.events.announce,
     )
 

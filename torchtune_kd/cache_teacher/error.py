@@ -1,0 +1,66 @@
+"""What a cache loses: measured on a sample of the teacher's own states, and kept in the manifest.
+
+With p the teacher's probabilities from its states and p' those from what is stored, both at T = 1, over the sample:
+
+    kl_mean, kl_max    mean and largest KL(p || p'), in nats
+    top1_changed       share of tokens whose most likely id is another one
+    gradient_error     |p' - p| / |p - y| (Frobenius norms), with y the labels one-hot: the error of a student's logit
+                       gradient, relative to the teacher's own of the cross-entropy
+
+Shapes: n tokens of the sample, D hidden width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtune_kd.losses.signals import Head
+
+SAMPLE = 4096  # tokens
+_ROWS = 256  # at a time: their logits are there whole
+
+
+@torch.no_grad()
+def error_of(states: Tensor, stored: Tensor, labels: Tensor, head: Head) -> dict[str, float]:
+    """Return the figures above.
+
+    Args:
+        states (Tensor): [n, D], as the teacher gave them.
+        stored (Tensor): [n, D], what comes back from the cache.
+        labels (Tensor): [n] ids.
+        head (Head): of the teacher, in any floating dtype; the arithmetic is fp32.
+    """
+    weight = head.weight.float()
+    bias = None if head.bias is None else head.bias.float()
+    kl: list[Tensor] = []
+    changed = wrong = whole = torch.zeros((), dtype=torch.float64, device=states.device)
+    for begin in range(0, len(states), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        log_p, log_q = (
+            torch.log_softmax(torch.nn.functional.linear(each[rows].float(), weight, bias), -1)
+            for each in (states, stored)
+        )
+        p, q = log_p.exp(), log_q.exp()
+        # Σ q - Σ p is 0 but for rounding, and takes that of the normalisers out of the sum
+        kl.append((p * (log_p - log_q) + q - p).sum(-1).clamp(min=0))
+        changed = changed + (p.argmax(-1) != q.argmax(-1)).sum()
+        wrong = wrong + (q - p).double().square().sum()
+        p[torch.arange(len(p), device=p.device), labels[rows]] -= 1
+        whole = whole + p.double().square().sum()
+    every = torch.cat(kl)
+    return {
+        "tokens": len(states),
+        "kl_mean": float(every.mean()),
+        "kl_max": float(every.max()),
+        "top1_changed": float(changed / len(states)),
+        "gradient_error": float((wrong / whole.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()),
+    }
+
+
+def said(error: dict[str, float]) -> str:
+    """Say the figures in a sentence."""
+    return (
+        f"What is stored differs from what the teacher gave, on {error['tokens']:,} tokens: KL {error['kl_mean']:.2g} "
+        "nats "
+        f"on average, {error['kl_max']:.2g} at most, another most likely token at {error['top1_changed']:.2%}, error "
+        f"of the gradient {error['gradient_error']:.2%}."
+    )

@@ -1,0 +1,94 @@
+"""The keys under ``cache``, beside the config of a training run."""
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from torchtune_kd.caches.layout import DTYPES, KINDS, POSITIONS
+from torchtune_kd.config.reading import Config, read_run_config
+from torchtune_kd.config.settings import typed
+from torchtune_kd.errors import UserError, nearest
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class CacheKeys:
+    """What is written where; see docs/teachers.md."""
+
+    folder: str
+    kind: str = "hidden"
+    dtype: str = "bf16"  # of the states
+    positions: str = "labels"  # tokens that are stored: those with a label, or all
+    shard_size: int | str = "512MiB"
+    tokens_per_batch: int = 16384  # of a forward, on each process
+    verify: bool = False  # read every file again in the end
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        config (Config): of the training run whose teacher and data are meant.
+        keys (CacheKeys): those under ``cache``.
+        shard_bytes (int): after which a shard is closed.
+    """
+
+    config: Config
+    keys: CacheKeys
+    shard_bytes: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.keys.folder)
+
+
+def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
+    """Check a config whole and return what it asks for.
+
+    Raises:
+        UserError: naming the first key that is unknown, missing, or has a value that cannot be.
+    """
+    config = read_run_config(written, ("cache",), distributed=distributed)
+    if config.teacher_cache is not None:
+        raise UserError(
+            "Expected the config of a run whose teacher is to be written to disk, but it has `teacher_cache`: delete "
+            "that key here."
+        )
+    if not config.settings.uses_teacher:
+        raise UserError("`kd_ratio: 0` runs no teacher, so there is nothing to write: set it above 0.")
+    section = written.get("cache")
+    if not isinstance(section, DictConfig):
+        raise UserError("Expected a section `cache` with a `folder`, but there is none: add cache.folder=FOLDER.")
+    known = {field.name: field for field in fields(CacheKeys)}
+    values: dict[str, Any] = {}
+    for key in section:
+        if key not in known:
+            raise UserError(f"Unknown key `cache.{key}`: {nearest(str(key), known)}")
+        values[str(key)] = typed(f"cache.{key}", section[key], known[str(key)].type)
+    if values.get("folder") is None:
+        raise UserError("Expected `cache.folder` in the config, but it is missing: add cache.folder=FOLDER.")
+    keys = CacheKeys(**values)
+    for name, choices in (("kind", KINDS), ("dtype", DTYPES), ("positions", POSITIONS)):
+        if getattr(keys, name) not in choices:
+            raise UserError(
+                f"Expected `cache.{name}` to be {' or '.join(choices)}, got {getattr(keys, name)!r}: change it."
+            )
+    if keys.tokens_per_batch < 1:
+        raise UserError(f"Expected `cache.tokens_per_batch` to be at least 1, got {keys.tokens_per_batch}: change it.")
+    return Request(config, keys, _size(keys.shard_size))
+
+
+def _size(text: int | str) -> int:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit and match[1].count(".") < 2 else 0
+    if size < 1:
+        raise UserError(
+            f"Expected `cache.shard_size` to be bytes, such as 536870912 or 512MiB, got {text!r}: change it."
+        )
+    return size

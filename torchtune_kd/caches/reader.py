@@ -1,0 +1,161 @@
+"""Documents out of a cache: in threads, ahead of the step that needs them.
+
+Shapes: n tokens, V vocabulary, D hidden width of the teacher.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchtune_kd.caches.index import Index, Place
+from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest
+from torchtune_kd.caches.shards import TABLE, Column, as_bytes, checksum, read_header
+from torchtune_kd.data.documents import Document
+from torchtune_kd.errors import RunError, UserError, first_line
+from torchtune_kd.storage.manifest import Damaged
+
+THREADS = 4
+
+
+class Reading:
+    """Rows that threads are reading; :meth:`columns` waits for them."""
+
+    def __init__(self, columns: dict[str, Tensor], parts: Sequence[Future[None]]) -> None:
+        self._columns, self._parts = columns, parts
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return each column [n, ...] on the host.
+
+        Raises:
+            RunError: if a document cannot be read, or is not what was written.
+        """
+        for part in self._parts:
+            part.result()
+        return self._columns
+
+
+class CacheReader:
+    """Read documents of a finished cache.
+
+    Args:
+        folder (Path): the cache's.
+        pinned (bool): read into page-locked memory, which a CUDA device copies from without waiting.
+
+    Attributes:
+        folder (Path): the cache's.
+        manifest (CacheManifest): what it says of itself.
+        index (Index): where its documents lie.
+
+    Raises:
+        UserError: for a folder that is no finished cache, or lacks a file.
+    """
+
+    def __init__(self, folder: Path, *, pinned: bool = False) -> None:
+        self.folder, self._pinned = folder, pinned
+        self.manifest = CacheManifest.read(folder)
+        self.index = Index.read(folder / self.manifest.index)
+        # in the order in which the index numbers them
+        self._shards = sorted(Path(name).name for name in self.manifest.files if Path(name).parent.name == SHARDS)
+        self._columns: dict[int, dict[str, Column]] = {}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
+
+    def head(self) -> dict[str, Tensor]:
+        """Return ``weight`` [V, D], ``channel_rms`` [D] and, where the teacher's head has one, ``bias`` [V].
+
+        Raises:
+            UserError: if the file cannot be read.
+        """
+        try:
+            return load_file(self.folder / HEAD)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The head in {self.folder / HEAD} cannot be read ({first_line(error)}): write the cache again."
+            ) from error
+
+    def read(self, documents: Sequence[Document]) -> Reading:
+        """Begin to read the labelled tokens of documents, in their order.
+
+        Raises:
+            RunError: for a document that is not in the cache, or lacks one of its positions.
+        """
+        places = [self._place(document) for document in documents]
+        total = sum(len(document.positions) for document in documents)
+        columns = {
+            name: torch.empty(total, *column.shape, dtype=column.dtype, pin_memory=self._pinned)
+            for name, column in (self._columns_of(places[0].shard) if places else {}).items()
+        }
+        parts, begin = [], 0
+        for document, place in zip(documents, places, strict=True):
+            end = begin + len(document.positions)
+            into = {name: column[begin:end] for name, column in columns.items()}
+            parts.append(self._pool.submit(self._read_one, place, document, into))
+            begin = end
+        return Reading(columns, parts)
+
+    def _place(self, document: Document) -> Place:
+        place = self.index.find(document.key)
+        if place is None or not self.index.holds(document.key, document.positions):
+            raise RunError(
+                f"A document of {document.length} tokens is not in the cache {self.folder}, or not all of its labelled "
+                "tokens are: its dataset gives other tokens each time it is read, so distil from a live teacher."
+            )
+        return place
+
+    def _columns_of(self, shard: int) -> dict[str, Column]:
+        if shard not in self._columns:
+            file = self.folder / SHARDS / self._shards[shard]
+            try:
+                columns, _ = read_header(file)
+            except Damaged as error:
+                raise RunError(f"The cache in {self.folder} is damaged, {error}: {_REMEDY}") from error
+            self._columns[shard] = {name: column for name, column in columns.items() if name not in TABLE}
+        return self._columns[shard]
+
+    def _read_one(self, place: Place, document: Document, into: dict[str, Tensor]) -> None:
+        """Read all rows of a document, check them, and keep those that are asked for."""
+        columns = self._columns_of(place.shard)
+        file = self.folder / SHARDS / self._shards[place.shard]
+        whole = len(place.positions) == len(document.positions)  # then they are the same ones
+        rows = (
+            into
+            if whole
+            else {name: torch.empty(place.count, *column.shape, dtype=column.dtype) for name, column in columns.items()}
+        )
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                for name, column in columns.items():
+                    memory = as_bytes(rows[name])
+                    _read_whole(descriptor, memory, column.offset + place.start * column.row_bytes)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise RunError(f"The file {file} cannot be read ({first_line(error)}): {_REMEDY}") from error
+        if checksum({name: as_bytes(tensor) for name, tensor in rows.items()}) != place.crc32:
+            raise RunError(
+                f"The document {document.key.hex()} in {file} is not what was written, its checksum differs: {_REMEDY}"
+            )
+        if not whole:
+            kept = torch.from_numpy(np.searchsorted(place.positions, document.positions))
+            for name, tensor in rows.items():
+                torch.index_select(tensor, 0, kept, out=into[name])
+
+
+_REMEDY = "delete that file and run `tune run torchtune_kd/cache_teacher` again, which writes what is missing."
+
+
+def _read_whole(descriptor: int, memory: memoryview, offset: int) -> None:
+    """Fill ``memory`` from the file."""
+    done = 0
+    while done < len(memory):
+        read = os.preadv(descriptor, [memory[done:]], offset + done)
+        if read == 0:
+            raise OSError(f"it ends {len(memory) - done} bytes too early")
+        done += read
