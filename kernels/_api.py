@@ -111,12 +111,14 @@ def softmax_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | Float8Weight | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_weight: Tensor | Float8Weight | Sequence[Tensor | Float8Weight] | None,
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
+    teacher_shares: Sequence[float] | None = None,
+    teacher_mix: str = "probabilities",
     divergence: str = "forward_kl",
     beta: float | None = None,
     temperature: float = 1.0,
@@ -139,19 +141,32 @@ def linear_kd_loss(
     Logits are rounded to the models' dtype, as a linear layer's are; the loss arithmetic and its limits are
     those of :func:`softmax_kd_loss`. Under autocast the products run in autocast's dtype, except fp64 ones.
 
+    Several teachers are an ensemble: `teacher_hidden` and `teacher_weight` (and `teacher_bias`) are equally long
+    sequences. Members m may have widths and paddings of the vocabulary of their own; with shares w the teacher is
+
+    .. math:: p_T = \mathrm{softmax}\Big(\tfrac1T \log \sum_m w_m\,\mathrm{softmax}(z_m)\Big), \qquad
+        p_T = \mathrm{softmax}\Big(\tfrac1T \sum_m w_m z_m\Big)
+
+    The first, "probabilities", is the model whose probabilities are the members' mean; T softens it as it softens any
+    model, and not each of its members. The second, "logits", is their normalised geometric mean. One member is a
+    teacher like any other.
+
     Args:
         student_hidden (Tensor): last hidden states ``[N, D]`` or ``[B, S, D]``, bf16, fp16, fp32 or fp64.
         student_weight (Tensor): output projection ``[V, D]``, of the same dtype.
-        teacher_hidden (Tensor | None): the same leading shape, a width of its own. Not touched, and may be
-            None, if `kd_ratio` is 0 and no metric asks for it; so may `teacher_weight`.
-        teacher_weight (Tensor | Float8Weight | None): ``[V, D]`` of the teacher, or what :func:`float8_weight` made of
-            it.
+        teacher_hidden (Tensor | Sequence[Tensor] | None): the same leading shape, a width of its own. Not touched, and
+            may be None, if `kd_ratio` is 0 and no metric asks for it; so may `teacher_weight`.
+        teacher_weight (Tensor | Float8Weight | Sequence[Tensor | Float8Weight] | None): ``[V, D]`` of the teacher, or
+            what :func:`float8_weight` made of it.
         labels (Tensor): ``[N]`` or ``[B, S]``, integers in [0, V) or `ignore_index`. May stay on the CPU
             while the rest is on a device: then ignored tokens are dropped without waiting for it. With labels on
             the device the host waits once, for the number of valid tokens. A CUDA graph captures labels on the
             device only, and with them the products of all tokens.
         student_bias (Tensor | None): ``[V]`` floating; used, like the next, in the dtype of the products.
-        teacher_bias (Tensor | None): ``[V]`` of the teacher.
+        teacher_bias (Tensor | Sequence[Tensor | None] | None): ``[V]`` of the teacher.
+        teacher_shares (Sequence[float] | None): w of each member of an ensemble, above 0; they add up to 1. None gives
+            all the same.
+        teacher_mix (str): what of an ensemble's members is averaged, "probabilities" or "logits".
         divergence (str): see :func:`softmax_kd_loss`, as for all arguments down to
             `scale_by_temperature_squared`.
         beta (float | None): parameter of the divergence.
@@ -160,9 +175,9 @@ def linear_kd_loss(
         ignore_index (int): label of tokens that do not count.
         reduction (str): "mean", "sum" or "none". "none" with a trainable head computes its products twice.
         scale_by_temperature_squared (bool): multiply D by T².
-        chunk_tokens (int | None): tokens per chunk; None chooses them so that both chunks of logits take at
-            most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128 tokens). PyTorch's loss arithmetic needs
-            another 14 MiB on a CPU and 224 MiB elsewhere, Triton's nothing.
+        chunk_tokens (int | None): tokens per chunk; None chooses them so that both chunks of logits (of a mean of
+            probabilities a third one, in fp32) take at most 256 MiB on a CPU and 1 GiB elsewhere (and at least 128
+            tokens). PyTorch's loss arithmetic needs another 14 MiB on a CPU and 224 MiB elsewhere, Triton's nothing.
         teacher_head_dtype (str | None): "float8" computes the teacher's logits from hidden states and head in
             float8_e4m3fn, each row with a scale of its own, summed in fp32; the teacher's D must be a multiple of 16.
             It quantises `teacher_weight` in every call, unless that is a ``Float8Weight``, which needs no
@@ -186,6 +201,8 @@ def linear_kd_loss(
         Objective(divergence, beta, temperature, kd_ratio, ignore_index, scale_by_temperature_squared),
         student_bias=student_bias,
         teacher_bias=teacher_bias,
+        teacher_shares=teacher_shares,
+        teacher_mix=teacher_mix,
         reduction=reduction,
         chunk_tokens=chunk_tokens,
         teacher_head_dtype=teacher_head_dtype,

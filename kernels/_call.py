@@ -29,6 +29,7 @@ from ._checks import (
     shared_vocab,
 )
 from ._derivatives import check_transforms
+from ._ensemble import check_mixed, check_no_shares, check_shares, is_ensemble, members_of
 from ._float8 import Float8Weight, quantised_weight
 from ._linear import LinearKD
 from ._meta import META
@@ -36,7 +37,17 @@ from ._objective import Objective, needs_teacher, resolve_metrics
 from ._operators import float8_weight_op, linear_kd_op, softmax_kd_op
 from ._plan import Plan, autocast_type, to_device
 from ._softmax import SoftmaxKD
-from ._teachers import Teacher, TeacherHead, scores_of, tensors_of
+from ._teachers import (
+    HEAD,
+    MIXES,
+    PROBABILITIES,
+    Mixture,
+    Teacher,
+    TeacherHead,
+    heads_of,
+    scores_of,
+    tensors_of,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 HEAD_DTYPES = ("float8",)
@@ -97,13 +108,15 @@ def softmax_kd_objective(
 def linear_kd_objective(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | Float8Weight | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_weight: Tensor | Float8Weight | Sequence[Tensor | Float8Weight] | None,
     labels: Tensor,
     objective: Objective,
     *,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
+    teacher_shares: Sequence[float] | None = None,
+    teacher_mix: str = PROBABILITIES,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     teacher_head_dtype: str | None = None,
@@ -116,6 +129,7 @@ def linear_kd_objective(
     check_choice("backend", backend, BACKENDS)
     if teacher_head_dtype is not None:
         check_choice("teacher_head_dtype", teacher_head_dtype, HEAD_DTYPES)
+    check_choice("teacher_mix", teacher_mix, MIXES)
     check_chunk_tokens(chunk_tokens)
     if labels is None:
         raise ValueError("linear_kd_loss needs labels [N] to know the valid tokens, but got None")
@@ -127,16 +141,17 @@ def linear_kd_objective(
     has_teacher = needs_teacher(objective.kd_ratio, metrics)
     student_hidden, student_weight, student_bias = check_head("student", student_hidden, student_weight, student_bias)
     vocab = student_weight.shape[0]
-    teacher: tuple[TeacherHead, ...] = ()
+    teacher: Teacher = None
     if has_teacher:
         assert teacher_hidden is not None and teacher_weight is not None  # or it would have been refused above
-        check_teacher("teacher_hidden", teacher_hidden, student_hidden)
-        teacher = (_teacher_head(teacher_hidden, teacher_weight, teacher_bias, teacher_head_dtype),)
-        vocab = shared_vocab(vocab, teacher[0].vocab)
+        factors = teacher_hidden, teacher_weight, teacher_bias
+        teacher = _teacher(student_hidden, *factors, teacher_head_dtype, teacher_shares, teacher_mix)
+        vocab = min([shared_vocab(vocab, head.vocab) for head in heads_of(teacher)])
     flat_labels = check_labels(labels, vocab, objective.ignore_index)
 
     student = student_hidden, student_weight, student_bias
-    plan = Plan(objective, metrics, vocab, reduction, has_teacher, wants_gradient(*student))
+    mixture = (teacher.of, teacher.shares) if isinstance(teacher, Mixture) else (HEAD, ())
+    plan = Plan(objective, metrics, vocab, reduction, has_teacher, wants_gradient(*student), 1.0, *mixture)
     backend = resolve_backend(backend, student_hidden, *scores_of(teacher))
     return linear_result(student, flat_labels, plan, chunk_tokens, backend, teacher, return_metrics)
 
@@ -166,7 +181,8 @@ def linear_result(
         teacher (Teacher): what it is measured against.
         return_metrics (object): whether to return them.
     """
-    check_transforms()  # once more: torch.compile takes up again here where it left off at the caller's refusal
+    if torch.compiler.is_compiling():  # it takes up again here where it left off at the caller's refusal
+        check_transforms()
     hidden, weight, bias = student
     rows = hidden.reshape(-1, hidden.shape[-1])
     apply = linear_kd_op if torch.compiler.is_compiling() else LinearKD.apply
@@ -195,6 +211,35 @@ def float8_weight(weight: Tensor) -> Float8Weight:
     """
     check_float8_source("weight", weight)
     return float8_weight_op(weight) if torch.compiler.is_compiling() else quantised_weight(weight)
+
+
+def _teacher(
+    student_hidden: Tensor,
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Float8Weight | Sequence[Tensor | Float8Weight],
+    bias: Tensor | Sequence[Tensor | None] | None,
+    head_dtype: str | None,
+    shares: Sequence[float] | None,
+    mix: str,
+) -> Teacher:
+    """Return one teacher, or an ensemble where the tensors come in sequences."""
+
+    def head(hidden: Tensor, weight: Tensor | Float8Weight, bias: Tensor | None) -> TeacherHead:
+        check_teacher("teacher_hidden", hidden, student_hidden)
+        return _teacher_head(hidden, weight, bias, head_dtype)
+
+    if not is_ensemble(hidden, weight, bias):
+        check_no_shares(shares)
+        return head(hidden, weight, bias)  # pyright: ignore[reportArgumentType]: none of them is a sequence
+    heads = []
+    for at, member in enumerate(members_of(hidden, weight, bias)):
+        try:
+            heads.append(head(*member))
+        except ValueError as error:
+            raise ValueError(f"member {at} of the ensemble: {error}") from None
+    weights = check_shares(shares, len(heads))
+    check_mixed(heads, mix)
+    return heads[0] if len(heads) == 1 else Mixture(tuple(heads), weights, mix)
 
 
 def _teacher_head(

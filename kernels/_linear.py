@@ -65,7 +65,7 @@ class LinearKD(torch.autograd.Function):
         *teacher: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (0-d or ``[N]``), sums of the metrics ``[M]`` and number of valid tokens (0-d)."""
-        models = Models(hidden, weight, bias, teacher_of(plan.teacher_kind, teacher))
+        models = Models(hidden, weight, bias, teacher_of(plan.teacher_kind, plan.shares, teacher))
         ctx.needed = NeededGradients(*(plan.want_grad and needed for needed in ctx.needs_input_grad[:3]))
         ctx.recomputes = ctx.needed.wait_for_backward(plan.reduction)
         needed_now = ctx.needed.before_backward(plan.reduction)
@@ -94,7 +94,7 @@ class LinearKD(torch.autograd.Function):
         with torch.no_grad():
             if ctx.recomputes:
                 hidden, weight, bias, labels, *teacher = ctx.saved_tensors
-                models = Models(hidden, weight, bias, teacher_of(ctx.plan.teacher_kind, teacher))
+                models = Models(hidden, weight, bias, teacher_of(ctx.plan.teacher_kind, ctx.plan.shares, teacher))
                 settings = ctx.plan, ctx.chunk_tokens, ctx.backend, ctx.needed
                 grads = recomputed_gradients(models, labels, *settings, grad_loss.unsqueeze(-1))
                 scale, in_place = grad_loss.new_ones(()), True

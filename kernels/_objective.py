@@ -89,12 +89,12 @@ class Objective:
             object.__setattr__(self, "beta", default)
         elif default is None:
             raise ValueError(f"{self.divergence} has no beta, but got beta={self.beta}; leave beta out")
-        elif not (_is_number(self.beta) and 0.0 <= self.beta <= 1.0):
+        elif not (is_number(self.beta) and 0.0 <= self.beta <= 1.0):
             raise ValueError(f"beta must be a number in [0, 1], but got {self.beta!r}")
         low, high = TEMPERATURES
-        if not (_is_number(self.temperature) and low <= self.temperature <= high):
+        if not (is_number(self.temperature) and low <= self.temperature <= high):
             raise ValueError(f"temperature must be a number from {low:g} to {high:g}, but got {self.temperature!r}")
-        if not (_is_number(self.kd_ratio) and 0.0 <= self.kd_ratio <= 1.0):
+        if not (is_number(self.kd_ratio) and 0.0 <= self.kd_ratio <= 1.0):
             raise ValueError(f"kd_ratio must be a number in [0, 1], but got {self.kd_ratio!r}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, but got {self.ignore_index!r}")
@@ -127,7 +127,7 @@ class Objective:
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Return whether `value` is a real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 

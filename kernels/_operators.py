@@ -55,9 +55,16 @@ def shared_ids(student: Tensor, teacher: Tensor | None) -> int:
     return student.shape[-1] if teacher is None else min(student.shape[-1], teacher.shape[-1])
 
 
-def with_vocab(plan: str, models: Models) -> Plan:
-    """Read a plan, and the vocabulary from the tensors."""
-    return unpack(plan)._replace(vocab=scored_ids(models.weight.shape[0], models.teacher))
+def models_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Sequence[Tensor], given: str, plan: Plan
+) -> Models:
+    """Return both models of an operator's tensors."""
+    return Models(hidden, weight, bias, teacher_of(plan.teacher_kind, plan.shares, unpack_optional(teacher, given)))
+
+
+def with_vocab(plan: Plan, models: Models) -> Plan:
+    """Fill in the vocabulary, which the tensors tell."""
+    return plan._replace(vocab=scored_ids(models.weight.shape[0], models.teacher))
 
 
 def fake_results(
@@ -175,8 +182,8 @@ def _linear_kd(
     inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, sums of the metrics, number of valid tokens, `Gradients`; `inputs` as for ``softmax_kd``."""
-    models = Models(hidden, weight, bias, teacher_of(unpack(plan).teacher_kind, unpack_optional(teacher, given)))
-    settings = with_vocab(plan, models)
+    models = models_of(hidden, weight, bias, teacher, given, unpack(plan))
+    settings = with_vocab(unpack(plan), models)
     check_label_values(labels, settings.vocab, settings.objective.ignore_index)
     now = unpack_needed(needed).before_backward(settings.reduction)
     loss, sums, count, grads = linear_forward(models, labels, settings, chunk_tokens, backend, now)
@@ -186,7 +193,7 @@ def _linear_kd(
 @_linear_kd.register_fake
 def _(hidden, weight, bias, teacher, given, labels, plan, needed, chunk_tokens, backend, inputs):
     settings = unpack(plan)
-    models = Models(hidden, weight, bias, teacher_of(settings.teacher_kind, unpack_optional(teacher, given)))
+    models = models_of(hidden, weight, bias, teacher, given, settings)
     now = unpack_needed(needed).before_backward(settings.reduction)
     results = fake_results(hidden, scores_of(models.teacher), hidden.shape[0], settings)
     return *results, *_fake_gradients(models, chunk_tokens, now)
@@ -258,8 +265,8 @@ def _linear_kd_recomputed(
     """Return the gradients of Σ grad_loss·loss, by walking the chunks again."""
     if compiled:
         refuse_graph_of_gradients()
-    models = Models(hidden, weight, bias, teacher_of(unpack(plan).teacher_kind, unpack_optional(teacher, given)))
-    settings = with_vocab(plan, models)
+    models = models_of(hidden, weight, bias, teacher, given, unpack(plan))
+    settings = with_vocab(unpack(plan), models)
     rows = grad_loss.unsqueeze(-1)
     grads = recomputed_gradients(models, labels, settings, chunk_tokens, backend, unpack_needed(needed), rows)
     return tensors_of(scaled_gradients(grads, grad_loss.new_ones(()), hidden.dtype, weight.dtype), hidden)

@@ -17,16 +17,18 @@ def pack(plan: Plan) -> str:
     numbers = f"{o.beta}, {o.temperature}, {o.kd_ratio}, {o.ignore_index}, {o.scale_by_temperature_squared}"
     metrics = ",".join(plan.metrics)
     # by format strings, which make constants of floats that a graph has as its inputs
-    flags = f"{plan.has_teacher}, {plan.want_grad}, {plan.scale}, {plan.teacher_kind!r}"
-    return f"{o.divergence!r}, {numbers}, {metrics!r}, {plan.reduction!r}, {flags}"
+    flags = f"{plan.has_teacher}, {plan.want_grad}, {plan.scale}"
+    shares = ",".join([f"{share}" for share in plan.shares])
+    return f"{o.divergence!r}, {numbers}, {metrics!r}, {plan.reduction!r}, {flags}, {plan.teacher_kind!r}, {shares!r}"
 
 
 @lru_cache(maxsize=64)
 def unpack(text: str) -> Plan:
     """Read what :func:`pack` wrote; the vocabulary is 0."""
-    *objective, metrics, reduction, has_teacher, want_grad, scale, kind = ast.literal_eval(text)
+    *objective, metrics, reduction, has_teacher, want_grad, scale, kind, shares = ast.literal_eval(text)
     names = tuple(metrics.split(",")) if metrics else ()
-    return Plan(Objective(*objective), names, 0, reduction, has_teacher, want_grad, scale, kind)
+    weights = tuple(float(share) for share in shares.split(",")) if shares else ()
+    return Plan(Objective(*objective), names, 0, reduction, has_teacher, want_grad, scale, kind, weights)
 
 
 def pack_needed(needed: NeededGradients) -> str:

@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     want_grad: bool
     scale: float = 1.0  # of the loss and its gradient, not of the metrics
     teacher_kind: str = "head"  # how ``_teachers.py`` reads the teacher's tensors
+    shares: tuple[float, ...] = ()  # of an ensemble's members
 
 
 class Rows(NamedTuple):

@@ -59,7 +59,7 @@ def linear_sparse_kd_objective(
     has_teacher = needs_teacher(objective.kd_ratio, metrics)
     student = check_head("student", student_hidden, student_weight, student_bias)
     vocab = student_weight.shape[0]
-    teacher: Teacher = ()
+    teacher: Teacher = None
     kind = HEAD
     if has_teacher:
         assert ids is not None and log_probs is not None  # or it would have been refused above

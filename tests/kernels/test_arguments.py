@@ -180,6 +180,8 @@ def test_the_signatures_are_as_promised():
             *((name, empty) for name in hidden),
             ("student_bias", None),
             ("teacher_bias", None),
+            ("teacher_shares", None),
+            ("teacher_mix", "probabilities"),
             *shared,
             ("chunk_tokens", None),
             ("teacher_head_dtype", None),

@@ -292,7 +292,7 @@ from torchtune_kd.kernels._teachers import TeacherHead
 vocab, n, width = 50257, 4096, 64
 tensor = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
 teacher = TeacherHead(tensor(n, width), tensor(vocab, width), None)
-models = Models(tensor(n, width), tensor(vocab, width), None, (teacher,))
+models = Models(tensor(n, width), tensor(vocab, width), None, teacher)
 labels = torch.empty(n, dtype=torch.int64, device="meta")
 answer = []
 for name in ("forward_kl", "jsd"):
@@ -338,7 +338,7 @@ answer = []
 for vocab, dtype in ((4096, torch.bfloat16), (1088, torch.float32), (1000, torch.float32)):
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     teacher = TeacherHead(tensor(129, vocab), tensor(vocab, vocab), None)
-    models = Models(tensor(129, vocab), tensor(vocab, vocab), None, (teacher,))
+    models = Models(tensor(129, vocab), tensor(vocab, vocab), None, teacher)
     labels = torch.empty(129, dtype=torch.int64, device="meta")
     plan = binaries.Plan(Objective("jsd", temperature=2.0, kd_ratio=0.5), (), vocab, "none", True, True)
     with binaries.recorded() as found:

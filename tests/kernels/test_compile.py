@@ -140,8 +140,8 @@ def test_a_plan_comes_back_from_its_text(divergence, metrics, flag):
     beta = None if Objective(divergence).beta is None else 1e-300
     objective = Objective(divergence, beta, 1 / 3, 0.1, -1, flag)
     for reduction in ("mean", "sum", "none"):
-        for kind in ("head", "cells", "sampled"):
-            whole = Plan(objective, metrics, V, reduction, flag, not flag, 1.0, kind)
+        for kind, shares in (("head", ()), ("cells", ()), ("sampled", ()), ("logits", (1 / 3, 2 / 3))):
+            whole = Plan(objective, metrics, V, reduction, flag, not flag, 1.0, kind, shares)
             assert unpack(pack(whole))._replace(vocab=V) == whole
 
 
@@ -155,7 +155,7 @@ def test_a_graph_shows_the_plan():
     graphs = Graphs()
     compiled(lambda *x: softmax_kd_loss(*x, divergence="jsd", temperature=2.0, kd_ratio=0.5), graphs)(*from_logits())
     (node,) = (node for node in graphs[0].graph.nodes if "softmax_kd" in str(node.target))
-    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True, 1.0, 'head'"
+    assert node.args[3] == "'jsd', 0.5, 2.0, 0.5, -100, True, '', 'mean', True, True, 1.0, 'head', ''"
 
 
 # ------------------------------------------------------------------------------------------ torch.compile
