@@ -57,7 +57,7 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
         (
             "loss_and_metrics",
             "linear_kd_loss with these products and all logged metrics",
-            lambda: loss(training_metrics(settings)),
+            lambda: loss(training_metrics(config)),
         ),
     ):
         parts[key] = _best(part)

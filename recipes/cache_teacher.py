@@ -19,10 +19,11 @@ from torchtune_kd.training.signals import StopRequests
 
 @kd.command
 def recipe_main(cfg: DictConfig) -> None:
-    """Write the last hidden states of the config's teacher on ``dataset`` and ``dataset_val``, and its head.
+    """Write what the config's teacher says about ``dataset`` and ``dataset_val``: its last hidden states, or less.
 
     It goes on where it was killed, on any number of processes, and adds what is new to a finished cache. The keys,
-    under ``cache``: ``folder``, ``kind`` (hidden), ``dtype`` (bf16, fp32, fp16, int8), ``positions`` (labels, all),
+    under ``cache``: ``folder``, ``kind`` (hidden, top_k, sampled), ``dtype`` (bf16, fp32, fp16, int8), ``k``,
+    ``temperatures``, ``samples``, ``positions`` (labels, all),
     ``shard_size``, ``tokens_per_batch``, ``verify``.
     """
     with kd.report_errors() as cleanup:

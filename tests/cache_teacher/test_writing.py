@@ -144,7 +144,7 @@ def test_a_folder_of_another_cache(tmp_path, keys, change, sentence):
         ({"folder": None}, "Expected `cache.folder` to be str, got None: change it."),
         ({"dtyp": "bf16"}, "Unknown key `cache.dtyp`: did you mean `dtype`?"),
         ({"dtype": "fp8"}, "Expected `cache.dtype` to be fp32 or bf16 or fp16 or int8, got 'fp8': change it."),
-        ({"kind": "logits"}, "Expected `cache.kind` to be hidden, got 'logits': change it."),
+        ({"kind": "logits"}, "Expected `cache.kind` to be hidden or top_k or sampled, got 'logits': change it."),
         ({"positions": 1}, "Expected `cache.positions` to be str, got 1: change it."),
         ({"tokens_per_batch": 0}, "Expected `cache.tokens_per_batch` to be at least 1, got 0: change it."),
         ({"shard_size": "2 furlongs"}, "such as 536870912 or 512MiB, got '2 furlongs': change it."),

@@ -43,7 +43,25 @@ def cache(tmp_path):
     name, files[name] = index.write(tmp_path)
     files[HEAD] = file_facts(tmp_path / HEAD)
     CacheManifest(
-        "hidden", "bf16", "fp32", "labels", D, 9, False, {}, {}, len(index), index.tokens, {}, {}, "now", name, files
+        "hidden",
+        "bf16",
+        None,
+        [],
+        None,
+        "fp32",
+        "labels",
+        D,
+        9,
+        False,
+        {},
+        {},
+        len(index),
+        index.tokens,
+        {},
+        {},
+        "now",
+        name,
+        files,
     ).write(tmp_path)
     return tmp_path
 

@@ -12,8 +12,9 @@ from torchtune_kd.training.signals import StopRequests
 
 
 def cache_config(cfg: DictConfig, where: Path | None, **keys) -> DictConfig:
-    """``cfg`` with the keys of ``cache``; fp32 unless they say otherwise."""
-    return OmegaConf.merge(cfg, {"cache": ({"folder": str(where)} if where else {}) | {"dtype": "fp32"} | keys})
+    """``cfg`` with the keys of ``cache``; fp32 unless they say otherwise, no dtype where it is None."""
+    keys = ({"folder": str(where)} if where else {}) | {"dtype": "fp32"} | keys
+    return OmegaConf.merge(cfg, {"cache": {key: value for key, value in keys.items() if key != "dtype" or value}})
 
 
 def write(cfg: DictConfig, folder: Path, **keys) -> CacheManifest:

@@ -41,8 +41,9 @@ def sized_config(folder: Path, size: int, kind: str, sequence: int = 128, **over
 def weight_bytes(run: Any) -> int:
     """Return what the two models of a run hold on this process, tables included."""
     teacher = run.teacher.teacher
-    models: list[nn.Module] = [getattr(teacher, "decoder", teacher), run.student.decoder]  # a cached one has none
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *_buffers(model))]
+    models = [getattr(teacher, "decoder", teacher), run.student.decoder]  # a cached one has none, or is no module
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    tensors = [tensor for model in modules for tensor in (*model.parameters(), *_buffers(model))]
     if getattr(teacher, "head", None) is not None:  # in 8-bit floats
         tensors += teacher.head.weight
     return sum(tensor_bytes(t.to_local() if isinstance(t, DTensor) else t) for t in tensors)

@@ -1,5 +1,7 @@
 """The plan of a run whose teacher is a cache."""
 
+from dataclasses import replace
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -12,15 +14,25 @@ from torchtune_kd.plan.communication import Layout
 from torchtune_kd.plan.memory import plan_memory
 from torchtune_kd.plan.meta_models import as_run, build_models
 from torchtune_kd.recipes.kd import KDRecipe
+from torchtune_kd.teachers.cached_sparse import signal_of
+
+KINDS = {
+    "states": {"dtype": "bf16"},
+    "top_k": {"dtype": None, "kind": "top_k", "k": 16},
+    "sampled": {"dtype": None, "kind": "sampled"},
+}
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("stored", KINDS)
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_memory_is_what_a_run_takes(tmp_path, kind):
+def test_the_memory_is_what_a_run_takes(tmp_path, kind, stored):
     cfg = sized_config(tmp_path, 50, kind)
-    write(cfg, tmp_path / "cache", dtype="bf16")
+    cfg.kd_loss.temperature = 1.0
+    manifest = write(cfg, tmp_path / "cache", **KINDS[stored])
     cfg = cached(cfg, tmp_path / "cache")
     config = read_config(cfg)
+    config = replace(config, signal=signal_of(config, manifest))
     planned, dry = plan_memory(config, as_run(config, build_models(config)), Layout(), sequence=128)
     measured, run = measured_step(cfg, KDRecipe)
     assert planned.teacher + planned.student == weight_bytes(run)

@@ -115,7 +115,7 @@ def test_a_resumed_run_sees_that_its_teacher_is_another_one_now(tmp_path):
     write(cfg, tmp_path / "cache", dtype="int8")
     cfg = cached(cfg, tmp_path / "cache", resume_from_checkpoint=True, max_steps_per_epoch=4)
     with pytest.raises(
-        UserError, match=r"states of the teacher \(none then, from a cache in int8, computed in fp32 now"
+        UserError, match=r"signal of the teacher \(none then, hidden states in int8 from a cache, computed"
     ):
         run_in_process(cfg)
 

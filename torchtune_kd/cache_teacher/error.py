@@ -7,8 +7,15 @@ With p the teacher's probabilities from its states and p' those from what is sto
     gradient_error     |p' - p| / |p - y| (Frobenius norms), with y the labels one-hot: the error of a student's logit
                        gradient, relative to the teacher's own of the cross-entropy
 
+Of log-probabilities there is no such error without a student; what is not stored is measured instead:
+
+    mass_outside       at each temperature, the mean probability of the ids that are not stored (of drawn ids: of those
+                       that were not drawn, on average Σ p (1 - p)^N)
+
 Shapes: n tokens of the sample, D hidden width, V vocabulary.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,3 +71,36 @@ def said(error: dict[str, float]) -> str:
         f"on average, {error['kl_max']:.2g} at most, another most likely token at {error['top1_changed']:.2%}, error "
         f"of the gradient {error['gradient_error']:.2%}."
     )
+
+
+@torch.no_grad()
+def mass_of(states: Tensor, head: Head, stored: int, temperatures: Sequence[float]) -> dict[str, float]:
+    """Return ``tokens`` and the mass outside of what is stored.
+
+    Args:
+        states (Tensor): [n, D], as the teacher gave them.
+        head (Head): of the teacher.
+        stored (int): the likeliest ids, or, without temperatures, the draws.
+        temperatures (Sequence[float]): at which the mass is wanted.
+    """
+    sums: dict[str, float] = {}
+    for begin in range(0, len(states), _ROWS):
+        rows = states[begin : begin + _ROWS].float()
+        logits = torch.nn.functional.linear(rows, head.weight.float(), None if head.bias is None else head.bias.float())
+        if not temperatures:
+            p = torch.softmax(logits, -1)
+            sums["mass_outside"] = sums.get("mass_outside", 0.0) + float((p * (1 - p) ** stored).sum())
+        for temperature in temperatures:
+            name = f"mass_outside at T={temperature:g}"
+            inside = torch.softmax(logits / temperature, -1).topk(stored, -1).values.sum()
+            sums[name] = sums.get(name, 0.0) + len(rows) - float(inside)
+    return {"tokens": len(states)} | {name: total / len(states) for name, total in sums.items()}
+
+
+def said_of_mass(kind: str, error: dict[str, float]) -> str:
+    """Say the mass in a sentence."""
+    masses = ", ".join(
+        f"{value:.2%}" + name.removeprefix("mass_outside") for name, value in error.items() if name != "tokens"
+    )
+    what = "drawn ids" if kind == "sampled" else "stored ids"
+    return f"Outside of the {what}, on {error['tokens']:,} tokens: {masses} of the teacher's probability."

@@ -5,13 +5,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from torchtune_kd.caches import log_probs, states
 from torchtune_kd.caches.layout import DTYPES, KINDS, POSITIONS
 from torchtune_kd.config.reading import Config, read_run_config
 from torchtune_kd.config.settings import typed
 from torchtune_kd.errors import UserError, nearest
 
+_OF_KIND = {"dtype": "hidden", "k": "top_k", "temperatures": "top_k", "samples": "sampled"}
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -21,7 +23,10 @@ class CacheKeys:
 
     folder: str
     kind: str = "hidden"
-    dtype: str = "bf16"  # of the states
+    dtype: str = "bf16"  # of hidden states
+    k: int = 64  # of top_k: likeliest ids
+    temperatures: list[float] | None = None  # of top_k: where the mass of the rest is stored; the run's and 1
+    samples: int = 50  # of sampled: draws
     positions: str = "labels"  # tokens that are stored: those with a label, or all
     shard_size: int | str = "512MiB"
     tokens_per_batch: int = 16384  # of a forward, on each process
@@ -36,15 +41,24 @@ class Request:
         config (Config): of the training run whose teacher and data are meant.
         keys (CacheKeys): those under ``cache``.
         shard_bytes (int): after which a shard is closed.
+        temperatures (tuple[float, ...]): at which the mass of what is not stored is.
     """
 
     config: Config
     keys: CacheKeys
     shard_bytes: int
+    temperatures: tuple[float, ...] = ()
 
     @property
     def folder(self) -> Path:
         return Path(self.keys.folder)
+
+    def bytes_per_token(self, width: int) -> int:
+        """Return the most that a token of a teacher of this hidden width takes."""
+        keys = self.keys
+        if keys.kind == "hidden":
+            return states.bytes_per_token(keys.dtype, width)
+        return log_probs.bytes_per_token(keys.kind, keys.k, self.temperatures, keys.samples)
 
 
 def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
@@ -69,7 +83,13 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
     for key in section:
         if key not in known:
             raise UserError(f"Unknown key `cache.{key}`: {nearest(str(key), known)}")
-        values[str(key)] = typed(f"cache.{key}", section[key], known[str(key)].type)
+        kind = section.get("kind", "hidden")
+        if kind in KINDS and _OF_KIND.get(str(key), kind) != kind:
+            raise UserError(
+                f"`cache.{key}` belongs to `cache.kind: {_OF_KIND[str(key)]}`: delete it, or write that kind."
+            )
+        if key != "temperatures":
+            values[str(key)] = typed(f"cache.{key}", section[key], known[str(key)].type)
     if values.get("folder") is None:
         raise UserError("Expected `cache.folder` in the config, but it is missing: add cache.folder=FOLDER.")
     keys = CacheKeys(**values)
@@ -80,7 +100,25 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
             )
     if keys.tokens_per_batch < 1:
         raise UserError(f"Expected `cache.tokens_per_batch` to be at least 1, got {keys.tokens_per_batch}: change it.")
-    return Request(config, keys, _size(keys.shard_size))
+    if keys.k < 1:
+        raise UserError(f"Expected `cache.k` to be at least 1, got {keys.k}: change it.")
+    if not 1 <= keys.samples <= 255:
+        raise UserError(f"Expected `cache.samples` to be from 1 to 255, got {keys.samples}: change it.")
+    temperatures = _temperatures(section.get("temperatures"), config) if keys.kind == "top_k" else ()
+    return Request(config, keys, _size(keys.shard_size), temperatures)
+
+
+def _temperatures(given: Any, config: Config) -> tuple[float, ...]:
+    """Return the temperatures of the tails: those given, or 1 and the run's."""
+    if given is None:
+        return tuple(sorted({1.0, float(config.kd_loss.build().temperature)}))
+    values = OmegaConf.to_container(given) if isinstance(given, ListConfig) else [given]
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(values) or not all(0.001 <= number <= 1000 for number in numbers):
+        raise UserError(
+            f"Expected `cache.temperatures` to be a list of numbers from 0.001 to 1000, got {given!r}: change it."
+        )
+    return tuple(sorted({float(number) for number in numbers}))
 
 
 def _size(text: int | str) -> int:

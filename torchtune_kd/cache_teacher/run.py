@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from torchtune_kd.cache_teacher.coding import Coding, Drawn, HiddenStates, TopK
 from torchtune_kd.cache_teacher.documents import Listed, batches_of, list_documents, read_tokens, sample_of
-from torchtune_kd.cache_teacher.error import SAMPLE, error_of, said
+from torchtune_kd.cache_teacher.error import SAMPLE, error_of, mass_of, said, said_of_mass
 from torchtune_kd.cache_teacher.folder import check_room, check_shards, finish, prepare, size
 from torchtune_kd.cache_teacher.request import Request
 from torchtune_kd.cache_teacher.writing import ShardWriter
-from torchtune_kd.caches import states as coding
 from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest
+from torchtune_kd.caches.states import channel_rms, decode, encode
 from torchtune_kd.checkpoints.identity import teacher_identity, tokenizer_identity
 from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer
 from torchtune_kd.data.datasets import build_dataset
@@ -75,24 +76,29 @@ def write_cache(request: Request, world: World, stop: StopRequests) -> CacheMani
     if batches or not (folder / HEAD).is_file():
         teacher = build_teacher(replace(config, teacher_head=None), world)
         assert isinstance(teacher, LiveTeacher)
-        rms = _channel_rms(request, teacher, documents, datasets, world)
-        _write_all(request, teacher, rms, batches, datasets, writer, world, stop)
+        coding = _coding(request, teacher, documents, datasets, world)
+        _write_all(request.bytes_per_token(facts["width"]), teacher, coding, batches, datasets, writer, world, stop)
     keys = request.keys
     return finish(folder, facts, keys.positions, writer.files, world, verify=keys.verify)
 
 
 def _facts(request: Request, tokenizer: Any, world: World) -> tuple[int, dict[str, Any]]:
     """Check what needs neither weights nor data; return the longest sequence, and what each shard says of its cache."""
-    config = request.config
+    config, keys = request.config, request.keys
     check_checkpoint_files(config.teacher_checkpointer)
     teacher = on_meta(config.teacher_model, config.settings, world)
     weight, bias = output_head(teacher)
     check_tokenizer(tokenizer, weight.shape[0])
+    if keys.kind == "top_k" and keys.k >= weight.shape[0]:
+        raise UserError(f"Expected `cache.k` below the teacher's {weight.shape[0]} ids, got {keys.k}: lower it.")
     identities = (teacher_identity(config), tokenizer_identity(config)) if world.is_rank_zero else ({}, {})
     of_teacher, of_tokenizer = world.gather(identities)[0]
     return teacher.max_seq_len, {
-        "kind": request.keys.kind,
-        "dtype": request.keys.dtype,
+        "kind": keys.kind,
+        "dtype": keys.dtype if keys.kind == "hidden" else None,
+        "k": keys.k if keys.kind == "top_k" else None,
+        "temperatures": list(request.temperatures),
+        "samples": keys.samples if keys.kind == "sampled" else None,
         "computed_in": config.settings.dtype,
         "width": weight.shape[1],
         "vocab": weight.shape[0],
@@ -106,7 +112,7 @@ def _announce(
     request: Request, documents: Sequence[Listed], batches: Sequence[Sequence[Listed]], width: int, world: World
 ) -> None:
     """Say what is going to be written, and refuse a disk that has no room for it."""
-    each = coding.bytes_per_token(request.keys.dtype, width)
+    each = request.bytes_per_token(width)
     tokens, missing = (sum(len(document.positions) for document in some) for some in (documents, _flat(batches)))
     free = check_room(request.folder, missing * each, world)
     if world.is_rank_zero:
@@ -117,32 +123,44 @@ def _announce(
         )
 
 
-def _channel_rms(
+def _coding(
     request: Request, teacher: LiveTeacher, documents: Sequence[Listed], datasets: Datasets, world: World
-) -> Tensor:
-    """Return the channels' root mean squares [D]; write them beside the head, if no earlier writer has."""
+) -> Coding:
+    """Return what turns states into columns; write ``head.safetensors``, if no earlier writer has."""
+    keys = request.keys
     file = request.folder / HEAD
     if not world.gather(file.is_file())[0]:
         states, labels = [], []
         sample = sorted(sample_of(documents, SAMPLE), key=lambda listed: listed.length)
-        for batch in batches_of(sample, request.keys.tokens_per_batch):
+        for batch in batches_of(sample, keys.tokens_per_batch):
             tokens, places = _as_batch(batch, datasets)
             states.append(_forward(teacher, tokens, places, world))
             labels.append(tokens.roll(-1, dims=1).flatten()[places])
         if world.is_rank_zero:
             _write_head(request, teacher, torch.cat(states), torch.cat(labels).to(world.device))
         world.barrier()
-    return load_file(file)["channel_rms"].to(world.device)
+    if keys.kind == "hidden":
+        return HiddenStates(keys.dtype, load_file(file)["channel_rms"].to(world.device))
+
+    def head() -> Head:
+        return Head(*output_head(teacher.decoder))
+
+    return Drawn(head, keys.samples) if keys.kind == "sampled" else TopK(head, keys.k, request.temperatures)
 
 
 def _write_head(request: Request, teacher: LiveTeacher, states: Tensor, labels: Tensor) -> None:
-    """Write head and root mean squares, with the error that the sample shows."""
-    head = Head(*output_head(teacher.decoder))
-    rms = coding.channel_rms(states)
-    stored = coding.decode(coding.encode(states, request.keys.dtype, rms), torch.float32, rms)
-    error = error_of(states, stored, labels, head)
-    say(said(error))
-    tensors = {"weight": head.weight, "bias": head.bias, "channel_rms": rms}
+    """Write head and root mean squares, with the error that the sample shows; of log-probabilities that error alone."""
+    keys, head = request.keys, Head(*output_head(teacher.decoder))
+    tensors: dict[str, Tensor | None] = {}
+    if keys.kind == "hidden":
+        rms = channel_rms(states)
+        stored = decode(encode(states, keys.dtype, rms), torch.float32, rms)
+        error = error_of(states, stored, labels, head)
+        tensors = {"weight": head.weight, "bias": head.bias, "channel_rms": rms}
+        say(said(error))
+    else:
+        error = mass_of(states, head, keys.k if keys.kind == "top_k" else keys.samples, request.temperatures)
+        say(said_of_mass(keys.kind, error))
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     beside = request.folder / (HEAD + PARTIAL)
     save_file(kept, beside, metadata={"error": json.dumps(error)})
@@ -151,9 +169,9 @@ def _write_head(request: Request, teacher: LiveTeacher, states: Tensor, labels: 
 
 
 def _write_all(
-    request: Request,
+    each: int,
     teacher: LiveTeacher,
-    rms: Tensor,
+    coding: Coding,
     batches: Sequence[Sequence[Listed]],
     datasets: Datasets,
     writer: ShardWriter,
@@ -162,13 +180,13 @@ def _write_all(
 ) -> None:
     """Let the teacher read every batch, one on each process at a time; one without a batch keeps the others company."""
     total = sum(len(document.positions) for document in _flat(batches))
-    each = coding.bytes_per_token(request.keys.dtype, len(rms))
     with tqdm(total=total, unit="token", unit_scale=True, disable=not world.is_rank_zero, dynamic_ncols=True) as bar:
         for begin in range(0, len(batches), world.size):
             together = batches[begin : begin + world.size]
             batch = together[world.rank] if world.rank < len(together) else []
             tokens, places = _as_batch(batch, datasets)
-            writer.add(batch, coding.encode(_forward(teacher, tokens, places, world), request.keys.dtype, rms))
+            states = _forward(teacher, tokens, places, world)
+            writer.add(batch, coding(states, _next(tokens, places, batch).to(world.device), batch))
             bar.update(sum(len(document.positions) for document in _flat(together)))
             bar.set_postfix_str(f"{size(bar.n * each)} of {size(total * each)}", refresh=False)
             if world.any(stop.pending):
@@ -195,6 +213,14 @@ def _as_batch(batch: Sequence[Listed], datasets: Datasets) -> tuple[Tensor, Tens
         tokens[row, : document.length] = read_tokens(datasets, document)
         places.append(torch.from_numpy(document.positions + row * longest))
     return tokens, torch.cat(places)
+
+
+def _next(tokens: Tensor, places: Tensor, batch: Sequence[Listed]) -> Tensor:
+    """Return the ids [m] that follow the tokens at places of a batch; -1 at the end of a document."""
+    ends = torch.tensor([row * tokens.shape[1] + document.length - 1 for row, document in enumerate(batch)])
+    following = tokens.roll(-1, dims=1).flatten()
+    following[ends.long()] = -1
+    return following[places]
 
 
 def _forward(teacher: LiveTeacher, tokens: Tensor, places: Tensor, world: World) -> Tensor:

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torchtune_kd.caches import log_probs, states
 from torchtune_kd.errors import UserError
 from torchtune_kd.storage.atomic import write_text
 from torchtune_kd.storage.manifest import NAME, Damaged, check_size, manifest_text, read_manifest
 
 FORMAT = 1
 HEAD, SHARDS = "head.safetensors", "shards"
-KINDS = ("hidden",)
+KINDS = ("hidden", "top_k", "sampled")
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 POSITIONS = ("labels", "all")
 
@@ -29,7 +30,10 @@ class CacheManifest:
 
     Attributes:
         kind (str): one of :data:`KINDS`.
-        dtype (str): of the states, one of :data:`DTYPES`.
+        dtype (str | None): of the states, one of :data:`DTYPES`; None where there are none.
+        k (int | None): likeliest ids of a token that are stored.
+        temperatures (list[float]): at which the mass of the rest is stored.
+        samples (int | None): draws.
         computed_in (str): the dtype in which the teacher ran.
         positions (str): which tokens are stored, one of :data:`POSITIONS`.
         width (int): D.
@@ -47,7 +51,10 @@ class CacheManifest:
     """
 
     kind: str
-    dtype: str
+    dtype: str | None
+    k: int | None
+    temperatures: list[float]
+    samples: int | None
     computed_in: str
     positions: str
     width: int
@@ -94,7 +101,27 @@ class CacheManifest:
     @property
     def as_teacher(self) -> dict[str, Any]:
         """Return the teacher's part of a run's identity."""
-        return {
-            **self.teacher,
-            "states of the teacher": f"from a cache in {self.dtype}, computed in {self.computed_in}",
-        }
+        return {**self.teacher, "signal of the teacher": f"{self.stored} from a cache, computed in {self.computed_in}"}
+
+    @property
+    def stored(self) -> str:
+        """Say what is stored of a token."""
+        if self.kind == "hidden":
+            return f"hidden states in {self.dtype}"
+        return f"{self.samples} drawn ids" if self.kind == "sampled" else f"the {self.k} likeliest ids"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Return what is read of a token; of drawn ids the most."""
+        if self.kind == "hidden":
+            return states.bytes_per_token(str(self.dtype), self.width)
+        return log_probs.bytes_per_token(self.kind, self.k, self.temperatures, self.samples)
+
+
+def to_be_written(head: tuple[int, int], *, has_bias: bool) -> CacheManifest:
+    """Return the manifest of an empty cache of hidden states in bf16, for a teacher whose head is [V, D]."""
+    return CacheManifest(
+        kind="hidden", dtype="bf16", k=None, temperatures=[], samples=None, computed_in="bf16", positions="labels",
+        width=head[1], vocab=head[0], has_bias=has_bias, teacher={}, tokenizer={}, documents=0, tokens=0, error={},
+        versions={}, written_at="", index="",
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchtune_kd.caches.index import Index, Place
 from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest
+from torchtune_kd.caches.log_probs import NONE
 from torchtune_kd.caches.shards import TABLE, Column, as_bytes, checksum, read_header
 from torchtune_kd.data.documents import Document
 from torchtune_kd.errors import RunError, UserError, first_line
@@ -89,7 +90,7 @@ class CacheReader:
         total = sum(len(document.positions) for document in documents)
         columns = {
             name: torch.empty(total, *column.shape, dtype=column.dtype, pin_memory=self._pinned)
-            for name, column in (self._columns_of(places[0].shard) if places else {}).items()
+            for name, column in self._widest([place.shard for place in places]).items()
         }
         parts, begin = [], 0
         for document, place in zip(documents, places, strict=True):
@@ -118,11 +119,21 @@ class CacheReader:
             self._columns[shard] = {name: column for name, column in columns.items() if name not in TABLE}
         return self._columns[shard]
 
+    def _widest(self, shards: Sequence[int]) -> dict[str, Column]:
+        """Return the columns into which the rows of all these shards go: of drawn ids each shard has its own width."""
+        widest: dict[str, Column] = {}
+        for shard in set(shards):
+            for name, column in self._columns_of(shard).items():
+                if name not in widest or column.shape > widest[name].shape:
+                    widest[name] = column
+        return widest
+
     def _read_one(self, place: Place, document: Document, into: dict[str, Tensor]) -> None:
         """Read all rows of a document, check them, and keep those that are asked for."""
         columns = self._columns_of(place.shard)
         file = self.folder / SHARDS / self._shards[place.shard]
         whole = len(place.positions) == len(document.positions)  # then they are the same ones
+        whole = whole and all(into[name].shape[1:] == column.shape for name, column in columns.items())
         rows = (
             into
             if whole
@@ -145,7 +156,10 @@ class CacheReader:
         if not whole:
             kept = torch.from_numpy(np.searchsorted(place.positions, document.positions))
             for name, tensor in rows.items():
-                torch.index_select(tensor, 0, kept, out=into[name])
+                if tensor.dim() == 2:
+                    into[name].fill_(NONE if name == "ids" else 0)[:, : tensor.shape[1]] = tensor[kept]
+                else:
+                    into[name].copy_(tensor[kept])
 
 
 _REMEDY = "delete that file and run `tune run torchtune_kd/cache_teacher` again, which writes what is missing."

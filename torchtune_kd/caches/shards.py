@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from torchtune_kd.caches.log_probs import NONE
 from torchtune_kd.data.documents import KEY_BYTES
 from torchtune_kd.storage.atomic import PARTIAL, flush_file
 from torchtune_kd.storage.manifest import Damaged
@@ -104,9 +105,11 @@ def write_shard(folder: Path, entries: Sequence[Entry], facts: Mapping[str, Any]
         entries (Sequence[Entry]): at least one, all with the same columns.
         facts (Mapping[str, Any]): what a shard says of the cache it belongs to, kept as its metadata.
     """
+    names = sorted(entries[0].columns)
+    padded = {name: _of_one_width(name, [entry.columns[name] for entry in entries]) for name in names}
     counts = np.array([len(entry.positions) for entry in entries])
     marks = [marks_of(entry.positions) for entry in entries]
-    crcs = [checksum({name: as_bytes(column) for name, column in entry.columns.items()}) for entry in entries]
+    crcs = [checksum({name: as_bytes(padded[name][at]) for name in names}) for at in range(len(entries))]
     table = {
         "key": np.frombuffer(b"".join(entry.key for entry in entries), dtype=np.uint8).reshape(-1, KEY_BYTES),
         "start": np.cumsum(counts) - counts,
@@ -116,8 +119,8 @@ def write_shard(folder: Path, entries: Sequence[Entry], facts: Mapping[str, Any]
         "marks": np.concatenate(marks),
     }
     tensors = {name: torch.from_numpy(np.array(values)) for name, values in table.items()}
-    for name in entries[0].columns:
-        tensors[name] = torch.cat([entry.columns[name] for entry in entries])
+    for name in names:
+        tensors[name] = torch.cat(padded[name])
     content = save(tensors, metadata={"cache": json.dumps(facts, sort_keys=True)})
     name = hashlib.blake2b(table["key"].tobytes(), digest_size=8).hexdigest() + ".safetensors"
     beside = folder / (name + PARTIAL)
@@ -126,6 +129,15 @@ def write_shard(folder: Path, entries: Sequence[Entry], facts: Mapping[str, Any]
     beside.replace(folder / name)
     flush_file(folder)
     return name, {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _of_one_width(name: str, columns: Sequence[Tensor]) -> list[Tensor]:
+    """Pad columns of drawn ids, of which each document has its own number, to the widest."""
+    if columns[0].dim() != 2:
+        return list(columns)
+    widest = max(column.shape[1] for column in columns)
+    fill = NONE if name == "ids" else 0
+    return [torch.nn.functional.pad(column, (0, widest - column.shape[1]), value=fill) for column in columns]
 
 
 def read_header(file: Path) -> tuple[dict[str, Column], dict[str, Any]]:

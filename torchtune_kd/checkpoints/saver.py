@@ -50,7 +50,7 @@ class Saver:
         self._settings, self._world, self._log_file = settings, world, log_file
         self._output, self._seed, self._identity = output, seed, identity
         self._config, self._versions = config.resolved, installed_versions()
-        self._lower = settings.keep_best is not None and lower_is_better(settings, settings.keep_best)
+        self._lower = settings.keep_best is not None and lower_is_better(config, settings.keep_best)
         self._on_disk = None if written is None else _state(written)
         self._undo: tuple[Progress, float | None] | None = None  # if what is being written fails
         self._writer = SnapshotWriter(

@@ -167,10 +167,16 @@ def check_teacher_head(written: DictConfig) -> None:
 
 
 def check_teacher_cache(written: DictConfig) -> None:
-    """Refuse a ``teacher_cache`` that names no folder."""
+    """Refuse a ``teacher_cache`` that names no folder, and a ``teacher_tail`` without a use."""
     folder = written.get("teacher_cache")
     if folder is not None and not (isinstance(folder, str) and folder):
         raise UserError(f"Expected `teacher_cache` to be a folder or null, got {folder!r}: change it.")
+    tail = written.get("teacher_tail")
+    if tail is not None and (tail != "renormalise" or folder is None):
+        raise UserError(
+            f"Expected `teacher_tail` to be renormalise, beside a `teacher_cache` of the likeliest ids, or null, got "
+            f"{tail!r}: change it."
+        )
 
 
 def check_kd_loss(section: Section) -> None:

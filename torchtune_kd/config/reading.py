@@ -45,10 +45,13 @@ class Config:
         teacher_checkpointer (Section | None): None with ``random_weights: True`` as well.
         teacher_head (str | None): one of :data:`~torchtune_kd.config.settings.TEACHER_HEADS`; None as it is.
         teacher_cache (str | None): folder of what the teacher said, in place of a teacher that runs.
+        teacher_tail (str | None): "renormalise" takes a cache's likeliest ids for the whole teacher.
         dataset_val (tuple[Section, ...]): validation data; empty where there is none.
         lr_scheduler (Section | None): None for a constant rate.
         profiler (Section | None): torchtune's.
         written (DictConfig): what was read, for the log.
+        signal (str): what the teacher gives: "hidden", or, from a cache, "top_k", "top_k_alone" (without the mass of
+            the rest at T = 1) or "sampled".
     """
 
     settings: Settings
@@ -63,10 +66,12 @@ class Config:
     teacher_checkpointer: Section | None
     teacher_head: str | None
     teacher_cache: str | None
+    teacher_tail: str | None
     dataset_val: tuple[Section, ...]
     lr_scheduler: Section | None
     profiler: Section | None
     written: DictConfig
+    signal: str = "hidden"
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class Config:
             else:
                 OmegaConf.update(written, key, value, force_add=True)
         plain = {key: value for key, value in keys.items() if hasattr(self.settings, key)}
-        return _assembled(written, replace(self.settings, **plain))
+        return replace(_assembled(written, replace(self.settings, **plain)), signal=self.signal)
 
 
 def read_config(written: DictConfig, *, distributed: bool | None = None) -> Config:
@@ -167,6 +172,7 @@ def _assembled(written: DictConfig, settings: Settings) -> Config:
         teacher_checkpointer=optional("teacher_checkpointer"),
         teacher_head=written.get("teacher_head"),
         teacher_cache=written.get("teacher_cache"),
+        teacher_tail=written.get("teacher_tail"),
         dataset_val=sections_of("dataset_val", written.get("dataset_val")),
         lr_scheduler=optional("lr_scheduler"),
         profiler=optional("profiler"),

@@ -1,9 +1,9 @@
 """The config surface: every key a recipe reads, its type and default, in one place.
 
 A key of the YAML is either a setting (a field of :class:`Settings`), a component (a section with a
-``_component_``, listed in :data:`COMPONENTS`; ``teacher_head`` names one by a word, ``teacher_cache`` by a folder),
-or a name that other keys interpolate (``${name}``). Anything else is an error that names the key and the nearest
-known one.
+``_component_``, listed in :data:`COMPONENTS`), one of ``teacher_head``, ``teacher_cache`` and ``teacher_tail``, which
+name what a teacher is by a word or a folder, or a name that other keys interpolate (``${name}``). Anything else is an
+error that names the key and the nearest known one.
 """
 
 import dataclasses
@@ -111,7 +111,13 @@ class Settings:
 
 
 # what the recipes read
-KEYS = (*(field.name for field in dataclasses.fields(Settings)), *COMPONENTS, "teacher_head", "teacher_cache")
+KEYS = (
+    *(field.name for field in dataclasses.fields(Settings)),
+    *COMPONENTS,
+    "teacher_head",
+    "teacher_cache",
+    "teacher_tail",
+)
 
 
 def read_settings(written: DictConfig, *, distributed: bool) -> Settings:

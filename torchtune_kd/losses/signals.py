@@ -17,6 +17,20 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+class Sparse(NamedTuple):
+    """Some log-probabilities of each valid token, in the order of the batch, and the mass of the rest.
+
+    See :func:`torchtune_kd.kernels.linear_sparse_kd_loss`. Shapes: n valid tokens, k ids.
+    """
+
+    ids: Tensor  # [n, k], -1 pads
+    log_probs: Tensor  # [n, k] at T = 1; of drawn ids log(count / draws)
+    tail: Tensor | None  # [n] at the run's temperature
+    tail_at_1: Tensor | None  # [n]
+    entropy: Tensor | None  # [n] of the whole teacher
+    sampled: bool
+
+
 class Hidden(NamedTuple):
     """Last hidden states and the head that reads them, so that no logits are held for a whole batch."""
 
@@ -24,4 +38,4 @@ class Hidden(NamedTuple):
     head: Head
 
 
-Signal = Hidden
+Signal = Hidden | Sparse

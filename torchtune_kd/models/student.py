@@ -12,9 +12,9 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.errors import phase
-from torchtune_kd.kernels import Objective, linear_kd_objective
+from torchtune_kd.kernels import Objective, linear_kd_objective, linear_sparse_kd_objective
 from torchtune_kd.losses import KDLoss
-from torchtune_kd.losses.signals import Signal
+from torchtune_kd.losses.signals import Signal, Sparse
 from torchtune_kd.models.output_head import output_head, skip_output_head
 
 
@@ -50,16 +50,33 @@ class Student(nn.Module):
         Args:
             batch (Batch): on the student's device.
             signal (Signal | None): what the teacher gave for it; None at kd_ratio 0.
-            metrics (tuple[str, ...]): names out of ``torchtune_kd.kernels.METRICS``.
+            metrics (tuple[str, ...]): names out of ``torchtune_kd.kernels.METRICS``, or, for a sparse signal,
+                ``SPARSE_METRICS``.
 
         Returns:
             tuple[Tensor, dict[str, Tensor]]: 0-d loss sum with its graph, and the metrics' sums (0-d, fp32).
         """
         with self.offload_activations:
             hidden = self.decoder(batch.tokens, **batch.attention)
-        states, (teacher_weight, teacher_bias) = signal or (None, (None, None))
         with phase("loss"):
             weight, bias = output_head(self.decoder)
+            if isinstance(signal, Sparse):
+                return linear_sparse_kd_objective(
+                    hidden,
+                    weight,
+                    signal.ids,
+                    signal.log_probs,
+                    signal.tail,
+                    batch.labels,
+                    self._objective,
+                    student_bias=bias,
+                    tail_at_1=signal.tail_at_1,
+                    entropy=signal.entropy,
+                    reduction="sum",
+                    sampled=signal.sampled,
+                    return_metrics=metrics,
+                )
+            states, (teacher_weight, teacher_bias) = signal or (None, (None, None))
             return linear_kd_objective(
                 hidden,
                 weight,

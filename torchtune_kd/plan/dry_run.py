@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchtune_kd.caches.layout import CacheManifest
 from torchtune_kd.caches.reader import Reading
 from torchtune_kd.caches.states import encode
 from torchtune_kd.config.metrics import training_metrics, validation_metrics
@@ -28,10 +29,11 @@ from torchtune_kd.kernels import on_meta
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.student import Student
-from torchtune_kd.plan.meta_models import Models, StoredHead, head_tensors
+from torchtune_kd.plan.meta_models import Models, StoredTeacher, head_tensors
 from torchtune_kd.plan.tracker import Operation, Tracker
 from torchtune_kd.teachers.base import NoTeacher, Teacher
 from torchtune_kd.teachers.cached import CachedTeacher
+from torchtune_kd.teachers.cached_sparse import SparseTeacher
 from torchtune_kd.teachers.live import LiveTeacher
 from torchtune_kd.training.step import gradient_scale
 
@@ -81,7 +83,7 @@ def dry_step(config: Config, models: Models, batch_size: int, sequence: int, sha
     with _dry_run(config, models, batch_size, sequence) as dry:
         with gradients_counted(dry.tracker, models, settings, shards, reduced_at_once=at_once), dry.tracker:
             scale = gradient_scale([dry.batch], dry.kd_loss.ignore_index, World(torch.device("meta")))
-            loss, _ = dry.loss(dry.student.train(), training_metrics(settings))
+            loss, _ = dry.loss(dry.student.train(), training_metrics(config))
             (loss * scale).backward()
             gradients = dry.tracker.live["gradients"]
         return dry.result(gradients)
@@ -91,7 +93,7 @@ def dry_validation(config: Config, models: Models, batch_size: int, sequence: in
     """Run one batch of a validation: as :func:`dry_step`, without gradients."""
     with _dry_run(config, models, batch_size, sequence) as dry:
         with torch.no_grad(), dry.tracker:
-            dry.loss(dry.student.eval(), validation_metrics(config.settings))
+            dry.loss(dry.student.eval(), validation_metrics(config))
         return dry.result(gradients=0)
 
 
@@ -125,7 +127,7 @@ class _DryRun:
 def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
     settings, kd_loss = config.settings, config.kd_loss.build()
     student = Student(models.student, kd_loss, settings.kd_ratio)
-    teacher = _teacher(models, kd_loss.ignore_index)
+    teacher = _teacher(config, models, kd_loss)
     if settings.enable_activation_offloading:
         student.offload_activations = _offloaded()
     tracker = Tracker()
@@ -142,28 +144,45 @@ def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> 
         )
 
 
-def _teacher(models: Models, ignore_index: int) -> Teacher:
+def _teacher(config: Config, models: Models, kd_loss: KDLoss) -> Teacher:
     if models.teacher is None:
         return NoTeacher()
-    if not isinstance(models.teacher, StoredHead):
+    if not isinstance(models.teacher, StoredTeacher):
         return LiveTeacher(models.teacher, models.teacher_head)
-    stored, meta = models.teacher, torch.device("meta")
-    rms = torch.empty(stored.width, device=meta)
+    stored, where = models.teacher, {"ignore_index": kd_loss.ignore_index, "device": torch.device("meta")}
+    reader, manifest = _DryReader(stored.manifest), stored.manifest
+    if stored.manifest.kind != "hidden":
+        renormalise = config.teacher_tail is not None
+        return SparseTeacher(reader, manifest, kd_loss.temperature, renormalise=renormalise, **where)
     head = models.teacher_head or Head(stored.weight, stored.bias)
-    reader = _DryReader(stored.dtype, rms)
-    return CachedTeacher(reader, head, rms, ignore_index=ignore_index, device=meta, dtype=stored.computed_in)
+    rms = torch.empty(manifest.width, device="meta")
+    return CachedTeacher(reader, head, rms, dtype=stored.computed_in, **where)
 
 
 class _DryReader:
     """Stands for the files of a cache."""
 
-    def __init__(self, dtype: str, rms: Tensor) -> None:
-        self._dtype, self._rms = dtype, rms
+    def __init__(self, manifest: CacheManifest) -> None:
+        self._manifest = manifest
 
     def read(self, documents: Sequence[Document]) -> Reading:
         """Return columns of the right size, without values."""
-        tokens = sum(len(document.positions) for document in documents)
-        return Reading(encode(self._rms.new_empty(tokens, len(self._rms)), self._dtype, self._rms), [])
+        manifest, tokens = self._manifest, sum(len(document.positions) for document in documents)
+        if manifest.kind == "hidden":
+            rms = torch.empty(manifest.width, device="meta")
+            return Reading(encode(rms.new_empty(tokens, manifest.width), str(manifest.dtype), rms), [])
+        columns = {
+            "sampled": {"ids": (manifest.samples, torch.int32), "counts": (manifest.samples, torch.uint8)},
+            "top_k": {
+                "ids": ((manifest.k or 0) + 1, torch.int32),
+                "log_probs": ((manifest.k or 0) + 1, torch.float16),
+                "tail": (len(manifest.temperatures), torch.float32),
+            },
+        }[manifest.kind]
+        found = {
+            name: torch.empty(tokens, width, dtype=dtype, device="meta") for name, (width, dtype) in columns.items()
+        }
+        return Reading(found | {"entropy": torch.empty(tokens, device="meta")}, [])
 
 
 def hold_weights(tracker: Tracker, models: Models) -> None:

@@ -12,7 +12,7 @@ from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from torchtune_kd.caches.layout import CacheManifest
+from torchtune_kd.caches.layout import CacheManifest, to_be_written
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.world import World
@@ -23,46 +23,44 @@ from torchtune_kd.models.float8_head import replace_head
 from torchtune_kd.models.output_head import output_head
 from torchtune_kd.plan.tracker import tensor_bytes
 
-STORED = "bf16"  # what a cache that is yet to be written is taken to hold
 
-
-class StoredHead(nn.Module):
-    """The head of a teacher whose states come from a cache, on the meta device.
+class StoredTeacher(nn.Module):
+    """What a run holds of a teacher whose signals come from a cache, on the meta device: the head, or nothing.
 
     Args:
-        vocab (int): V.
-        width (int): D.
-        has_bias (bool): whether it has one.
+        manifest (CacheManifest): of the cache.
         computed_in (torch.dtype): of the run.
-        dtype (str): of the states, as the cache names it.
 
     Attributes:
-        width (int): the same.
+        manifest (CacheManifest): the same.
         computed_in (torch.dtype): the same.
-        dtype (str): the same.
     """
 
     max_seq_len = 2**31  # a cache holds documents of any length
     layers = ()
 
-    def __init__(self, vocab: int, width: int, *, has_bias: bool, computed_in: torch.dtype, dtype: str) -> None:
+    def __init__(self, manifest: CacheManifest, computed_in: torch.dtype) -> None:
         super().__init__()
-        self.width, self.computed_in, self.dtype = width, computed_in, dtype
-        whole = {"dtype": computed_in, "device": "meta"}
-        self.weight = nn.Parameter(torch.empty(vocab, width, **whole), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(vocab, **whole), requires_grad=False) if has_bias else None
+        self.manifest, self.computed_in = manifest, computed_in
+        self.weight = self.bias = None
+        if manifest.kind == "hidden":
+            whole = {"dtype": computed_in, "device": "meta"}
+            weight = torch.empty(manifest.vocab, manifest.width, **whole)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            bias = torch.empty(manifest.vocab, **whole) if manifest.has_bias else None
+            self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
 
 @dataclass(frozen=True)
 class Models:
     """Both decoders with rotary tables, the trainable parameters marked; ``teacher`` is None at kd_ratio 0.
 
-    Of a teacher whose states come from a cache there is the head alone. ``teacher_head`` is in 8-bit floats, where the
-    teacher has lost its own to :func:`as_run`.
+    Of a teacher whose signals come from a cache there is the head at most. ``teacher_head`` is in 8-bit floats, where
+    the teacher has lost its own to :func:`as_run`.
     """
 
     student: TransformerDecoder
-    teacher: TransformerDecoder | StoredHead | None
+    teacher: TransformerDecoder | StoredTeacher | None
     teacher_head: Head | None = None
 
     @property
@@ -103,22 +101,20 @@ def build_models(config: Config, shards: int = 1) -> Models:
         _make_runnable(teacher)
         check_vocabularies(student, teacher)
     elif settings.uses_teacher:
-        teacher = _stored_head(config, on_host, world)
-        check_vocabularies(student, teacher.weight.shape[0])
+        teacher = _stored_teacher(config, on_host, world)
+        check_vocabularies(student, teacher.manifest.vocab)
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(student, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     return Models(student, teacher)
 
 
-def _stored_head(config: Config, on_host: Settings, world: World) -> StoredHead:
-    """Return the head of a cache that is there; of one that is yet to be written, that of ``teacher_model``."""
-    computed_in = on_host.torch_dtype
-    if config.teacher_model is None or Path(config.teacher_cache).is_dir():
-        manifest = CacheManifest.read(Path(config.teacher_cache))
-        shape = manifest.vocab, manifest.width
-        return StoredHead(*shape, has_bias=manifest.has_bias, computed_in=computed_in, dtype=manifest.dtype)
+def _stored_teacher(config: Config, on_host: Settings, world: World) -> StoredTeacher:
+    """Return what is held of a cache that is there; of one that is yet to be written, ``teacher_model``'s states."""
+    folder = Path(str(config.teacher_cache))
+    if config.teacher_model is None or folder.is_dir():
+        return StoredTeacher(CacheManifest.read(folder), on_host.torch_dtype)
     weight, bias = output_head(on_meta(config.teacher_model, on_host, world))
-    return StoredHead(*weight.shape, has_bias=bias is not None, computed_in=computed_in, dtype=STORED)
+    return StoredTeacher(to_be_written(weight.shape, has_bias=bias is not None), on_host.torch_dtype)
 
 
 def as_run(config: Config, models: Models) -> Models:
@@ -130,7 +126,7 @@ def as_run(config: Config, models: Models) -> Models:
     if config.teacher_head is None or models.teacher is None:
         return models
     teacher = copy.deepcopy(models.teacher)
-    if isinstance(teacher, StoredHead):
+    if isinstance(teacher, StoredTeacher):
         head = Head(float8_weight(teacher.weight.detach()), None if teacher.bias is None else teacher.bias.detach())
         teacher.weight = teacher.bias = None
         return replace(models, teacher=teacher, teacher_head=head)

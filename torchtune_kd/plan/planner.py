@@ -1,9 +1,8 @@
 """A run's plan: parameters, memory, FLOPs, communication, largest batch and step time, from its config alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torchtune_kd.caches.states import bytes_per_token
 from torchtune_kd.config.checks import check_tokenizer, missing_tokenizer_files
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
@@ -13,10 +12,11 @@ from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
-from torchtune_kd.plan.meta_models import Models, Parameters, StoredHead, as_run, build_models, count_parameters
+from torchtune_kd.plan.meta_models import Models, Parameters, StoredTeacher, as_run, build_models, count_parameters
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.request import SEQUENCE, Request
 from torchtune_kd.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
+from torchtune_kd.teachers.cached_sparse import check_sparse_cache, signal_of
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,13 @@ def plan_run(
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(config, layout.shards)
-    stored = models.teacher if isinstance(models.teacher, StoredHead) else None
-    stored_bytes = None if stored is None else bytes_per_token(stored.dtype, stored.width)
+    stored = models.teacher.manifest if isinstance(models.teacher, StoredTeacher) else None
+    if stored is not None:
+        check_sparse_cache(config, stored)
+        config = replace(config, signal=signal_of(config, stored))
     missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
-        vocab = check_vocabularies(models.student, models.teacher if stored is None else stored.weight.shape[0])
+        vocab = check_vocabularies(models.student, models.teacher if stored is None else stored.vocab)
         check_tokenizer(config.tokenizer.build(), vocab)
     sequence, parameters = _sequence(request, config, models), count_parameters(models)
     models = as_run(config, models)
@@ -119,7 +121,7 @@ def plan_run(
         layout=layout,
         sequence=sequence,
         teacher_head=config.teacher_head if settings.uses_teacher else None,
-        stored_bytes=stored_bytes,
+        stored_bytes=None if stored is None else stored.bytes_per_token,
         missing_tokenizer=tuple(map(str, missing)),
         parameters=parameters,
         memory=memory,

@@ -3,33 +3,25 @@
 Shapes: B batch, S sequence, n valid tokens, D hidden width, V vocabulary.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from torchtune_kd.caches.reader import CacheReader, Reading
+from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.caches.states import decode
 from torchtune_kd.config.reading import Config
 from torchtune_kd.data.batches import Batch
-from torchtune_kd.data.documents import Document, documents_in_batch
 from torchtune_kd.distributed.sharding import reshard
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import loading, phase
 from torchtune_kd.kernels import Float8Weight, float8_weight
+from torchtune_kd.losses import KDLoss
 from torchtune_kd.losses.signals import Head, Hidden
 from torchtune_kd.models.loading import load
-
-
-class Reader(Protocol):
-    """Begin to read what is stored of documents."""
-
-    def read(self, documents: Sequence[Document]) -> Reading:
-        """Return their rows, which threads are reading."""
-        ...
+from torchtune_kd.teachers.cached_sparse import RENORMALISE, SparseTeacher
+from torchtune_kd.teachers.read_ahead import ReadAhead, Reader
 
 
 class CachedTeacher(nn.Module):
@@ -51,13 +43,12 @@ class CachedTeacher(nn.Module):
         self, reader: Reader, head: Head, rms: Tensor, *, ignore_index: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self._reader, self._rms, self._ignore_index = reader, rms, ignore_index
-        self._device, self._dtype = device, dtype
+        self._ahead = ReadAhead(reader, ignore_index, device)
+        self._rms, self._device, self._dtype = rms, device, dtype
         self._in_8_bits = head if isinstance(head.weight, Float8Weight) else None
         if self._in_8_bits is None:
             self.weight = nn.Parameter(head.weight, requires_grad=False)
             self.bias = None if head.bias is None else nn.Parameter(head.bias, requires_grad=False)
-        self._expected: list[tuple[Tensor, Tensor, Reading]] = []  # labels, by which a batch is known; places; rows
 
     def forward(self) -> Head:
         """Return the head, whole."""
@@ -65,28 +56,14 @@ class CachedTeacher(nn.Module):
 
     def expect(self, batch: Batch) -> None:
         """Begin to read what a batch, still on the host, will ask for."""
-        rows = documents_in_batch(batch, self._ignore_index)
-        length = batch.labels.shape[1]
-        places = [
-            torch.from_numpy(document.positions + document.start + at * length)
-            for at, documents in enumerate(rows)
-            for document in documents
-        ]
-        reading = self._reader.read([document for documents in rows for document in documents])
-        self._expected.append((batch.labels, torch.cat(places or [torch.zeros(0, dtype=torch.long)]), reading))
+        self._ahead.expect(batch)
 
     def signal(self, batch: Batch) -> Hidden:
         """Return the last hidden states [B, S, D], 0 where no label counts, and the head."""
         with phase("teacher"):
-            while not self._expected or self._expected[0][0] is not batch.labels:  # a step before was given up
-                self._expected = self._expected[1:]
-                if not self._expected:
-                    self.expect(batch)
-            _, places, reading = self._expected.pop(0)
-            columns = {name: column.to(self._device, non_blocking=True) for name, column in reading.columns().items()}
+            places, columns = self._ahead.take(batch)
             states = torch.zeros(batch.labels.numel(), len(self._rms), dtype=self._dtype, device=self._device)
             if columns:
-                places = places.to(self._device, non_blocking=True)
                 states.index_copy_(0, places, decode(columns, self._dtype, self._rms))
             return Hidden(states.view(*batch.labels.shape, len(self._rms)), self())
 
@@ -95,16 +72,27 @@ class CachedTeacher(nn.Module):
         reshard(self)
 
 
-def build_cached_teacher(config: Config, ignore_index: int, reader: CacheReader, world: World) -> CachedTeacher:
-    """Build the teacher of ``teacher_cache`` with its head, frozen, in the run's dtype.
+def build_cached_teacher(
+    config: Config, kd_loss: KDLoss, reader: CacheReader, world: World
+) -> CachedTeacher | SparseTeacher:
+    """Build the teacher of ``teacher_cache``: of hidden states with its head, frozen, in the run's dtype.
 
     Args:
         config (Config): the run's.
-        ignore_index (int): label of the tokens that do not count.
-        reader (CacheReader): of the states.
+        kd_loss (KDLoss): the run's.
+        reader (CacheReader): of the cache.
         world (World): the processes, over which the head is sharded.
     """
     settings = config.settings
+    if reader.manifest.kind != "hidden":
+        return SparseTeacher(
+            reader,
+            reader.manifest,
+            kd_loss.temperature,
+            ignore_index=kd_loss.ignore_index,
+            device=world.device,
+            renormalise=config.teacher_tail == RENORMALISE,
+        )
     with loading("teacher", world.device):
         files = reader.head()
         rms = files.pop("channel_rms").to(world.device)
@@ -117,7 +105,7 @@ def build_cached_teacher(config: Config, ignore_index: int, reader: CacheReader,
             reader,
             Head(weight, whole.get("bias")),
             rms,
-            ignore_index=ignore_index,
+            ignore_index=kd_loss.ignore_index,
             device=world.device,
             dtype=settings.torch_dtype,
         )

@@ -11,6 +11,7 @@ from torchtune_kd.data.datasets import read_row
 from torchtune_kd.data.documents import documents_in_sample
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError
+from torchtune_kd.teachers.cached_sparse import check_sparse_cache
 
 _MANY_ROWS = 5000  # of a process: so many show a progress bar
 
@@ -25,6 +26,12 @@ def check_cached_models(config: Config, reader: CacheReader) -> None:
         UserError: naming what differs.
     """
     manifest = reader.manifest
+    check_sparse_cache(config, manifest)
+    if config.teacher_head is not None and manifest.kind != "hidden":
+        raise UserError(
+            f"`teacher_head: {config.teacher_head}` needs hidden states, but the cache in {reader.folder} holds "
+            f"{manifest.stored}: delete that key."
+        )
     files = "files of the tokenizer"
     if manifest.tokenizer.get(files) != tokenizer_identity(config)[files]:
         raise UserError(

@@ -57,7 +57,7 @@ def validate_if_due(run: Run) -> None:
     if not run.progress.validation_pending:
         return
     if run.val_loader is not None:
-        metrics = validation_metrics(run.settings)
+        metrics = validation_metrics(run.config)
         if run.time_limit is not None:
             run.time_limit.begin_validation()
         run.events.announce("validation")

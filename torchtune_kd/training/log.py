@@ -56,7 +56,7 @@ class TrainingLog:
         log_file: str | None = None,
     ) -> None:
         settings = config.settings
-        self._settings, self._world = settings, world
+        self._config, self._settings, self._world = config, settings, world
         self.teacher: TimedTeacher | None = None
         self._logger: Any = None
         self._told = False  # that the log cannot be written
@@ -104,7 +104,7 @@ class TrainingLog:
 
     def wants(self, step: int) -> tuple[str, ...]:
         """Return the metrics to compute in optimizer step ``step`` (counted from 1); none between logged steps."""
-        return training_metrics(self._settings) if self._is_logged(step) else ()
+        return training_metrics(self._config) if self._is_logged(step) else ()
 
     def log_step(
         self, step: int, epoch: int, sums: dict[str, Tensor], lr: float, grad_norm: float, skipped_steps: int
@@ -132,7 +132,7 @@ class TrainingLog:
         if self._bar is not None:
             shown = {
                 "loss": values["loss"],
-                "kl": values.get("kl"),
+                "kl": values.get("kl", values.get("kl_cells")),
                 "tokens/s": values["tokens_per_second_per_gpu"],
             }
             self._bar.set_description(f"{epoch + 1}|{step}")
@@ -223,4 +223,4 @@ def _lines_until(progress: Progress, log: str) -> Iterator[str]:
             yield line
 
 
-_SHOWN = ("val_loss", "val_class_loss", "val_kl", "val_top1_agreement")
+_SHOWN = ("val_loss", "val_class_loss", "val_kl", "val_kl_cells", "val_top1_agreement")

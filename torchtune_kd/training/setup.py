@@ -1,5 +1,6 @@
 """Check a run, then build everything that it needs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torchtune_kd.models.float8_head import check_head
 from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.base import Teacher
 from torchtune_kd.teachers.cached import build_cached_teacher, cache_of
+from torchtune_kd.teachers.cached_sparse import signal_of
 from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.teachers.timed import TimedTeacher
 from torchtune_kd.training.cached import check_cached_data, check_cached_models
@@ -105,6 +107,8 @@ def set_up(config: Config, world: World) -> Run:
     kd_loss = config.kd_loss.build()
     tokenizer = config.tokenizer.build()
     cache = cache_of(config, world)
+    if cache is not None:
+        config = replace(config, signal=signal_of(config, cache.manifest))
     limits = check_run(config, tokenizer, world, cache, resumed=found is not None)
     loader, val_loader = build_loaders(
         config, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world
@@ -159,9 +163,7 @@ def set_up(config: Config, world: World) -> Run:
     )
 
     teacher: Teacher = (
-        build_teacher(config, world)
-        if cache is None
-        else build_cached_teacher(config, kd_loss.ignore_index, cache, world)
+        build_teacher(config, world) if cache is None else build_cached_teacher(config, kd_loss, cache, world)
     )
     if settings.uses_teacher:
         teacher = log.teacher = TimedTeacher(teacher, world.device)
