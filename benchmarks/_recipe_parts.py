@@ -30,7 +30,7 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
     tokens, labels, decoder = batch.tokens, batch.labels, run.student.decoder
     with torch.no_grad():
         hidden, teacher_hidden = decoder(tokens), run.teacher(tokens)
-    weight, teacher_weight = output_head(decoder)[0].detach(), run.teacher.signal(batch).head.weight
+    weight, teacher_weight = output_head(decoder)[0].detach(), run.teacher.signal(batch).heads[0].weight
     student_rows, teacher_rows = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
     logits = student_rows @ weight.t()
 

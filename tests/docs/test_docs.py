@@ -16,6 +16,7 @@ import torch
 from torchtune_kd import evaluation
 from torchtune_kd.cache_teacher.request import CacheKeys
 from torchtune_kd.config import settings
+from torchtune_kd.config.teachers import TeacherEntry
 from torchtune_kd.evaluation import inspection
 from torchtune_kd.plan import Request
 
@@ -136,7 +137,9 @@ def test_the_kernels_example_runs_as_it_stands():
 def test_every_key_of_a_config_is_explained():
     text = "\n".join(page.read_text() for page in PAGES) + (ROOT / "torchtune_kd" / "launch" / "README.md").read_text()
     keys = [field.name for field in fields(settings.Settings)] + list(settings.COMPONENTS)
-    keys += ["teacher_cache", "teacher_head", "teacher_tail", *(f"cache.{field.name}" for field in fields(CacheKeys))]
+    keys += ["teacher_cache", "teacher_head", "teacher_tail", "teachers", "ensemble", "self"]
+    keys += [field.name for field in fields(TeacherEntry) if field.name not in ("path", "own")]
+    keys += [f"cache.{field.name}" for field in fields(CacheKeys)]
     assert [key for key in keys if f"`{key}" not in text] == []
 
 

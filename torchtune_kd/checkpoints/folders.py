@@ -60,7 +60,7 @@ def check_output_folder(config: Config) -> None:
             "choose another `output_dir`, or set `overwrite_output_dir: True` to replace it when the first checkpoint "
             "is written."
         )
-    for section in filter(None, (config.checkpointer, config.teacher_checkpointer)):
+    for section in filter(None, (config.checkpointer, *(each.teacher_checkpointer for each in config.each_teacher()))):
         source = section.get("checkpoint_dir")
         if source is not None and any(Path(str(source)).resolve().is_relative_to(path.resolve()) for path in saved):
             raise UserError(

@@ -27,7 +27,7 @@ def run_identity(
     *,
     seed: int,
     sequences_per_step: int,
-    cached_teacher: Mapping[str, Any] | None = None,
+    teacher: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Return everything that changes a run's numbers, in :data:`GROUPS`, each from a dotted key to a plain value.
 
@@ -39,19 +39,16 @@ def run_identity(
         dataset (Dataset): what its sections have built.
         seed (int): the seed in use, drawn where the config has none.
         sequences_per_step (int): rows of one optimizer step over all processes.
-        cached_teacher (Mapping[str, Any] | None): what a cache says of the teacher, where none runs.
+        teacher (Mapping[str, Any]): what there is to say of its teachers.
     """
     settings = config.settings
-    teacher = dict(cached_teacher or (teacher_identity(config) if config.runs_teacher else {}))
-    if settings.uses_teacher and config.teacher_head is not None:
-        teacher["teacher_head"] = config.teacher_head
     student = _leaves(config.model) | {"dtype": settings.dtype}
     student["weights that the student starts from"] = weights_fingerprint(config.checkpointer)
     data = _leaves(*config.dataset) | {"rows of the dataset": len(dataset)}
     data |= {"content of the dataset": dataset_fingerprint(config.dataset, dataset)}
     data |= {"shuffle": settings.shuffle, "seed": seed}
     return {
-        "teacher": teacher,
+        "teacher": dict(teacher),
         "student": student,
         "tokenizer": tokenizer_identity(config),
         "data": data,

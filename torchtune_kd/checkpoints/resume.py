@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -97,11 +98,15 @@ def check_same_run(found: FoundCheckpoint, identity: Mapping[str, Any], settings
 
 
 def gather_state(
-    student: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None, world: World
+    student: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    world: World,
+    teacher: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Gather what a run goes on with besides its :class:`Progress`: trained weights, optimizer, schedule, generators.
 
-    The tensors are the run's own, not copies.
+    The tensors are the run's own, not copies. ``teacher`` is what the teacher keeps, where the student changes it.
     """
     shared = {"param_groups": _without_params(optimizer), "lr_scheduler": lr_scheduler and lr_scheduler.state_dict()}
     state = {
@@ -109,6 +114,8 @@ def gather_state(
         "shared": pack(shared),
         "rng": {f"rank_{world.rank}": pack(rng_state(world.device))},
     }
+    if teacher:
+        state["teacher"] = dict(teacher)
     if optimizer.state:  # empty before the first step; torch would make one up, and count a step for it
         state["optimizer"] = get_optimizer_state_dict(student, optimizer)["state"]
     return state
@@ -152,6 +159,12 @@ def restore_state(
                 lr_scheduler.step()
     if "rng" in state:
         set_rng_state(unpack(state["rng"][rng_name]), world.device)
+
+
+def restore_teacher(found: FoundCheckpoint, kept: Mapping[str, Tensor], world: World) -> None:
+    """Read what a teacher keeps into its own tensors; a checkpoint of a run without such a teacher changes nothing."""
+    if kept and any(name.startswith("teacher.") for name in layout(found.folder)):
+        read_state(found.folder, {"teacher": dict(kept)}, world)
 
 
 def trained_weights(decoder: nn.Module) -> dict[str, Any]:

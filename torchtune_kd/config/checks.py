@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.training import ModelType
 
 from torchtune_kd.config.sections import Section
-from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, TEACHER_HEADS, Settings
+from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, TEACHER_HEADS
 from torchtune_kd.errors import UserError, nearest
 from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
 
@@ -151,11 +151,10 @@ def check_random_weights(written: DictConfig, *, asked: bool, runs_teacher: bool
         )
 
 
-def check_needed_sections(written: DictConfig, settings: Settings) -> None:
+def check_needed_sections(written: DictConfig, *, runs_teacher: bool, random_weights: bool) -> None:
     """Refuse a config without a section that its run needs."""
-    runs_teacher = settings.uses_teacher and written.get("teacher_cache") is None
     for name in REQUIRED_COMPONENTS + (TEACHER_COMPONENTS if runs_teacher else ()):
-        if written.get(name) is None and not (settings.random_weights and name in CHECKPOINTERS):
+        if written.get(name) is None and not (random_weights and name in CHECKPOINTERS):
             raise UserError(f"Expected the section `{name}` in the config, but it is missing: add it.")
 
 

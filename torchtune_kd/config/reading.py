@@ -25,6 +25,7 @@ from torchtune_kd.config.sections import (
     sections_of,
 )
 from torchtune_kd.config.settings import DISTRIBUTED_ONLY, KEYS, Settings, read_settings
+from torchtune_kd.config.teachers import MIXES, TeacherEntry, read_teachers
 from torchtune_kd.errors import UserError
 
 
@@ -49,6 +50,8 @@ class Config:
         dataset_val (tuple[Section, ...]): validation data; empty where there is none.
         lr_scheduler (Section | None): None for a constant rate.
         profiler (Section | None): torchtune's.
+        teachers (tuple[TeacherEntry, ...]): several teachers, or the student's own past, in place of all these.
+        ensemble (str): how several are mixed, "probabilities" or "logits".
         written (DictConfig): what was read, for the log.
         signal (str): what the teacher gives: "hidden", or, from a cache, "top_k", "top_k_alone" (without the mass of
             the rest at T = 1) or "sampled".
@@ -71,6 +74,8 @@ class Config:
     lr_scheduler: Section | None
     profiler: Section | None
     written: DictConfig
+    teachers: tuple[TeacherEntry, ...] = ()
+    ensemble: str = MIXES[0]
     signal: str = "hidden"
 
     @property
@@ -80,8 +85,29 @@ class Config:
 
     @property
     def runs_teacher(self) -> bool:
-        """Return whether a teacher runs beside the student."""
-        return self.settings.uses_teacher and self.teacher_cache is None
+        """Return whether the one teacher is a model of its own that runs beside the student."""
+        return self.settings.uses_teacher and self.teacher_cache is None and not self.teachers
+
+    def each_teacher(self) -> tuple["Config", ...]:
+        """Return a config for each teacher that is no part of the student, as if it were the only one."""
+        if not self.settings.uses_teacher:
+            return ()
+        if not self.teachers:
+            return (self,)
+        alone = (
+            replace(
+                self,
+                teachers=(),
+                teacher_model=entry.model,
+                teacher_checkpointer=entry.checkpointer,
+                teacher_cache=entry.cache,
+                teacher_tail=entry.tail,
+                teacher_head=entry.head,
+            )
+            for entry in self.teachers
+            if entry.own is None
+        )
+        return tuple(alone)
 
     def with_keys(self, keys: Mapping[str, Any]) -> "Config":
         """Return the config with other values under dotted keys; ``None`` takes a key of a section out."""
@@ -108,9 +134,10 @@ def read_config(written: DictConfig, *, distributed: bool | None = None) -> Conf
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
     settings = read_settings(written, distributed=started_by_launcher() if distributed is None else distributed)
-    runs_teacher = settings.uses_teacher and written.get("teacher_cache") is None
+    teachers = read_teachers(written, random_weights=settings.random_weights)
+    runs_teacher = settings.uses_teacher and written.get("teacher_cache") is None and not teachers
     check_random_weights(written, asked=settings.random_weights, runs_teacher=runs_teacher)
-    check_needed_sections(written, settings)
+    check_needed_sections(written, runs_teacher=runs_teacher, random_weights=settings.random_weights)
     check_teacher_head(written)
     check_teacher_cache(written)
     config = _assembled(written, settings)
@@ -177,4 +204,6 @@ def _assembled(written: DictConfig, settings: Settings) -> Config:
         lr_scheduler=optional("lr_scheduler"),
         profiler=optional("profiler"),
         written=written,
+        teachers=read_teachers(written, random_weights=settings.random_weights),
+        ensemble=written.get("ensemble") or MIXES[0],
     )

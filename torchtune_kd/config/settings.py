@@ -117,6 +117,8 @@ KEYS = (
     "teacher_head",
     "teacher_cache",
     "teacher_tail",
+    "teachers",
+    "ensemble",
 )
 
 

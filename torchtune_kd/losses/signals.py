@@ -32,10 +32,16 @@ class Sparse(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Last hidden states and the head that reads them, so that no logits are held for a whole batch."""
+    """Last hidden states and the head that reads them, so that no logits are held for a whole batch.
 
-    states: Tensor  # [B, S, D]
-    head: Head
+    Of an ensemble there are several of both; see :func:`torchtune_kd.kernels.linear_kd_loss` for ``shares`` and
+    ``mix``.
+    """
+
+    states: tuple[Tensor, ...]  # [B, S, D] each
+    heads: tuple[Head, ...]
+    shares: tuple[float, ...] = (1.0,)
+    mix: str = "probabilities"
 
 
 Signal = Hidden | Sparse

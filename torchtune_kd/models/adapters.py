@@ -1,7 +1,8 @@
 """The adapters of a LoRA, DoRA, QLoRA or QDoRA student: what they compute, and their values before the first step."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,20 @@ class BiasedDoRALinear(DoRALinear):
         norm = self._get_weight_norm(self.weight.to(x.dtype), lora_weight.detach()).detach()
         scale = (self.magnitude / norm).view(1, -1)
         return scale * (base_out + self.scaling * lora_out) + self.bias
+
+
+@contextlib.contextmanager
+def adapters_off(decoder: nn.Module) -> Iterator[None]:
+    """Let a decoder compute what its base weights do; torchtune's ``disable_adapter`` switches all of them on after."""
+    layers = [module for module in decoder.modules() if isinstance(module, LoRALinear | DoRALinear)]
+    before = [layer.disabled for layer in layers]
+    for layer in layers:
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.disabled = disabled
 
 
 def leave_biases_unscaled(decoder: nn.Module) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
@@ -60,9 +61,9 @@ def on_meta(section: Section, settings: Settings, world: World) -> TransformerDe
             f"Expected a text decoder (torchtune TransformerDecoder) under `{name}`, got {type(model).__name__}: "
             "name another builder."
         )
-    if name == "teacher_model" and get_adapter_params(model):
+    if name != "model" and get_adapter_params(model):
         raise UserError(
-            f"The builder {section.component} under `teacher_model` makes adapters, which no checkpoint would "
+            f"The builder {section.component} under `{name}` makes adapters, which no checkpoint would "
             "fill: name the builder without them and, under `teacher_checkpointer`, merged weights, such as the "
             "`epoch_<n>` that a LoRA recipe writes."
         )
@@ -153,6 +154,7 @@ def build_student(
         adapter_weights = initial_adapters(decoder, weights, settings.torch_dtype, seed) if world.reads_files else {}
         if world.sharded:
             shard(student, settings, world, extra_layers=settings.custom_sharded_layers)
+            register_fsdp_forward_method(student, "teach")
             student.keeps_layers_gathered = not settings.fsdp_reshard_after_forward
         load(decoder, weights, adapter_weights, settings, world)
     student.offload_activations = training.get_act_offloading_ctx_manager(

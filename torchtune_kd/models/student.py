@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D hidden width, V vocabulary.
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
@@ -76,7 +77,12 @@ class Student(nn.Module):
                     sampled=signal.sampled,
                     return_metrics=metrics,
                 )
-            states, (teacher_weight, teacher_bias) = signal or (None, (None, None))
+            states = teacher_weight = teacher_bias = shares = None
+            mix = "probabilities"
+            if signal is not None:
+                (states, *more), ((teacher_weight, teacher_bias), *_), shares, mix = signal
+                if more:  # an ensemble
+                    states, (teacher_weight, teacher_bias) = signal.states, zip(*signal.heads, strict=True)
             return linear_kd_objective(
                 hidden,
                 weight,
@@ -86,6 +92,21 @@ class Student(nn.Module):
                 self._objective,
                 student_bias=bias,
                 teacher_bias=teacher_bias,
+                teacher_shares=shares if isinstance(states, tuple) else None,
+                teacher_mix=mix,
                 reduction="sum",
                 return_metrics=metrics,
             )
+
+    @torch.no_grad()
+    def teach(self, tokens: Tensor, **attention: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return last hidden states [B, S, D], weight [V, D] and bias [V] of the head, as a teacher gives them.
+
+        The student is in eval mode meanwhile: no dropout. Under FSDP2 it is a forward of its own.
+        """
+        was_training = self.training
+        self.eval()
+        hidden = self.decoder(tokens, **attention)
+        weight, bias = output_head(self.decoder)
+        self.train(was_training)
+        return hidden, weight.detach(), None if bias is None else bias.detach()

@@ -16,6 +16,7 @@ from torchtune_kd.caches.layout import CacheManifest, to_be_written
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.distributed.world import World
+from torchtune_kd.errors import UserError
 from torchtune_kd.kernels import float8_weight
 from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
@@ -96,6 +97,11 @@ def build_models(config: Config, shards: int = 1) -> Models:
         set_trainable_params(student, adapters)
     _make_runnable(student)
     teacher = None
+    if config.teachers:
+        raise UserError(
+            "The plan knows one teacher, `teacher_model` or `teacher_cache`, but the config has `teachers`: plan it "
+            "with each of them in turn; a model's weights add up, and so does the time of its forward."
+        )
     if config.runs_teacher:
         teacher = on_meta(config.teacher_model, on_host, world).requires_grad_(False)
         _make_runnable(teacher)

@@ -9,9 +9,10 @@ from torchtune_kd.config.checks import checkpoint_files
 from torchtune_kd.config.reading import Config
 from torchtune_kd.evaluation.provenance import config_sha
 from torchtune_kd.storage.fingerprints import files_fingerprint
+from torchtune_kd.storage.manifest import NAME as MANIFEST
 
 _UNNAMED = "-"  # stands for every folder and file in a run's identity; what is in the files is part of it
-_PATH = re.compile(r"(^|_)(dir|path|files?)$")
+_PATH = re.compile(r"(^|_)(dir|path|cache|files?)$")
 # what changes no number of a run
 _NOT_IDENTITY = (
     "batch_size_val", "keep_best", "keep_last_n", "log_every_n_steps", "log_peak_memory_stats", "metric_logger",
@@ -62,8 +63,10 @@ def _without_paths(plain: Any, key: str = "") -> Any:
 
 def _fingerprint(config: Config, known: dict[tuple, str]) -> str:
     """Compute one fingerprint of the files that a run reads: weights, tokenizer and local data."""
-    sections = [config.checkpointer, *([config.teacher_checkpointer] if config.settings.uses_teacher else [])]
+    teachers = config.each_teacher()
+    sections = [config.checkpointer, *(each.teacher_checkpointer for each in teachers)]
     paths = [path for section in sections if section is not None for path in checkpoint_files(section)]
+    paths += [Path(each.teacher_cache) / MANIFEST for each in teachers if each.teacher_cache is not None]
     for section in (config.tokenizer, *config.dataset, *config.dataset_val):
         for key, value in section.arguments.items():
             if _PATH.search(str(key)):

@@ -1,8 +1,9 @@
 """What every kind of teacher does for the loop."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.losses.signals import Signal
@@ -23,15 +24,34 @@ class Teacher(Protocol):
         """Give back what an optimizer step, or a validation, no longer needs."""
         ...
 
+    def after_update(self, student: nn.Module) -> None:
+        """Follow the student, whose weights have just been updated."""
+        ...
 
-class NoTeacher:
-    """Stands for a teacher at ``kd_ratio: 0``."""
+    def kept_state(self) -> Mapping[str, Tensor]:
+        """Return what changes while the student trains, for its checkpoints; they are read into the same tensors."""
+        ...
 
-    def signal(self, batch: Batch) -> None:
-        """Return nothing: the loss is the cross-entropy alone."""
+
+class Unchanging:
+    """What a teacher does that no step of the student changes."""
 
     def expect(self, batch: Batch) -> None:
         """Prepare nothing."""
 
     def end_step(self, student: nn.Module) -> None:
         """Hold nothing."""
+
+    def after_update(self, student: nn.Module) -> None:
+        """Follow nobody."""
+
+    def kept_state(self) -> Mapping[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+
+class NoTeacher(Unchanging):
+    """Stands for a teacher at ``kd_ratio: 0``."""
+
+    def signal(self, batch: Batch) -> None:
+        """Return nothing: the loss is the cross-entropy alone."""

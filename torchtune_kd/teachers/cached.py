@@ -20,11 +20,12 @@ from torchtune_kd.kernels import Float8Weight, float8_weight
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.losses.signals import Head, Hidden
 from torchtune_kd.models.loading import load
+from torchtune_kd.teachers.base import Unchanging
 from torchtune_kd.teachers.cached_sparse import RENORMALISE, SparseTeacher
 from torchtune_kd.teachers.read_ahead import ReadAhead, Reader
 
 
-class CachedTeacher(nn.Module):
+class CachedTeacher(Unchanging, nn.Module):
     """Give hidden states out of a cache, and the teacher's head.
 
     Under FSDP2 this module is the root: the head is gathered by the first signal of a step and stays so until
@@ -65,7 +66,7 @@ class CachedTeacher(nn.Module):
             states = torch.zeros(batch.labels.numel(), len(self._rms), dtype=self._dtype, device=self._device)
             if columns:
                 states.index_copy_(0, places, decode(columns, self._dtype, self._rms))
-            return Hidden(states.view(*batch.labels.shape, len(self._rms)), self())
+            return Hidden((states.view(*batch.labels.shape, len(self._rms)),), (self(),))
 
     def end_step(self, student: nn.Module) -> None:
         """Give the gathered head back."""

@@ -6,7 +6,6 @@ Shapes: n valid tokens, k stored ids.
 import math
 
 import torch
-from torch import nn
 
 from torchtune_kd.caches.layout import CacheManifest
 from torchtune_kd.config.reading import Config
@@ -14,12 +13,13 @@ from torchtune_kd.data.batches import Batch
 from torchtune_kd.errors import UserError, phase
 from torchtune_kd.kernels import Objective
 from torchtune_kd.losses.signals import Sparse
+from torchtune_kd.teachers.base import Unchanging
 from torchtune_kd.teachers.read_ahead import ReadAhead, Reader
 
 RENORMALISE = "renormalise"
 
 
-class SparseTeacher:
+class SparseTeacher(Unchanging):
     """Give stored log-probabilities.
 
     Args:
@@ -66,9 +66,6 @@ class SparseTeacher:
             tail, tail_at_1 = (None if index is None else columns["tail"][:, index] for index in self._tails)
             entropy = columns.get("entropy")
             return Sparse(columns["ids"], columns["log_probs"].float(), tail, tail_at_1, entropy, sampled=False)
-
-    def end_step(self, student: nn.Module) -> None:
-        """Hold nothing."""
 
 
 def signal_of(config: Config, manifest: CacheManifest) -> str:

@@ -21,10 +21,10 @@ from torchtune_kd.models.float8_head import described, loader, replace_head
 from torchtune_kd.models.loading import check_weights, load, load_weights
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.models.random_weights import RandomWeights
-from torchtune_kd.teachers.base import NoTeacher, Teacher
+from torchtune_kd.teachers.base import NoTeacher, Teacher, Unchanging
 
 
-class LiveTeacher(nn.Module):
+class LiveTeacher(Unchanging, nn.Module):
     """A frozen decoder that gives its last hidden states and the head that reads them.
 
     Under FSDP2 this module is the root. Its own parameters (embedding, norm, head) are gathered by the first
@@ -53,12 +53,9 @@ class LiveTeacher(nn.Module):
         with phase("teacher"):
             states = self(batch.tokens, **batch.attention)
             if self.head is not None:
-                return Hidden(states, self.head)
+                return Hidden((states,), (self.head,))
             weight, bias = output_head(self.decoder)
-        return Hidden(states, Head(weight.detach(), None if bias is None else bias.detach()))
-
-    def expect(self, batch: Batch) -> None:
-        """Prepare nothing: the forward begins when it is asked for."""
+        return Hidden((states,), (Head(weight.detach(), None if bias is None else bias.detach()),))
 
     def end_step(self, student: nn.Module) -> None:
         """Give the gathered parameters back."""

@@ -1,9 +1,10 @@
 """How much of a device's time goes to the teacher."""
 
 import time
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.losses.signals import Signal
@@ -43,6 +44,14 @@ class TimedTeacher:
     def end_step(self, student: nn.Module) -> None:
         """Give back what the teacher no longer needs."""
         self.teacher.end_step(student)
+
+    def after_update(self, student: nn.Module) -> None:
+        """Let the teacher follow the student."""
+        self.teacher.after_update(student)
+
+    def kept_state(self) -> Mapping[str, Tensor]:
+        """Return what the teacher keeps."""
+        return self.teacher.kept_state()
 
     def seconds(self) -> float:
         """Return what the signals took since :meth:`restart`; waits for the last of them."""

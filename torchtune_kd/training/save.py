@@ -43,7 +43,7 @@ def export_epoch(run: Run, epoch: int) -> None:
 
 def _write_checkpoint(run: Run, *, wait: bool) -> bool:
     run.progress.tokens = run.log.all_tokens()
-    state = gather_state(run.student, run.optimizer, run.lr_scheduler, run.world)
+    state = gather_state(run.student, run.optimizer, run.lr_scheduler, run.world, run.teacher.kept_state())
     good = run.saver.save(state, run.progress, run.validation, wait=wait)
     run.log.restart_clock()
     return good

@@ -1,38 +1,47 @@
 """Check a run, then build everything that it needs."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchtune import training
 from torchtune.modules.peft import get_adapter_params
 
-from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.checkpoints import folders
 from torchtune_kd.checkpoints.folders import check_output_folder, check_shared_folder, output_folder, run_folders
 from torchtune_kd.checkpoints.identity import run_identity
 from torchtune_kd.checkpoints.progress import Progress
-from torchtune_kd.checkpoints.resume import FoundCheckpoint, check_same_run, find_checkpoint, restore_state
+from torchtune_kd.checkpoints.resume import (
+    FoundCheckpoint,
+    check_same_run,
+    find_checkpoint,
+    restore_state,
+    restore_teacher,
+)
 from torchtune_kd.checkpoints.saver import Saver
-from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer, check_tokenizer_files
+from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.steps import build_loaders, steps_per_epoch
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, say
-from torchtune_kd.models.build import build_student, check_sharded_layers, check_vocabularies, on_meta
-from torchtune_kd.models.float8_head import check_head
+from torchtune_kd.models.build import build_student, check_sharded_layers, on_meta
 from torchtune_kd.models.loading import load_weights
-from torchtune_kd.teachers.base import Teacher
-from torchtune_kd.teachers.cached import build_cached_teacher, cache_of
-from torchtune_kd.teachers.cached_sparse import signal_of
-from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.teachers.timed import TimedTeacher
-from torchtune_kd.training.cached import check_cached_data, check_cached_models
 from torchtune_kd.training.events import Events
 from torchtune_kd.training.log import TrainingLog
 from torchtune_kd.training.optim import build_lr_scheduler, build_profiler, check_optimizer
 from torchtune_kd.training.run import Run, steps_left_in_epoch
+from torchtune_kd.training.teachers import (
+    Source,
+    build_sources,
+    check_data,
+    check_teachers,
+    joined,
+    sources_of,
+    teachers_identity,
+    with_signal,
+)
 from torchtune_kd.training.time_limit import TimeLimit
 
 
@@ -44,7 +53,7 @@ class DataLimits(NamedTuple):
 
 
 def check_run(
-    config: Config, tokenizer: Any, world: World, cache: CacheReader | None = None, *, resumed: bool = False
+    config: Config, tokenizer: Any, world: World, sources: Sequence[Source], *, resumed: bool = False
 ) -> DataLimits:
     """Check everything that needs neither weights nor data, and return what the data may hold.
 
@@ -52,7 +61,7 @@ def check_run(
         config (Config): the run's.
         tokenizer (Any): built from it.
         world (World): the processes.
-        cache (CacheReader | None): what stands for a teacher that runs.
+        sources (Sequence[Source]): its teachers that are not the student.
         resumed (bool): whether the output folder holds the checkpoint with which the run goes on.
 
     Raises:
@@ -69,18 +78,7 @@ def check_run(
             "`save_adapter_weights_only: True` needs a student with adapters, but `model` is a full-weight one: "
             "set it to False."
         )
-    longest, teacher = student.max_seq_len, None
-    if cache is not None:
-        check_cached_models(config, cache)
-        teacher = cache.manifest.vocab
-    elif config.runs_teacher:
-        check_checkpoint_files(config.teacher_checkpointer)
-        teacher = on_meta(config.teacher_model, settings, world)
-        if config.teacher_head is not None:
-            check_head(teacher)
-        longest = min(longest, teacher.max_seq_len)
-        check_tokenizer_files((config.checkpointer, config.teacher_checkpointer))
-    vocab = check_vocabularies(student, teacher)
+    vocab, longest = check_teachers(config, sources, student, world)
     check_tokenizer(tokenizer, vocab)
     if settings.custom_sharded_layers:
         check_sharded_layers(student, settings.custom_sharded_layers)
@@ -106,17 +104,15 @@ def set_up(config: Config, world: World) -> Run:
     seed = training.set_seed(seed, debug_mode=settings.cudnn_deterministic_mode)
     kd_loss = config.kd_loss.build()
     tokenizer = config.tokenizer.build()
-    cache = cache_of(config, world)
-    if cache is not None:
-        config = replace(config, signal=signal_of(config, cache.manifest))
-    limits = check_run(config, tokenizer, world, cache, resumed=found is not None)
+    sources = sources_of(config, world)
+    config = with_signal(config, sources)
+    limits = check_run(config, tokenizer, world, sources, resumed=found is not None)
     loader, val_loader = build_loaders(
         config, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world
     )
-    if cache is not None:
-        for each, name in ((loader, "dataset"), (val_loader, "dataset_val")):
-            if each is not None:
-                check_cached_data(cache, each.sampler.dataset, name, world)
+    loaders = {"dataset": loader, "dataset_val": val_loader}
+    datasets = [(name, each.sampler.dataset) for name, each in loaders.items() if each is not None]
+    check_data(sources, datasets, world)
     sequences = settings.batch_size * settings.gradient_accumulation_steps * world.size
     traits = (
         run_identity(
@@ -124,7 +120,7 @@ def set_up(config: Config, world: World) -> Run:
             loader.sampler.dataset,
             seed=seed,
             sequences_per_step=sequences,
-            cached_teacher=None if cache is None else cache.manifest.as_teacher,
+            teacher=teachers_identity(config, sources),
         )
         if world.is_rank_zero
         else {}
@@ -162,11 +158,7 @@ def set_up(config: Config, world: World) -> Run:
         written=written,
     )
 
-    teacher: Teacher = (
-        build_teacher(config, world) if cache is None else build_cached_teacher(config, kd_loss, cache, world)
-    )
-    if settings.uses_teacher:
-        teacher = log.teacher = TimedTeacher(teacher, world.device)
+    others = build_sources(sources, kd_loss, world)
     checkpointer, weights = load_weights(config.checkpointer, world)
     student = build_student(config.model, settings, world, kd_loss, weights, seed)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -175,6 +167,11 @@ def set_up(config: Config, world: World) -> Run:
     profiler = build_profiler(config.profiler, world.device)
     if found is not None:
         restore_state(found, student, optimizer, lr_scheduler, world, new_schedule=new_schedule)
+    teacher = joined(config, others, student)
+    if found is not None:
+        restore_teacher(found, teacher.kept_state(), world)
+    if settings.uses_teacher:
+        teacher = log.teacher = TimedTeacher(teacher, world.device)
     if not settings.compile:
         world.barrier()
         world.set_timeout(FIRST_STEP * settings.process_group_timeout)

@@ -149,6 +149,7 @@ def finish_step(run: Run, step: Step) -> None:
     if finite:
         with phase("optimizer"):
             run.optimizer.step()
+            run.teacher.after_update(run.student)
     run.optimizer.zero_grad(set_to_none=True)
     if run.lr_scheduler is not None and run.time_limit is not None:
         done = (progress.global_step + 1) / run.total_steps

@@ -1,0 +1,170 @@
+"""The teachers of a run, one or several: checked, identified, built and joined."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
+
+from torchtune_kd.caches.reader import CacheReader
+from torchtune_kd.checkpoints.identity import teacher_identity
+from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer_files
+from torchtune_kd.config.reading import Config
+from torchtune_kd.distributed.world import World
+from torchtune_kd.errors import UserError
+from torchtune_kd.losses import KDLoss
+from torchtune_kd.models.build import check_vocabularies, on_meta
+from torchtune_kd.models.float8_head import check_head
+from torchtune_kd.models.student import Student
+from torchtune_kd.teachers.base import NoTeacher, Teacher
+from torchtune_kd.teachers.cached import build_cached_teacher, cache_of
+from torchtune_kd.teachers.cached_sparse import signal_of
+from torchtune_kd.teachers.ensemble import Ensemble
+from torchtune_kd.teachers.live import build_teacher
+from torchtune_kd.teachers.own import AverageTeacher, BaseTeacher
+from torchtune_kd.training.cached import check_cached_data, check_cached_models
+
+
+class Source(NamedTuple):
+    """Where a teacher that is not the student comes from.
+
+    Attributes:
+        config (Config): the run's, as if this teacher were its only one.
+        cache (CacheReader | None): what it said; None where it runs.
+    """
+
+    config: Config
+    cache: CacheReader | None
+
+
+def sources_of(config: Config, world: World) -> list[Source]:
+    """Open the caches of a config's teachers, and return all that are not the student itself.
+
+    Raises:
+        UserError: for a folder that is no finished cache, or a cache without hidden states among several teachers.
+    """
+    found = [Source(each, cache_of(each, world)) for each in config.each_teacher()]
+    for each, cache in found:
+        if len(config.teachers) > 1 and cache is not None and cache.manifest.kind != "hidden":
+            raise UserError(
+                f"Several teachers are mixed by their hidden states, but the cache in {each.teacher_cache} holds "
+                f"{cache.manifest.stored}: write one of hidden states, or use this teacher alone."
+            )
+    return found
+
+
+def with_signal(config: Config, sources: Sequence[Source]) -> Config:
+    """Return the config with what its teacher gives, which decides on what is logged."""
+    caches = [(each, cache) for each, cache in sources if cache is not None]
+    if len(caches) != 1:
+        return config
+    ((each, cache),) = caches
+    return replace(config, signal=signal_of(each, cache.manifest))
+
+
+def check_teachers(
+    config: Config, sources: Sequence[Source], student: TransformerDecoder, world: World
+) -> tuple[int, int]:
+    """Check all teachers without weights; return the ids that they and the student share, and the longest sequence.
+
+    Args:
+        config (Config): the run's.
+        sources (Sequence[Source]): its teachers.
+        student (TransformerDecoder): on the meta device.
+        world (World): the processes.
+
+    Raises:
+        UserError: at the first that cannot teach.
+    """
+    vocab, longest = check_vocabularies(student, None), student.max_seq_len
+    for each, cache in sources:
+        if cache is not None:
+            check_cached_models(each, cache)
+            vocab = min(vocab, check_vocabularies(student, cache.manifest.vocab))
+            continue
+        check_checkpoint_files(each.teacher_checkpointer)
+        teacher = on_meta(each.teacher_model, config.settings, world)
+        if each.teacher_head is not None:
+            check_head(teacher)
+        check_tokenizer_files((config.checkpointer, each.teacher_checkpointer))
+        vocab, longest = min(vocab, check_vocabularies(student, teacher)), min(longest, teacher.max_seq_len)
+    for entry in config.teachers:
+        if entry.own == "base" and not get_adapter_params(student):
+            raise UserError(
+                f"`{entry.path}.self: base` teaches with the student's adapters off, but `model` is a full-weight one: "
+                "name a builder with adapters, or `self: ema`."
+            )
+    return vocab, longest
+
+
+def check_data(sources: Sequence[Source], datasets: Sequence[tuple[str, Dataset]], world: World) -> None:
+    """Refuse rows of the named datasets that are not in every cache.
+
+    Raises:
+        UserError: with the number of such rows.
+    """
+    for _, cache in sources:
+        for name, dataset in datasets if cache is not None else ():
+            check_cached_data(cache, dataset, name, world)
+
+
+def teachers_identity(config: Config, sources: Sequence[Source]) -> dict[str, Any]:
+    """Return the teachers' part of a run's identity."""
+    if not config.settings.uses_teacher:
+        return {}
+    single = not config.teachers
+    found: dict[str, Any] = {} if single else {"ensemble": config.ensemble} if len(config.teachers) > 1 else {}
+    names = iter([""] if single else [f" {entry.name!r}" for entry in config.teachers if entry.own is None])
+    for (each, cache), name in zip(sources, names, strict=True):
+        traits = dict(teacher_identity(each) if cache is None else cache.manifest.as_teacher)
+        if each.teacher_head is not None:
+            traits["teacher_head"] = each.teacher_head
+        if each.teacher_tail is not None:
+            traits["teacher_tail"] = each.teacher_tail
+        found |= {f"{key}{name}": value for key, value in traits.items()}
+    for entry in config.teachers:
+        if len(config.teachers) > 1:
+            found[f"{entry.path}.share"] = entry.share
+        if entry.own is not None:
+            found[f"{entry.path}.self"] = entry.own
+        if entry.own == "ema":
+            found |= {f"{entry.path}.decay": entry.decay, f"{entry.path}.every_n_steps": entry.every_n_steps}
+    return found
+
+
+def build_sources(sources: Sequence[Source], kd_loss: KDLoss, world: World) -> list[Teacher]:
+    """Build the teachers that are not the student, with their weights."""
+    return [
+        build_teacher(each, world) if cache is None else build_cached_teacher(each, kd_loss, cache, world)
+        for each, cache in sources
+    ]
+
+
+def joined(config: Config, built: Sequence[Teacher], student: Student) -> Teacher:
+    """Return the teacher of the run: the only one, or an ensemble.
+
+    Args:
+        config (Config): the run's.
+        built (Sequence[Teacher]): those that are not the student.
+        student (Student): the student, with the weights from which an average begins.
+    """
+    if not config.settings.uses_teacher:
+        return NoTeacher()
+    if not config.teachers:
+        return built[0]
+    members = list(_members(config, built, student))
+    shares = [entry.share for entry in config.teachers]
+    return members[0] if len(members) == 1 else Ensemble(members, shares, config.ensemble)
+
+
+def _members(config: Config, built: Sequence[Teacher], student: Student) -> Iterator[Teacher]:
+    others = iter(built)
+    for entry in config.teachers:
+        if entry.own == "base":
+            yield BaseTeacher(student)
+        elif entry.own == "ema":
+            yield AverageTeacher(student, entry.decay, entry.every_n_steps)
+        else:
+            yield next(others)
