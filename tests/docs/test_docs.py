@@ -137,7 +137,7 @@ def test_the_kernels_example_runs_as_it_stands():
 def test_every_key_of_a_config_is_explained():
     text = "\n".join(page.read_text() for page in PAGES) + (ROOT / "torchtune_kd" / "launch" / "README.md").read_text()
     keys = [field.name for field in fields(settings.Settings)] + list(settings.COMPONENTS)
-    keys += ["teacher_cache", "teacher_head", "teacher_tail", "teachers", "ensemble", "self"]
+    keys += ["teacher_cache", "teacher_head", "teacher_tail", "teacher_weights", "teachers", "ensemble", "self"]
     keys += [field.name for field in fields(TeacherEntry) if field.name not in ("path", "own")]
     keys += [f"cache.{field.name}" for field in fields(CacheKeys)]
     assert [key for key in keys if f"`{key}" not in text] == []

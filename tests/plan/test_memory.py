@@ -56,6 +56,8 @@ def check(tmp_path, size, kind, **overrides):
         ("full", {"kd_ratio": 1.0, "dtype": "fp32", "clip_grad_norm": 1.0}),
         ("lora", {}),
         ("lora", {"teacher_head": "float8"}),
+        ("full", {"teacher_weights": "int8"}),
+        ("lora", {"teacher_weights": "nf4"}),
         ("full", {"teacher_head": "float8", "dtype": "fp32"}),
         ("dora", {"enable_activation_checkpointing": True}),
         ("qlora", {}),

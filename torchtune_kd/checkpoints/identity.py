@@ -62,6 +62,8 @@ def run_identity(
 def teacher_identity(config: Config, *, weights: bool = True) -> dict[str, Any]:
     """Return what a teacher's hidden states depend on, beside the tokens: its builder and, with ``weights``, those."""
     builder = _leaves(config.teacher_model)
+    if config.teacher_weights is not None:
+        builder["teacher_weights"] = config.teacher_weights
     if not weights:
         return builder
     return builder | {"weights of the teacher": weights_fingerprint(config.teacher_checkpointer)}

@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.training import ModelType
 
 from torchtune_kd.config.sections import Section
-from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, TEACHER_HEADS
+from torchtune_kd.config.settings import REQUIRED_COMPONENTS, TEACHER_COMPONENTS, TEACHER_HEADS, TEACHER_WEIGHTS
 from torchtune_kd.errors import UserError, nearest
 from torchtune_kd.losses import KDLoss, KDWithChunkedOutputLoss
 
@@ -159,10 +159,15 @@ def check_needed_sections(written: DictConfig, *, runs_teacher: bool, random_wei
 
 
 def check_teacher_head(written: DictConfig) -> None:
-    """Refuse a ``teacher_head`` that there is not."""
-    name = written.get("teacher_head")
-    if name is not None and name not in TEACHER_HEADS:
-        raise UserError(f"Expected `teacher_head` to be {' or '.join(TEACHER_HEADS)} or null, got {name!r}: change it.")
+    """Refuse a ``teacher_head`` or ``teacher_weights`` that there is not; the latter needs a teacher that runs."""
+    for key, words in (("teacher_head", TEACHER_HEADS), ("teacher_weights", TEACHER_WEIGHTS)):
+        name = written.get(key)
+        if name is not None and name not in words:
+            raise UserError(f"Expected `{key}` to be {' or '.join(words)} or null, got {name!r}: change it.")
+    if written.get("teacher_weights") is not None and written.get("teacher_cache") is not None:
+        raise UserError(
+            "`teacher_weights` is for a teacher that runs, but there is a `teacher_cache`: delete one of them."
+        )
 
 
 def check_teacher_cache(written: DictConfig) -> None:

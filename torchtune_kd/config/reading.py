@@ -45,6 +45,7 @@ class Config:
         teacher_model (Section | None): may be None at ``kd_ratio: 0`` or with a ``teacher_cache``, like the next.
         teacher_checkpointer (Section | None): None with ``random_weights: True`` as well.
         teacher_head (str | None): one of :data:`~torchtune_kd.config.settings.TEACHER_HEADS`; None as it is.
+        teacher_weights (str | None): one of :data:`~torchtune_kd.config.settings.TEACHER_WEIGHTS`; None as ``dtype``.
         teacher_cache (str | None): folder of what the teacher said, in place of a teacher that runs.
         teacher_tail (str | None): "renormalise" takes a cache's likeliest ids for the whole teacher.
         dataset_val (tuple[Section, ...]): validation data; empty where there is none.
@@ -68,6 +69,7 @@ class Config:
     teacher_model: Section | None
     teacher_checkpointer: Section | None
     teacher_head: str | None
+    teacher_weights: str | None
     teacher_cache: str | None
     teacher_tail: str | None
     dataset_val: tuple[Section, ...]
@@ -103,6 +105,7 @@ class Config:
                 teacher_cache=entry.cache,
                 teacher_tail=entry.tail,
                 teacher_head=entry.head,
+                teacher_weights=entry.weights,
             )
             for entry in self.teachers
             if entry.own is None
@@ -198,6 +201,7 @@ def _assembled(written: DictConfig, settings: Settings) -> Config:
         teacher_model=optional("teacher_model"),
         teacher_checkpointer=optional("teacher_checkpointer"),
         teacher_head=written.get("teacher_head"),
+        teacher_weights=written.get("teacher_weights"),
         teacher_cache=written.get("teacher_cache"),
         teacher_tail=written.get("teacher_tail"),
         dataset_val=sections_of("dataset_val", written.get("dataset_val")),

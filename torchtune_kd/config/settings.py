@@ -1,9 +1,9 @@
 """The config surface: every key a recipe reads, its type and default, in one place.
 
 A key of the YAML is either a setting (a field of :class:`Settings`), a component (a section with a
-``_component_``, listed in :data:`COMPONENTS`), one of ``teacher_head``, ``teacher_cache`` and ``teacher_tail``, which
-name what a teacher is by a word or a folder, or a name that other keys interpolate (``${name}``). Anything else is an
-error that names the key and the nearest known one.
+``_component_``, listed in :data:`COMPONENTS`), one of ``teacher_head``, ``teacher_weights``, ``teacher_cache`` and
+``teacher_tail``, which name what a teacher is by a word or a folder, or a name that other keys interpolate
+(``${name}``). Anything else is an error that names the key and the nearest known one.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ TEACHER_COMPONENTS = ("teacher_model", "teacher_checkpointer")  # not needed at 
 OPTIONAL_COMPONENTS = ("dataset_val", "lr_scheduler", "profiler")
 COMPONENTS = REQUIRED_COMPONENTS + TEACHER_COMPONENTS + OPTIONAL_COMPONENTS
 TEACHER_HEADS = ("float8",)  # what `teacher_head` may name; null leaves the head as it is
+TEACHER_WEIGHTS = ("nf4", "int8")  # what `teacher_weights` may name; null leaves them in `dtype`
 DISTRIBUTED_ONLY = (
     "custom_sharded_layers",
     "data_parallel_replicate_dim",
@@ -115,6 +116,7 @@ KEYS = (
     *(field.name for field in dataclasses.fields(Settings)),
     *COMPONENTS,
     "teacher_head",
+    "teacher_weights",
     "teacher_cache",
     "teacher_tail",
     "teachers",

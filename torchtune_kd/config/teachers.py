@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from torchtune_kd.config.sections import Section, section_of
-from torchtune_kd.config.settings import TEACHER_HEADS, typed
+from torchtune_kd.config.settings import TEACHER_HEADS, TEACHER_WEIGHTS, typed
 from torchtune_kd.errors import UserError, nearest
 
 MIXES = ("probabilities", "logits")  # what `ensemble` may name
@@ -16,10 +16,12 @@ OWN = ("base", "ema")  # what `self` may name
 _OF_AVERAGE = ("decay", "every_n_steps")
 _FIELDS = {
     "name": str | None, "share": float | None, "cache": str | None, "tail": str | None, "head": str | None,
-    "self": str | None, "decay": float, "every_n_steps": int,
+    "weights": str | None, "self": str | None, "decay": float, "every_n_steps": int,
 }  # fmt: skip
 _SECTIONS = ("model", "checkpointer")
-_FLAT = ("teacher_model", "teacher_checkpointer", "teacher_cache", "teacher_tail", "teacher_head")
+_FLAT = (
+    "teacher_model", "teacher_checkpointer", "teacher_cache", "teacher_tail", "teacher_head", "teacher_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class TeacherEntry:
         cache (str | None): folder of a teacher that ran once.
         tail (str | None): as ``teacher_tail``.
         head (str | None): as ``teacher_head``.
+        weights (str | None): as ``teacher_weights``.
         own (str | None): "base" or "ema": the student itself, without its adapters, or averaged over its steps.
         decay (float): of the average, for each of its updates.
         every_n_steps (int): optimizer steps between two updates of the average.
@@ -48,6 +51,7 @@ class TeacherEntry:
     cache: str | None = None
     tail: str | None = None
     head: str | None = None
+    weights: str | None = None
     own: str | None = None
     decay: float = 0.999
     every_n_steps: int = 1
@@ -102,13 +106,19 @@ def _entry(index: int, node: Any, count: int, random_weights: bool) -> TeacherEn
     (kind,) = kinds
     if kind == "model" and node.get("checkpointer") is None and not random_weights:
         raise UserError(f"Expected `{path}.checkpointer` to name the files of that teacher, but it is missing: add it.")
-    of_kind = {"checkpointer": "model", "tail": "cache", "head": "model", **dict.fromkeys(_OF_AVERAGE, "self")}
+    of_kind = {
+        "checkpointer": "model",
+        "tail": "cache",
+        "head": "model",
+        "weights": "model",
+        **dict.fromkeys(_OF_AVERAGE, "self"),
+    }
     for key, needed in of_kind.items():
         if node.get(key) is not None and kind != needed and not (key == "head" and kind == "cache"):
             raise UserError(
                 f"`{path}.{key}` belongs to a teacher with `{needed}`, but this one has `{kind}`: delete it."
             )
-    for key, words in (("head", TEACHER_HEADS), ("tail", ("renormalise",))):
+    for key, words in (("head", TEACHER_HEADS), ("weights", TEACHER_WEIGHTS), ("tail", ("renormalise",))):
         if values.get(key) is not None and values[key] not in words:
             raise UserError(f"Expected `{path}.{key}` to be {' or '.join(words)}, got {values[key]!r}: change it.")
     own = values.get("self")
@@ -127,6 +137,7 @@ def _entry(index: int, node: Any, count: int, random_weights: bool) -> TeacherEn
         cache=values.get("cache"),
         tail=values.get("tail"),
         head=values.get("head"),
+        weights=values.get("weights"),
         own=own,
         decay=float(values.get("decay", TeacherEntry.decay)),
         every_n_steps=int(values.get("every_n_steps", TeacherEntry.every_n_steps)),

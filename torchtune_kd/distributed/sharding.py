@@ -53,6 +53,8 @@ def shard_tensor(whole: Tensor, target: Tensor) -> Tensor:
         whole (Tensor): on the device, alike on every process.
         target (Tensor): a parameter of a sharded model, on the meta device; a plain one takes ``whole`` itself.
     """
+    if isinstance(target, NF4Tensor):
+        return to_nf4(whole, block_size=target.block_size, scaler_block_size=target.scaler_block_size)
     if not isinstance(target, DTensor):
         return whole
     like = target._local_tensor

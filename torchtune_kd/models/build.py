@@ -163,8 +163,10 @@ def build_student(
     return student
 
 
-def build_decoder(section: Section, settings: Settings, world: World) -> TransformerDecoder:
-    """Build a decoder for its weights to be loaded: on the meta device where it will be sharded."""
-    device = torch.device("meta") if world.sharded else world.device
+def build_decoder(
+    section: Section, settings: Settings, world: World, *, quantised_later: bool = False
+) -> TransformerDecoder:
+    """Build a decoder for its weights to be loaded: on the meta device where it will be sharded, or quantised."""
+    device = torch.device("meta") if world.sharded or quantised_later else world.device
     with training.set_default_dtype(settings.torch_dtype), device, NoInitialValues():
         return section.build()

@@ -92,12 +92,12 @@ def load(
     settings: Settings,
     world: World,
 ) -> None:
-    """Give a decoder its weights, a sharded one, which is on the meta device, tensor by tensor.
+    """Give a decoder its weights: one on the meta device, as a sharded one is, tensor by tensor.
 
     Names and shapes were compared before. Only the values that a node's reader holds in ``weights`` and
     ``adapter_weights`` count.
     """
-    if not world.sharded:
+    if not world.sharded and not any(parameter.is_meta for parameter in decoder.parameters()):
         if isinstance(weights, RandomWeights):
             weights.write_all(decoder)
             weights = {}
@@ -110,7 +110,8 @@ def load(
             source = adapter_weights if name in adapter_weights else weights
             whole = source[name].to(target.dtype)
         part = shard_tensor(world.share_in_node(whole), target)
-        state[name] = nn.Parameter(part.cpu() if settings.fsdp_cpu_offload else part)
+        part = part.cpu() if settings.fsdp_cpu_offload else part
+        state[name] = nn.Parameter(part, requires_grad=part.is_floating_point())
     decoder.load_state_dict(state, assign=True)  # there is nothing to copy into on the meta device
     with training.set_default_dtype(settings.torch_dtype), world.device:
         for module in decoder.modules():

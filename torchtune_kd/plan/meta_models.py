@@ -22,6 +22,7 @@ from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.float8_head import replace_head
 from torchtune_kd.models.output_head import output_head
+from torchtune_kd.models.quantised_body import quantise_body
 from torchtune_kd.plan.tracker import tensor_bytes
 
 
@@ -104,6 +105,8 @@ def build_models(config: Config, shards: int = 1) -> Models:
         )
     if config.runs_teacher:
         teacher = on_meta(config.teacher_model, on_host, world).requires_grad_(False)
+        if config.teacher_weights is not None:
+            quantise_body(teacher, config.teacher_weights, shards)
         _make_runnable(teacher)
         check_vocabularies(student, teacher)
     elif settings.uses_teacher:

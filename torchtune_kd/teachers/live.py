@@ -20,6 +20,7 @@ from torchtune_kd.models.build import build_decoder
 from torchtune_kd.models.float8_head import described, loader, replace_head
 from torchtune_kd.models.loading import check_weights, load, load_weights
 from torchtune_kd.models.output_head import output_head, skip_output_head
+from torchtune_kd.models.quantised_body import Int8Weights, quantise_body
 from torchtune_kd.models.random_weights import RandomWeights
 from torchtune_kd.teachers.base import NoTeacher, Teacher, Unchanging
 
@@ -69,10 +70,14 @@ def build_teacher(config: Config, world: World) -> Teacher:
         return NoTeacher()
     with loading("teacher", world.device):
         _, weights = load_weights(config.teacher_checkpointer, world)
-        decoder = build_decoder(config.teacher_model, settings, world)
+        kind = config.teacher_weights
+        decoder = build_decoder(config.teacher_model, settings, world, quantised_later=kind is not None)
         if weights is None:
             weights = RandomWeights(decoder, "teacher_model", settings.torch_dtype, settings.seed or 0)
         check_weights(decoder, weights, "teacher_checkpointer")
+        if kind is not None:
+            quantise_body(decoder, kind, world.num_shards)
+            weights = Int8Weights(weights, decoder)
         head = None
         if config.teacher_head is not None:
             head = replace_head(decoder, loader(weights, settings, world))

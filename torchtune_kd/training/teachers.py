@@ -17,6 +17,7 @@ from torchtune_kd.errors import UserError
 from torchtune_kd.losses import KDLoss
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.float8_head import check_head
+from torchtune_kd.models.quantised_body import quantise_body
 from torchtune_kd.models.student import Student
 from torchtune_kd.teachers.base import NoTeacher, Teacher
 from torchtune_kd.teachers.cached import build_cached_teacher, cache_of
@@ -86,6 +87,8 @@ def check_teachers(
             continue
         check_checkpoint_files(each.teacher_checkpointer)
         teacher = on_meta(each.teacher_model, config.settings, world)
+        if each.teacher_weights is not None:
+            quantise_body(teacher, each.teacher_weights, world.num_shards)
         if each.teacher_head is not None:
             check_head(teacher)
         check_tokenizer_files((config.checkpointer, each.teacher_checkpointer))
