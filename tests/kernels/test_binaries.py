@@ -74,6 +74,7 @@ def test_some_binaries_spill_nothing_and_load_128_bits():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_no_binary_spills_and_all_load_128_bits():
     reports = compiling(COMPILE)
     # 7 divergences x T x cross-entropy x gradient x metrics, and what the other cases add

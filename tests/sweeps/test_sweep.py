@@ -1,6 +1,7 @@
 """Sweeps by the real ``tune run``: killed, shared, with a cell that fails."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -21,10 +22,11 @@ CLOCK = {"seconds", "time", "load", "config", "commit"}
 
 def start(cfg, *more):
     folder = Path(cfg.output_dir).parent
-    OmegaConf.save(cfg, folder / "sweep.yaml")
+    path = folder / f"{Path(cfg.output_dir).name}_{os.getpid()}.yaml"
+    OmegaConf.save(cfg, path)
     command = [str(Path(sys.executable).parent / "tune"), "run", "torchtune_kd/sweep", "--config"]
     return subprocess.Popen(
-        [*command, str(folder / "sweep.yaml"), *more],
+        [*command, str(path), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -51,13 +53,18 @@ def figures(cfg):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Models, rows and the config of a sweep over them."""
-    return sweep_config(tmp_path_factory.mktemp("sweep"))
+    """Models, rows and the config of a sweep over them, in one folder for all processes of the tests."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "sweep"
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sweep_config(folder)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(files):
-    """The same sweep, done."""
+    """The same sweep, done: by this process of the tests, or shared with another one that wants it, too."""
     finish(start(files))
     return files
 
