@@ -154,5 +154,5 @@ def test_several_need_hidden_states(tmp_path, wide_and_narrow):
     cfg = flat(tmp_path, tmp_path / "out")
     write(cfg, tmp_path / "cache", kind="top_k", dtype=None)
     entries = [{"cache": str(tmp_path / "cache")}, wide_and_narrow[0]]
-    with pytest.raises(UserError, match=r"are mixed by their hidden states, but .* holds the 64 likeliest ids"):
+    with pytest.raises(UserError, match=r"Several teachers give hidden states, but .* holds the 64 likeliest ids"):
         run_in_process(with_teachers(cfg, entries))

@@ -1,7 +1,7 @@
 """``teachers``: several teachers, or the student's own past, in place of one ``teacher_model`` or ``teacher_cache``."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ _FIELDS = {
     "weights": str | None, "self": str | None, "decay": float, "every_n_steps": int,
 }  # fmt: skip
 _SECTIONS = ("model", "checkpointer")
+_LISTS = ("datasets",)
 _FLAT = (
     "teacher_model", "teacher_checkpointer", "teacher_cache", "teacher_tail", "teacher_head", "teacher_weights",
 )  # fmt: skip
@@ -38,6 +39,7 @@ class TeacherEntry:
         tail (str | None): as ``teacher_tail``.
         head (str | None): as ``teacher_head``.
         weights (str | None): as ``teacher_weights``.
+        datasets (tuple[int, ...]): positions under ``dataset`` of the rows that it teaches; empty for all.
         own (str | None): "base" or "ema": the student itself, without its adapters, or averaged over its steps.
         decay (float): of the average, for each of its updates.
         every_n_steps (int): optimizer steps between two updates of the average.
@@ -52,6 +54,7 @@ class TeacherEntry:
     tail: str | None = None
     head: str | None = None
     weights: str | None = None
+    datasets: tuple[int, ...] = ()
     own: str | None = None
     decay: float = 0.999
     every_n_steps: int = 1
@@ -81,6 +84,8 @@ def read_teachers(written: DictConfig, *, random_weights: bool) -> tuple[Teacher
     if mix not in MIXES:
         raise UserError(f"Expected `ensemble` to be {' or '.join(MIXES)}, got {mix!r}: change it.")
     entries = tuple(_entry(index, entry, len(node), random_weights) for index, entry in enumerate(node))
+    if any(entry.datasets for entry in entries):
+        _check_specialists(entries, written)
     total = math.fsum(entry.share for entry in entries)
     if abs(total - 1) > 1e-5:
         raise UserError(f"Expected the shares of `teachers` to add up to 1, but they add up to {total:g}: change them.")
@@ -94,7 +99,7 @@ def _entry(index: int, node: Any, count: int, random_weights: bool) -> TeacherEn
     path = f"teachers[{index}]"
     if not isinstance(node, Mapping | DictConfig):
         raise UserError(f"Expected `{path}` to be a section with a model, a cache or `self`, got {node!r}: write one.")
-    known = (*_FIELDS, *_SECTIONS)
+    known = (*_FIELDS, *_SECTIONS, *_LISTS)
     for key in node:
         if key not in known:
             raise UserError(f"Unknown key `{path}.{key}`: {nearest(str(key), known)}")
@@ -138,12 +143,56 @@ def _entry(index: int, node: Any, count: int, random_weights: bool) -> TeacherEn
         tail=values.get("tail"),
         head=values.get("head"),
         weights=values.get("weights"),
+        datasets=_positions(path, node.get("datasets")),
         own=own,
         decay=float(values.get("decay", TeacherEntry.decay)),
         every_n_steps=int(values.get("every_n_steps", TeacherEntry.every_n_steps)),
     )
     _check_numbers(entry)
     return entry
+
+
+def _positions(path: str, node: Any) -> tuple[int, ...]:
+    """Read ``datasets``."""
+    if node is None:
+        return ()
+    values = list(node) if isinstance(node, ListConfig | list) else [node]
+    if not values or any(isinstance(value, bool) or not isinstance(value, int) for value in values):
+        raise UserError(
+            f"Expected `{path}.datasets` to be a list of positions under `dataset`, counted from 0, got {node!r}: "
+            "change it."
+        )
+    return tuple(values)
+
+
+def _check_specialists(entries: Sequence[TeacherEntry], written: DictConfig) -> None:
+    """Refuse a row with two teachers, or with none."""
+    lists = {name: written.get(name) for name in ("dataset", "dataset_val")}
+    counts = {
+        name: len(node) if isinstance(node, ListConfig) else 1 for name, node in lists.items() if node is not None
+    }
+    taught: dict[int, TeacherEntry] = {}
+    for entry in entries:
+        if not entry.datasets:
+            raise UserError(
+                f"Expected `{entry.path}.datasets`, since other teachers have them, but it is missing: say which rows "
+                "it teaches."
+            )
+        if entry.share != 1 / len(entries):
+            raise UserError(f"`{entry.path}.share` is for rows with several teachers, but each has one: delete it.")
+        for position in entry.datasets:
+            if position in taught:
+                raise UserError(
+                    f"`{taught[position].path}` and `{entry.path}` both teach the rows of `dataset[{position}]`: a row "
+                    "has one teacher, so delete it under one of them."
+                )
+            taught[position] = entry
+    for name, count in counts.items():
+        if set(taught) != set(range(count)):
+            raise UserError(
+                f"Expected a teacher for each of the {count} parts of `{name}`, but the `datasets` of `teachers` are "
+                f"{', '.join(map(str, sorted(taught)))}: name each position from 0 to {count - 1} once."
+            )
 
 
 def _check_numbers(entry: TeacherEntry) -> None:

@@ -27,6 +27,7 @@ class Batch:
         mask (Any): which tokens of packed data see each other, as torchtune's decoders take it; None elsewhere.
         input_pos (Tensor | None): [B, S] positions of packed data.
         lengths (Sequence[Sequence[int]]): of the documents in each row, from its beginning; the rest is padding.
+        parts (Sequence[int]): of each row, the position of its dataset in the config; empty where there is one.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class Batch:
     mask: Any = None
     input_pos: Tensor | None = None
     lengths: Sequence[Sequence[int]] = ()
+    parts: Sequence[int] = ()
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -48,6 +50,26 @@ class Batch:
             for name, value in {"tokens": self.tokens, **self.attention}.items()
         }
         return replace(self, **moved)
+
+    def rows(self, index: Sequence[int], ignore_index: int) -> "Batch":
+        """Return some of the rows; without any, the first one with no label that counts, so that a model can run.
+
+        Args:
+            index (Sequence[int]): which.
+            ignore_index (int): label of the tokens that do not count.
+
+        Raises:
+            UserError: for a mask that cannot be taken apart.
+        """
+        if self.mask is not None and not isinstance(self.mask, Tensor):
+            raise UserError(
+                "Teachers with `datasets` need rows that are not packed, since the mask of flex attention cannot be "
+                "taken apart: set `packed: False` under `dataset`."
+            )
+        at = list(index) or [0]
+        moved = {name: value[at] for name, value in {"tokens": self.tokens, **self.attention}.items()}
+        labels = self.labels[at] if index else torch.full_like(self.labels[at], ignore_index)
+        return Batch(labels=labels, lengths=[self.lengths[row] for row in at], **moved)
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, as PyTorch's loader asks for it."""
@@ -70,7 +92,8 @@ def collate_shifted(samples: list[Sample], *, pad_id: int, ignore_index: int, pa
         batch["labels"] = batch["labels"].masked_fill(batch["labels"] == CROSS_ENTROPY_IGNORE_IDX, ignore_index)
     lengths = [document_lengths(sample) for sample in samples]
     labels = shift_labels(batch["labels"], lengths if packed else None, ignore_index)
-    return Batch(batch["tokens"], labels, batch.get("mask"), batch.get("input_pos"), lengths)
+    parts = [sample["part"] for sample in samples if "part" in sample]
+    return Batch(batch["tokens"], labels, batch.get("mask"), batch.get("input_pos"), lengths, parts)
 
 
 def document_lengths(sample: Sample) -> list[int]:

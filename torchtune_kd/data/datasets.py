@@ -1,5 +1,7 @@
 """Datasets and their rows, checked before the first step."""
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,13 +33,29 @@ def build_dataset(
     """
     with world.rank_zero_first():
         parts = [_build_part(section, tokenizer) for section in sections]
-        dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
+        dataset = parts[0] if len(parts) == 1 else Parts(parts)
     if len(dataset) == 0:
         raise UserError(f"Expected at least one sample in `{name}`, but it is empty: check its source and filters.")
     limit = getattr(tokenizer, "max_seq_len", None)
     if limit is None or limit > max_seq_len:
         _check_rows(dataset, name, max_seq_len, vocab, world)
     return dataset
+
+
+class Parts(ConcatDataset):
+    """Several datasets, one after the other.
+
+    Args:
+        datasets (Sequence[Dataset]): all packed, or none.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        super().__init__(datasets=list(datasets))
+        self._ends = list(itertools.accumulate(len(dataset) for dataset in datasets))
+
+    def part_of(self, index: int) -> int:
+        """Return the position of the dataset that row ``index`` is of."""
+        return bisect.bisect_right(self._ends, index)
 
 
 def _build_part(section: Section, tokenizer: Any) -> Dataset:

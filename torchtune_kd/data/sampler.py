@@ -9,7 +9,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from torchtune_kd.data.batches import Sample, check_ids
-from torchtune_kd.data.datasets import read_row
+from torchtune_kd.data.datasets import Parts, read_row
 
 
 class EachSampleOnce(StatefulDistributedSampler):
@@ -60,11 +60,13 @@ class CheckedRows(Dataset):
         if index != FILLER:
             sample = read_row(self._dataset, index, self._name)
             check_ids(sample, index, self._name, self._vocab)
-            return sample
+            return {**sample, "part": self._dataset.part_of(index)} if isinstance(self._dataset, Parts) else sample
         sample = dict(read_row(self._dataset, 0, self._name))
         labels = sample["labels"]
         masked = torch.full((len(labels),), CROSS_ENTROPY_IGNORE_IDX)
         sample["labels"] = masked if isinstance(labels, Tensor) else masked.tolist()
+        if isinstance(self._dataset, Parts):
+            sample["part"] = 0
         return sample
 
 

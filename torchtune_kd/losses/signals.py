@@ -44,4 +44,11 @@ class Hidden(NamedTuple):
     mix: str = "probabilities"
 
 
-Signal = Hidden | Sparse
+class ByRow(NamedTuple):
+    """Signals of several teachers, each for some rows of the batch, every row once at most."""
+
+    rows: tuple[tuple[int, ...], ...]  # of each teacher
+    signals: tuple[Hidden | Sparse, ...]  # of these rows; where there are none, of one without a label
+
+
+Signal = Hidden | Sparse | ByRow

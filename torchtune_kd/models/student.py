@@ -15,7 +15,7 @@ from torchtune_kd.data.batches import Batch
 from torchtune_kd.errors import phase
 from torchtune_kd.kernels import Objective, linear_kd_objective, linear_sparse_kd_objective
 from torchtune_kd.losses import KDLoss
-from torchtune_kd.losses.signals import Signal, Sparse
+from torchtune_kd.losses.signals import ByRow, Hidden, Signal, Sparse
 from torchtune_kd.models.output_head import output_head, skip_output_head
 
 
@@ -30,6 +30,7 @@ class Student(nn.Module):
         super().__init__()
         self.decoder = skip_output_head(decoder)
         self._objective = Objective(kd_ratio=kd_ratio, **kd_loss.settings())
+        self.ignore_index = kd_loss.ignore_index
         self.offload_activations = contextlib.nullcontext()
         self.keeps_layers_gathered = False  # between the microbatches of a step, under FSDP2
 
@@ -61,42 +62,62 @@ class Student(nn.Module):
             hidden = self.decoder(batch.tokens, **batch.attention)
         with phase("loss"):
             weight, bias = output_head(self.decoder)
-            if isinstance(signal, Sparse):
-                return linear_sparse_kd_objective(
-                    hidden,
-                    weight,
-                    signal.ids,
-                    signal.log_probs,
-                    signal.tail,
-                    batch.labels,
-                    self._objective,
-                    student_bias=bias,
-                    tail_at_1=signal.tail_at_1,
-                    entropy=signal.entropy,
-                    reduction="sum",
-                    sampled=signal.sampled,
-                    return_metrics=metrics,
-                )
-            states = teacher_weight = teacher_bias = shares = None
-            mix = "probabilities"
-            if signal is not None:
-                (states, *more), ((teacher_weight, teacher_bias), *_), shares, mix = signal
-                if more:  # an ensemble
-                    states, (teacher_weight, teacher_bias) = signal.states, zip(*signal.heads, strict=True)
-            return linear_kd_objective(
+            if not isinstance(signal, ByRow):
+                return self._loss(hidden, weight, bias, batch.labels, signal, metrics)
+            parts = []
+            for rows, part in zip(signal.rows, signal.signals, strict=True):
+                at = list(rows) or [0]  # a teacher without a row has spoken of one without a label
+                labels = batch.labels[at] if rows else torch.full_like(batch.labels[at], self.ignore_index)
+                parts.append(self._loss(hidden[at], weight, bias, labels, part, metrics))
+            losses, sums = zip(*parts, strict=True)
+            return torch.stack(losses).sum(), {
+                name: torch.stack([each[name] for each in sums]).sum() for name in sums[0]
+            }
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        signal: Hidden | Sparse | None,
+        metrics: tuple[str, ...],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute loss and metrics of last hidden states [B, S, D] against one signal."""
+        shared = {"student_bias": bias, "reduction": "sum", "return_metrics": metrics}
+        if isinstance(signal, Sparse):
+            return linear_sparse_kd_objective(
                 hidden,
                 weight,
-                states,
-                teacher_weight,
-                batch.labels,
+                signal.ids,
+                signal.log_probs,
+                signal.tail,
+                labels,
                 self._objective,
-                student_bias=bias,
-                teacher_bias=teacher_bias,
-                teacher_shares=shares if isinstance(states, tuple) else None,
-                teacher_mix=mix,
-                reduction="sum",
-                return_metrics=metrics,
+                tail_at_1=signal.tail_at_1,
+                entropy=signal.entropy,
+                sampled=signal.sampled,
+                **shared,
             )
+        if signal is None:
+            return linear_kd_objective(hidden, weight, None, None, labels, self._objective, **shared)
+        weights, biases = zip(*signal.heads, strict=True)
+        if len(weights) == 1:
+            return linear_kd_objective(
+                hidden, weight, signal.states[0], weights[0], labels, self._objective, teacher_bias=biases[0], **shared
+            )
+        return linear_kd_objective(
+            hidden,
+            weight,
+            signal.states,
+            weights,
+            labels,
+            self._objective,
+            teacher_bias=biases,
+            teacher_shares=signal.shares,
+            teacher_mix=signal.mix,
+            **shared,
+        )
 
     @torch.no_grad()
     def teach(self, tokens: Tensor, **attention: Any) -> tuple[Tensor, Tensor, Tensor | None]:

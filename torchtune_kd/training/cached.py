@@ -1,5 +1,7 @@
 """Whether a cache is of this run's teacher, tokenizer and data: known before training."""
 
+from collections.abc import Sequence
+
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -7,7 +9,7 @@ from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.checkpoints.identity import differences, teacher_identity, tokenizer_identity
 from torchtune_kd.config.checks import checkpoint_files
 from torchtune_kd.config.reading import Config
-from torchtune_kd.data.datasets import read_row
+from torchtune_kd.data.datasets import Parts, read_row
 from torchtune_kd.data.documents import documents_in_sample
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError
@@ -52,10 +54,19 @@ def check_cached_models(config: Config, reader: CacheReader) -> None:
         )
 
 
-def check_cached_data(reader: CacheReader, dataset: Dataset, name: str, world: World) -> None:
+def check_cached_data(
+    reader: CacheReader, dataset: Dataset, name: str, world: World, parts: Sequence[int] = ()
+) -> None:
     """Refuse a dataset with a document that is not in the cache, or not with all of its labelled tokens.
 
     Each process looks at its part of the rows.
+
+    Args:
+        reader (CacheReader): of the cache.
+        dataset (Dataset): whose rows will be asked for.
+        name (str): ``dataset`` or ``dataset_val``.
+        world (World): the processes.
+        parts (Sequence[int]): the cache's teacher teaches these of several datasets; empty for all.
 
     Raises:
         UserError: on every process, with the number of such rows.
@@ -64,6 +75,8 @@ def check_cached_data(reader: CacheReader, dataset: Dataset, name: str, world: W
     hidden = not world.is_rank_zero or len(rows) < _MANY_ROWS
     missing = 0
     for index in tqdm(rows, desc=f"Documents of {name} in the cache", leave=False, disable=hidden):
+        if parts and isinstance(dataset, Parts) and dataset.part_of(index) not in parts:
+            continue
         documents = documents_in_sample(read_row(dataset, index, name))
         missing += not all(reader.index.holds(document.key, document.positions) for document in documents)
     missing = sum(world.gather(missing))

@@ -25,6 +25,7 @@ from torchtune_kd.teachers.cached_sparse import signal_of
 from torchtune_kd.teachers.ensemble import Ensemble
 from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.teachers.own import AverageTeacher, BaseTeacher
+from torchtune_kd.teachers.specialists import Specialists
 from torchtune_kd.training.cached import check_cached_data, check_cached_models
 
 
@@ -34,10 +35,12 @@ class Source(NamedTuple):
     Attributes:
         config (Config): the run's, as if this teacher were its only one.
         cache (CacheReader | None): what it said; None where it runs.
+        datasets (tuple[int, ...]): positions of those whose rows it teaches; empty for all.
     """
 
     config: Config
     cache: CacheReader | None
+    datasets: tuple[int, ...] = ()
 
 
 def sources_of(config: Config, world: World) -> list[Source]:
@@ -46,11 +49,13 @@ def sources_of(config: Config, world: World) -> list[Source]:
     Raises:
         UserError: for a folder that is no finished cache, or a cache without hidden states among several teachers.
     """
-    found = [Source(each, cache_of(each, world)) for each in config.each_teacher()]
-    for each, cache in found:
+    taught = [entry.datasets for entry in config.teachers if entry.own is None] or [()]
+    each_teacher = config.each_teacher()
+    found = [Source(each, cache_of(each, world), rows) for each, rows in zip(each_teacher, taught, strict=False)]
+    for each, cache, _ in found:
         if len(config.teachers) > 1 and cache is not None and cache.manifest.kind != "hidden":
             raise UserError(
-                f"Several teachers are mixed by their hidden states, but the cache in {each.teacher_cache} holds "
+                f"Several teachers give hidden states, but the cache in {each.teacher_cache} holds "
                 f"{cache.manifest.stored}: write one of hidden states, or use this teacher alone."
             )
     return found
@@ -58,7 +63,7 @@ def sources_of(config: Config, world: World) -> list[Source]:
 
 def with_signal(config: Config, sources: Sequence[Source]) -> Config:
     """Return the config with what its teacher gives, which decides on what is logged."""
-    caches = [(each, cache) for each, cache in sources if cache is not None]
+    caches = [(each, cache) for each, cache, _ in sources if cache is not None]
     if len(caches) != 1:
         return config
     ((each, cache),) = caches
@@ -80,7 +85,7 @@ def check_teachers(
         UserError: at the first that cannot teach.
     """
     vocab, longest = check_vocabularies(student, None), student.max_seq_len
-    for each, cache in sources:
+    for each, cache, _ in sources:
         if cache is not None:
             check_cached_models(each, cache)
             vocab = min(vocab, check_vocabularies(student, cache.manifest.vocab))
@@ -108,9 +113,9 @@ def check_data(sources: Sequence[Source], datasets: Sequence[tuple[str, Dataset]
     Raises:
         UserError: with the number of such rows.
     """
-    for _, cache in sources:
+    for _, cache, parts in sources:
         for name, dataset in datasets if cache is not None else ():
-            check_cached_data(cache, dataset, name, world)
+            check_cached_data(cache, dataset, name, world, parts)
 
 
 def teachers_identity(config: Config, sources: Sequence[Source]) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def teachers_identity(config: Config, sources: Sequence[Source]) -> dict[str, An
     single = not config.teachers
     found: dict[str, Any] = {} if single else {"ensemble": config.ensemble} if len(config.teachers) > 1 else {}
     names = iter([""] if single else [f" {entry.name!r}" for entry in config.teachers if entry.own is None])
-    for (each, cache), name in zip(sources, names, strict=True):
+    for (each, cache, _), name in zip(sources, names, strict=True):
         traits = dict(teacher_identity(each) if cache is None else cache.manifest.as_teacher)
         if each.teacher_head is not None:
             traits["teacher_head"] = each.teacher_head
@@ -128,7 +133,9 @@ def teachers_identity(config: Config, sources: Sequence[Source]) -> dict[str, An
             traits["teacher_tail"] = each.teacher_tail
         found |= {f"{key}{name}": value for key, value in traits.items()}
     for entry in config.teachers:
-        if len(config.teachers) > 1:
+        if entry.datasets:
+            found[f"{entry.path}.datasets"] = list(entry.datasets)
+        elif len(config.teachers) > 1:
             found[f"{entry.path}.share"] = entry.share
         if entry.own is not None:
             found[f"{entry.path}.self"] = entry.own
@@ -141,7 +148,7 @@ def build_sources(sources: Sequence[Source], kd_loss: KDLoss, world: World) -> l
     """Build the teachers that are not the student, with their weights."""
     return [
         build_teacher(each, world) if cache is None else build_cached_teacher(each, kd_loss, cache, world)
-        for each, cache in sources
+        for each, cache, _ in sources
     ]
 
 
@@ -158,6 +165,8 @@ def joined(config: Config, built: Sequence[Teacher], student: Student) -> Teache
     if not config.teachers:
         return built[0]
     members = list(_members(config, built, student))
+    if config.teachers[0].datasets:
+        return Specialists(members, [entry.datasets for entry in config.teachers], student.ignore_index)
     shares = [entry.share for entry in config.teachers]
     return members[0] if len(members) == 1 else Ensemble(members, shares, config.ensemble)
 
