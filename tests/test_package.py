@@ -50,7 +50,7 @@ FLOORS = {
     "evaluation": {"errors", "kernels", *_PARTS, "generation", "reports", "storage"},
     "cache_teacher": {"errors", "training", *_LOOP},
     "sweeps": {"errors", "training", "plan", "evaluation", "reports", *_LOOP},
-    "tools": {"errors", "data", "models", "generation", "reports", "storage"},
+    "tools": {"errors", "generation", "reports", *_LOOP} - {"kernels", "losses", "teachers"},
     "demo": {"errors", "training", "plan", "evaluation", "tools", "generation", "reports", *_LOOP},
     "recipes": {"errors", "training", "cache_teacher", "plan", "evaluation", "sweeps", "reports", *_LOOP},
     "configs": set(),

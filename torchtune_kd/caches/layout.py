@@ -22,6 +22,7 @@ HEAD, SHARDS = "head.safetensors", "shards"
 KINDS = ("hidden", "top_k", "sampled")
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 POSITIONS = ("labels", "all")
+IMPORTED = "imported from"  # a key of the teacher that says which other project's files a cache was made of
 
 
 @dataclass
@@ -109,6 +110,11 @@ class CacheManifest:
         if self.kind == "hidden":
             return f"hidden states in {self.dtype}"
         return f"{self.samples} drawn ids" if self.kind == "sampled" else f"the {self.k} likeliest ids"
+
+    @property
+    def has_entropy(self) -> bool:
+        """Return whether the whole teacher's entropy is stored, or follows: other projects do not store it."""
+        return self.kind == "hidden" or IMPORTED not in self.teacher
 
     @property
     def bytes_per_token(self) -> int:

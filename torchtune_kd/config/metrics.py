@@ -11,7 +11,7 @@ from torchtune_kd.config.reading import Config
 from torchtune_kd.errors import UserError
 
 DISTANCES = ("kl", "top1_agreement", "student_entropy", "teacher_entropy", "acceptance_rate")
-
+WITHOUT_ENTROPY = "_without_entropy"  # ends the signal of a cache that does not hold the teacher's entropy
 
 _BOUNDED = ("kl", "acceptance_rate", "teacher_class_loss")
 
@@ -33,12 +33,15 @@ def validation_metrics(config: Config) -> tuple[str, ...]:
 
 def _defined(names: Iterable[str], config: Config) -> Iterable[str]:
     """Yield the names of what the config's signal defines."""
+    signal = config.signal.removesuffix(WITHOUT_ENTROPY)
     for name in names:
-        if config.signal == "hidden":
+        if name == "teacher_entropy" and signal != config.signal:
+            continue
+        if signal == "hidden":
             yield name
-        elif config.signal == "top_k":
+        elif signal == "top_k":
             yield f"{name}_cells" if name in _BOUNDED else name
-        elif name not in _BOUNDED and (name != "top1_agreement" or config.signal == "top_k_alone"):
+        elif name not in _BOUNDED and (name != "top1_agreement" or signal == "top_k_alone"):
             yield name
 
 

@@ -55,7 +55,7 @@ class Config:
         ensemble (str): how several are mixed, "probabilities" or "logits".
         written (DictConfig): what was read, for the log.
         signal (str): what the teacher gives: "hidden", or, from a cache, "top_k", "top_k_alone" (without the mass of
-            the rest at T = 1) or "sampled".
+            the rest at T = 1) or "sampled"; with "_without_entropy" behind it where that of the teacher is not known.
     """
 
     settings: Settings

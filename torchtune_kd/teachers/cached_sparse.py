@@ -8,6 +8,7 @@ import math
 import torch
 
 from torchtune_kd.caches.layout import CacheManifest
+from torchtune_kd.config.metrics import WITHOUT_ENTROPY
 from torchtune_kd.config.reading import Config
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.errors import UserError, phase
@@ -71,7 +72,8 @@ class SparseTeacher(Unchanging):
 def signal_of(config: Config, manifest: CacheManifest) -> str:
     """Return what :class:`~torchtune_kd.config.reading.Config` calls the signal of a cache."""
     without_mass = config.teacher_tail == RENORMALISE or 1.0 not in manifest.temperatures
-    return "top_k_alone" if manifest.kind == "top_k" and without_mass else manifest.kind
+    signal = "top_k_alone" if manifest.kind == "top_k" and without_mass else manifest.kind
+    return signal if manifest.has_entropy else f"{signal}{WITHOUT_ENTROPY}"
 
 
 def check_sparse_cache(config: Config, manifest: CacheManifest) -> None:

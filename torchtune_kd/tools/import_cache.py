@@ -1,0 +1,65 @@
+"""Command line of the importers: ``python -m torchtune_kd.tools.import_cache --help``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchtune_kd.errors import as_user_errors, exit_with_message
+from torchtune_kd.tools.importing import Options, import_cache, read_request
+from torchtune_kd.tools.importing.run import FORMATS, Imported
+from torchtune_kd.tools.importing.told import SMALLEST_TAIL
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Turn what another project stored of a teacher into a cache that a run reads with ``teacher_cache``."""
+    args = _parse(argv)
+    options = Options(
+        teacher_name=args.teacher_name,
+        overwrite=args.overwrite,
+        partial=args.partial,
+        smallest_tail=args.smallest_tail,
+        compression=args.compression,
+    )
+    with exit_with_message(), as_user_errors():
+        request = read_request(args.format, args.source, args.output, args.config, args.overrides, options)
+        imported = import_cache(request)
+    for line in _lines(imported, args.output):
+        print(line)
+
+
+def _lines(imported: Imported, output: Path) -> list[str]:
+    manifest, unknown = imported.manifest, imported.unknown
+    unused = f"; {imported.unused:,} documents of the source are not among the data" if imported.unused else ""
+    lines = [f"{output}: {manifest.stored} of {manifest.tokens:,} tokens in {manifest.documents:,} documents{unused}"]
+    lines += [f"{output}: {each.found:,} of the {each.rows:,} rows of `{each.name}`" for each in imported.coverage]
+    if unknown:
+        lines.append(
+            f"{output}: the mass of the rest is not known for {unknown:,} tokens, so that a run needs `teacher_tail: "
+            "renormalise`"
+        )
+    return lines
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m torchtune_kd.tools.import_cache", description=main.__doc__)
+    parser.add_argument("format", choices=tuple(FORMATS), help="what wrote the source")
+    parser.add_argument("source", type=Path, help="a file, or a folder of them")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--config", required=True, help="of the run: a file, or a name that `tune ls` shows")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for keys of the config")
+    parser.add_argument("--teacher-name", help="kept in the cache's manifest")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--partial", action="store_true", help="also if rows of the config's data are missing")
+    parser.add_argument(
+        "--smallest-tail",
+        type=float,
+        default=SMALLEST_TAIL,
+        help="a mass of the ids that are not stored below it counts as unknown (default: %(default)s)",
+    )
+    distillkit = parser.add_argument_group("distillkit")
+    distillkit.add_argument("--compression", type=Path, help="compression config (default: the one beside the files)")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    main()

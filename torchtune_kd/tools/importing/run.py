@@ -1,0 +1,155 @@
+"""Read a source, and write what it says of a config's data as a cache."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from torchtune_kd.caches.layout import IMPORTED, CacheManifest
+from torchtune_kd.caches.shards import Entry
+from torchtune_kd.checkpoints.identity import tokenizer_identity
+from torchtune_kd.config.checks import check_tokenizer
+from torchtune_kd.config.reading import Config
+from torchtune_kd.data.datasets import build_dataset
+from torchtune_kd.distributed.world import World
+from torchtune_kd.errors import UserError, say
+from torchtune_kd.models.build import on_meta
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.storage.fingerprints import files_fingerprint
+from torchtune_kd.tools.importing.distillkit import read_distillkit
+from torchtune_kd.tools.importing.request import Options, Request
+from torchtune_kd.tools.importing.rows import JSON, PARQUET, source_files
+from torchtune_kd.tools.importing.told import Likeliest, Told, TopKCoding
+from torchtune_kd.tools.importing.vllm import read_vllm
+from torchtune_kd.tools.importing.wanted import Coverage, Wanted
+from torchtune_kd.tools.importing.writing import Shards, new_cache, write_manifest
+
+CHECKED = 256  # documents of a source of which one at least should be among the data
+
+
+class Imported(NamedTuple):
+    """A finished cache.
+
+    Attributes:
+        manifest (CacheManifest): what it says of itself.
+        coverage (list[Coverage]): of each dataset.
+        unknown (int): tokens whose mass of the rest is not known.
+        unused (int): documents of the source that the data do not have.
+    """
+
+    manifest: CacheManifest
+    coverage: list[Coverage]
+    unknown: int
+    unused: int
+
+
+class Context(NamedTuple):
+    """What a format may be read with."""
+
+    source: Path
+    tokenizer: Any
+    vocab: int
+    options: Options
+
+
+FORMATS: dict[str, tuple[Callable[[Context], Iterator[Told]], tuple[str, ...]]] = {
+    "distillkit": (lambda of: read_distillkit(of.source, of.options.compression), PARQUET),
+    "vllm": (lambda of: read_vllm(of.source), JSON),
+}
+
+
+def import_cache(request: Request) -> Imported:
+    """Write a cache of kind ``top_k`` in one pass over a source, and name it once the source fits the config's data.
+
+    Raises:
+        UserError: for a source that cannot be read or does not fit, and as :func:`new_cache`.
+    """
+    config, options = request.config, request.options
+    read, endings = FORMATS[request.format]
+    files = source_files(request.source, endings)
+    with new_cache(request.output, request.source, overwrite=options.overwrite) as folder:
+        tokenizer = config.tokenizer.build()
+        world = World(torch.device("cpu"))
+        student = on_meta(config.model, config.settings, world)
+        vocab = output_head(student)[0].shape[0]
+        check_tokenizer(tokenizer, vocab)
+        wanted = Wanted(_datasets(config, tokenizer, student.max_seq_len, vocab, world))
+        name = {} if options.teacher_name is None else {"name of the teacher": options.teacher_name}
+        facts = {
+            "kind": "top_k",
+            "dtype": None,
+            "samples": None,
+            "computed_in": "an unknown dtype",
+            "width": 0,
+            "vocab": vocab,
+            "has_bias": False,
+            "teacher": {IMPORTED: request.format, **name, "files of the source": files_fingerprint(files)},
+            "tokenizer": tokenizer_identity(config),
+        }
+        coding, shards = TopKCoding(vocab, options.smallest_tail), Shards(folder, facts)
+        told = read(Context(request.source, tokenizer, vocab, options))
+        unused = _write(told, wanted, coding, shards, request)
+        coverage = wanted.coverage()
+        _check_coverage(coverage, request)
+        known = {"k": coding.k, "temperatures": [] if coding.unknown else [1.0]}
+        write_manifest(folder, facts | known | {"positions": "labels", "error": {}}, shards.files)
+    return Imported(CacheManifest.read(request.output), coverage, coding.unknown, unused)
+
+
+def _datasets(config: Config, tokenizer: Any, longest: int, vocab: int, world: World) -> list[tuple[str, Dataset]]:
+    return [
+        (name, build_dataset(sections, name, tokenizer, longest, vocab, world))
+        for name, sections in (("dataset", config.dataset), ("dataset_val", config.dataset_val))
+        if sections
+    ]
+
+
+def _write(told: Iterator[Told], wanted: Wanted, coding: TopKCoding, shards: Shards, request: Request) -> int:
+    """Write the documents that are wanted, and return how many of the source are not.
+
+    Raises:
+        UserError: if there is none in the source, or none that is wanted.
+    """
+    begin = next(told, None)
+    if begin is None:
+        raise UserError(
+            f"Expected documents with log-probabilities, but {request.source} has none: name another source."
+        )
+    read = unused = 0
+    for each in chain([begin], told):
+        found, read = wanted.find(each), read + 1
+        if found is None:
+            unused += 1
+            if unused == read == CHECKED:
+                say(f"None of the first {CHECKED} documents of {request.source} is among the config's data.")
+            continue
+        assert isinstance(each.signal, Likeliest)
+        signal = Likeliest(each.signal.ids[found.rows], each.signal.log_probs[found.rows])
+        shards.add(Entry(found.key, found.positions, coding(signal, found.labels, each.where)))
+    shards.finish()
+    if unused == read:
+        ours, theirs = wanted.first, begin.documents[0][: len(wanted.first)].tolist()
+        raise UserError(
+            f"Expected the documents of the config's data in {request.source}, but none of its {read:,} is among them: "
+            f"the first begins with the ids {theirs}, and that of `dataset` with {ours}; name the tokenizer, template "
+            "and data that the source was written with."
+        )
+    return unused
+
+
+def _check_coverage(coverage: list[Coverage], request: Request) -> None:
+    """Refuse a source that lacks a row of the data, unless that is accepted."""
+    if request.options.partial or all(each.found == each.rows for each in coverage):
+        return
+    said = " and ".join(
+        f"{each.found:,} of the {each.rows:,} rows of `{each.name}`"
+        + (f" ({each.incomplete:,} more without some of their labelled tokens)" if each.incomplete else "")
+        for each in coverage
+    )
+    raise UserError(
+        f"Expected all rows of the config's data in {request.source}, but it has {said}: name the tokenizer, template "
+        "and data that the source was written with, or pass --partial to import what is there."
+    )
