@@ -69,3 +69,19 @@ def imported(cfg: DictConfig, format: str, source: Path, output: Path, *options:
     OmegaConf.save(cfg, file)
     main([format, str(source), str(output), "--config", str(file), *options])
     return output
+
+
+def answers(tokenizer, source: str, answer_field: str = "answer") -> list[dict]:
+    """A dataset of which the answers' tokens alone have a label: those of the last so many tokens of each row."""
+    rows = []
+    for line in Path(source).read_text().splitlines():
+        row = json.loads(line)
+        tokens = row["tokens"]
+        begin, end = row[answer_field]
+        labels = [token if begin <= at < end else -100 for at, token in enumerate(tokens)]
+        rows.append({"tokens": tokens, "labels": labels})
+    return rows
+
+
+def answers_section(path: Path) -> dict:
+    return {"_component_": "helpers.foreign.answers", "source": str(path)}

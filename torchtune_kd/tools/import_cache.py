@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from torchtune_kd.caches.states import FLOATS
 from torchtune_kd.errors import as_user_errors, exit_with_message
 from torchtune_kd.tools.importing import Options, import_cache, read_request
 from torchtune_kd.tools.importing.run import FORMATS, Imported
@@ -13,15 +15,9 @@ from torchtune_kd.tools.importing.told import SMALLEST_TAIL
 def main(argv: Sequence[str] | None = None) -> None:
     """Turn what another project stored of a teacher into a cache that a run reads with ``teacher_cache``."""
     args = _parse(argv)
-    options = Options(
-        teacher_name=args.teacher_name,
-        overwrite=args.overwrite,
-        partial=args.partial,
-        smallest_tail=args.smallest_tail,
-        compression=args.compression,
-    )
+    given = {each.name: getattr(args, each.name) for each in fields(Options)}
     with exit_with_message(), as_user_errors():
-        request = read_request(args.format, args.source, args.output, args.config, args.overrides, options)
+        request = read_request(args.format, args.source, args.output, args.config, args.overrides, Options(**given))
         imported = import_cache(request)
     for line in _lines(imported, args.output):
         print(line)
@@ -32,6 +28,8 @@ def _lines(imported: Imported, output: Path) -> list[str]:
     unused = f"; {imported.unused:,} documents of the source are not among the data" if imported.unused else ""
     lines = [f"{output}: {manifest.stored} of {manifest.tokens:,} tokens in {manifest.documents:,} documents{unused}"]
     lines += [f"{output}: {each.found:,} of the {each.rows:,} rows of `{each.name}`" for each in imported.coverage]
+    if imported.nats is not None:
+        lines.append(f"{output}: the teacher predicts the tokens with {imported.nats:.3g} nats, by its states and head")
     if unknown:
         lines.append(
             f"{output}: the mass of the rest is not known for {unknown:,} tokens, so that a run needs `teacher_tail: "
@@ -58,6 +56,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     distillkit = parser.add_argument_group("distillkit")
     distillkit.add_argument("--compression", type=Path, help="compression config (default: the one beside the files)")
+    openai = parser.add_argument_group("openai")
+    openai.add_argument(
+        "--ambiguous-to-rest",
+        action="store_true",
+        help="leave tokens out that were not drawn and whose text is not that of one id",
+    )
+    axolotl = parser.add_argument_group("axolotl")
+    axolotl.add_argument("--logprobs-field", default="logprobs", help="its key of that name (default: %(default)s)")
+    axolotl.add_argument("--messages-field", default="messages", help="its field_messages (default: %(default)s)")
+    hidden = parser.add_argument_group("vllm_hidden")
+    hidden.add_argument("--layer", type=int, default=-1, help="of those in a file (default: the last)")
+    hidden.add_argument("--dtype", choices=tuple(FLOATS), default="bf16", help="to store (default: %(default)s)")
     return parser.parse_intermixed_args(argv)
 
 

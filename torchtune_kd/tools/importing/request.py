@@ -22,6 +22,11 @@ class Options:
         partial (bool): also where some rows of the data are not in the source.
         smallest_tail (float): a mass of the rest below is not known.
         compression (Path | None): of DistillKit, where it does not lie beside the files.
+        ambiguous_to_rest (bool): of OpenAI's API: leave a listed token out whose text is not that of one id.
+        logprobs_field (str): of axolotl: its key of that name.
+        messages_field (str): of axolotl: its ``field_messages``.
+        layer (int): of vLLM's hidden states: which of a file's layers.
+        dtype (str): of hidden states, as they are to be stored.
     """
 
     teacher_name: str | None = None
@@ -29,6 +34,11 @@ class Options:
     partial: bool = False
     smallest_tail: float = SMALLEST_TAIL
     compression: Path | None = None
+    ambiguous_to_rest: bool = False
+    logprobs_field: str = "logprobs"
+    messages_field: str = "messages"
+    layer: int = -1
+    dtype: str = "bf16"
 
 
 @dataclass(frozen=True)

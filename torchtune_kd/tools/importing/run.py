@@ -16,17 +16,20 @@ from torchtune_kd.config.reading import Config
 from torchtune_kd.data.datasets import build_dataset
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError, say
-from torchtune_kd.models.build import on_meta
-from torchtune_kd.models.output_head import output_head
+from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.storage.fingerprints import files_fingerprint
+from torchtune_kd.tools.importing.axolotl import read_axolotl
 from torchtune_kd.tools.importing.distillkit import read_distillkit
+from torchtune_kd.tools.importing.openai import read_openai
 from torchtune_kd.tools.importing.request import Options, Request
 from torchtune_kd.tools.importing.rows import JSON, PARQUET, source_files
-from torchtune_kd.tools.importing.told import Likeliest, Told, TopKCoding
+from torchtune_kd.tools.importing.told import Told, TopKCoding
 from torchtune_kd.tools.importing.vllm import read_vllm
+from torchtune_kd.tools.importing.vllm_hidden import SAFETENSORS, HiddenCoding, read_vllm_hidden
 from torchtune_kd.tools.importing.wanted import Coverage, Wanted
 from torchtune_kd.tools.importing.writing import Shards, new_cache, write_manifest
 
+Coding = TopKCoding | HiddenCoding
 CHECKED = 256  # documents of a source of which one at least should be among the data
 
 
@@ -36,14 +39,16 @@ class Imported(NamedTuple):
     Attributes:
         manifest (CacheManifest): what it says of itself.
         coverage (list[Coverage]): of each dataset.
+        unused (int): documents of the source that the data do not have, or that came before.
         unknown (int): tokens whose mass of the rest is not known.
-        unused (int): documents of the source that the data do not have.
+        nats (float | None): of hidden states, the teacher's cross-entropy of some tokens.
     """
 
     manifest: CacheManifest
     coverage: list[Coverage]
-    unknown: int
     unused: int
+    unknown: int = 0
+    nats: float | None = None
 
 
 class Context(NamedTuple):
@@ -52,51 +57,76 @@ class Context(NamedTuple):
     source: Path
     tokenizer: Any
     vocab: int
+    width: int  # of hidden states
     options: Options
 
 
-FORMATS: dict[str, tuple[Callable[[Context], Iterator[Told]], tuple[str, ...]]] = {
-    "distillkit": (lambda of: read_distillkit(of.source, of.options.compression), PARQUET),
-    "vllm": (lambda of: read_vllm(of.source), JSON),
+class Format(NamedTuple):
+    """How the files of a project are read.
+
+    Attributes:
+        read (Callable[[Context], Iterator[Told]]): yields their documents.
+        endings (tuple[str, ...]): of the files.
+        hidden (bool): whether they hold hidden states.
+    """
+
+    read: Callable[[Context], Iterator[Told]]
+    endings: tuple[str, ...]
+    hidden: bool = False
+
+
+def _openai(of: Context) -> Iterator[Told]:
+    return read_openai(of.source, of.tokenizer, of.vocab, ambiguous_to_rest=of.options.ambiguous_to_rest)
+
+
+def _axolotl(of: Context) -> Iterator[Told]:
+    return read_axolotl(of.source, of.tokenizer, of.options.logprobs_field, of.options.messages_field)
+
+
+FORMATS = {
+    "distillkit": Format(lambda of: read_distillkit(of.source, of.options.compression), PARQUET),
+    "vllm": Format(lambda of: read_vllm(of.source), JSON),
+    "openai": Format(_openai, JSON),
+    "axolotl": Format(_axolotl, (*JSON, *PARQUET)),
+    "vllm_hidden": Format(lambda of: read_vllm_hidden(of.source, of.width, of.options.layer), SAFETENSORS, hidden=True),
 }
 
 
 def import_cache(request: Request) -> Imported:
-    """Write a cache of kind ``top_k`` in one pass over a source, and name it once the source fits the config's data.
+    """Write a cache in one pass over a source, and give it its name once the source fits the config's data.
 
     Raises:
         UserError: for a source that cannot be read or does not fit, and as :func:`new_cache`.
     """
-    config, options = request.config, request.options
-    read, endings = FORMATS[request.format]
-    files = source_files(request.source, endings)
+    config, options, format = request.config, request.options, FORMATS[request.format]
+    files = source_files(request.source, format.endings)
     with new_cache(request.output, request.source, overwrite=options.overwrite) as folder:
-        tokenizer = config.tokenizer.build()
-        world = World(torch.device("cpu"))
+        tokenizer, world = config.tokenizer.build(), World(torch.device("cpu"))
         student = on_meta(config.model, config.settings, world)
-        vocab = output_head(student)[0].shape[0]
+        if format.hidden:
+            coding: Coding = HiddenCoding(config, world, options.dtype)
+            vocab = check_vocabularies(student, coding.vocab)
+        else:
+            vocab = check_vocabularies(student, None)
+            coding = TopKCoding(vocab, options.smallest_tail)
         check_tokenizer(tokenizer, vocab)
         wanted = Wanted(_datasets(config, tokenizer, student.max_seq_len, vocab, world))
         name = {} if options.teacher_name is None else {"name of the teacher": options.teacher_name}
-        facts = {
-            "kind": "top_k",
-            "dtype": None,
-            "samples": None,
-            "computed_in": "an unknown dtype",
-            "width": 0,
-            "vocab": vocab,
-            "has_bias": False,
+        identities = {
             "teacher": {IMPORTED: request.format, **name, "files of the source": files_fingerprint(files)},
             "tokenizer": tokenizer_identity(config),
         }
-        coding, shards = TopKCoding(vocab, options.smallest_tail), Shards(folder, facts)
-        told = read(Context(request.source, tokenizer, vocab, options))
+        shards = Shards(folder, identities)
+        told = format.read(Context(request.source, tokenizer, vocab, coding.facts()["width"], options))
         unused = _write(told, wanted, coding, shards, request)
         coverage = wanted.coverage()
         _check_coverage(coverage, request)
-        known = {"k": coding.k, "temperatures": [] if coding.unknown else [1.0]}
-        write_manifest(folder, facts | known | {"positions": "labels", "error": {}}, shards.files)
-    return Imported(CacheManifest.read(request.output), coverage, coding.unknown, unused)
+        more = {"samples": None, "positions": "labels", "error": {}}
+        write_manifest(folder, identities | coding.facts() | more, shards.files | coding.write(folder))
+    manifest = CacheManifest.read(request.output)
+    if isinstance(coding, HiddenCoding):
+        return Imported(manifest, coverage, unused, nats=float(coding.nats.mean()) if len(coding.nats) else None)
+    return Imported(manifest, coverage, unused, unknown=coding.unknown)
 
 
 def _datasets(config: Config, tokenizer: Any, longest: int, vocab: int, world: World) -> list[tuple[str, Dataset]]:
@@ -107,7 +137,7 @@ def _datasets(config: Config, tokenizer: Any, longest: int, vocab: int, world: W
     ]
 
 
-def _write(told: Iterator[Told], wanted: Wanted, coding: TopKCoding, shards: Shards, request: Request) -> int:
+def _write(told: Iterator[Told], wanted: Wanted, coding: Coding, shards: Shards, request: Request) -> int:
     """Write the documents that are wanted, and return how many of the source are not.
 
     Raises:
@@ -126,9 +156,8 @@ def _write(told: Iterator[Told], wanted: Wanted, coding: TopKCoding, shards: Sha
             if unused == read == CHECKED:
                 say(f"None of the first {CHECKED} documents of {request.source} is among the config's data.")
             continue
-        assert isinstance(each.signal, Likeliest)
-        signal = Likeliest(each.signal.ids[found.rows], each.signal.log_probs[found.rows])
-        shards.add(Entry(found.key, found.positions, coding(signal, found.labels, each.where)))
+        columns = coding(each.rows(found.rows), found.labels, each.where)
+        shards.add(Entry(found.key, found.positions, columns))
     shards.finish()
     if unused == read:
         ours, theirs = wanted.first, begin.documents[0][: len(wanted.first)].tolist()

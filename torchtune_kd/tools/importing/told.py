@@ -3,7 +3,8 @@
 Shapes: L tokens of a document, n of its positions, w ids that a source lists of each.
 """
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torchtune_kd.caches.log_probs import NONE
 from torchtune_kd.errors import UserError
 
 SMALLEST_TAIL = 1e-3  # a smaller mass of the rest is the difference of rounded numbers
-_UNLIKELY = -1000.0  # what an API writes in place of a very small log-probability lies below
+UNLIKELY = -1000.0  # what an API writes in place of a very small log-probability lies below
 _ROUNDING = 0.05  # of a sum of probabilities that were rounded to bf16, or fitted by a polynomial
 
 
@@ -38,7 +39,13 @@ class Told(NamedTuple):
     where: str
     documents: tuple[np.ndarray, ...]
     positions: np.ndarray
-    signal: Likeliest | Tensor
+    signal: Any
+
+    def rows(self, rows: np.ndarray) -> Any:
+        """Return the signal of some of the positions."""
+        if isinstance(self.signal, Likeliest):
+            return Likeliest(self.signal.ids[rows], self.signal.log_probs[rows])
+        return self.signal[torch.from_numpy(rows)]
 
 
 class TopKCoding:
@@ -91,6 +98,23 @@ class TopKCoding:
             "tail": torch.from_numpy(tail.astype(np.float32)).unsqueeze(-1),
         }
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a manifest says of the kind."""
+        return {
+            "kind": "top_k",
+            "dtype": None,
+            "k": self.k,
+            "temperatures": [] if self.unknown else [1.0],
+            "computed_in": "an unknown dtype",
+            "width": 0,
+            "vocab": self._vocab,
+            "has_bias": False,
+        }
+
+    def write(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write nothing beside the shards."""
+        return {}
+
     def _checked(self, signal: Likeliest, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return ids and log-probabilities [n, w], the likeliest first, and how many each position has [n]."""
         ids, log_probs = signal.ids.astype(np.int64), signal.log_probs.astype(np.float64)
@@ -100,7 +124,7 @@ class TopKCoding:
                 f"Expected log-probabilities, but one at {where} is not a number: write the source again with at most "
                 "as many ids of a token as it has."
             )
-        there &= log_probs > _UNLIKELY  # an id without a log-probability is none
+        there &= log_probs > UNLIKELY  # an id without a log-probability is none
         wrong = ids[there][(ids[there] < 0) | (ids[there] >= self._vocab)]
         if len(wrong):
             raise UserError(
