@@ -16,6 +16,7 @@ from helpers.tiny import VOCAB, read_log, run_in_process
 from torchtune_kd.caches.layout import CacheManifest
 from torchtune_kd.errors import UserError
 from torchtune_kd.tools.importing.distillkit import read_distillkit
+from torchtune_kd.tools.importing.told import Likeliest, TopKCoding
 
 GOLDEN = Path(__file__).parent / "data" / "distillkit"
 K = 8
@@ -169,6 +170,37 @@ def test_logits_have_no_known_mass_of_the_rest(folder, tmp_path):
     source = write(tmp_path / "source", rows, PLAIN, None)
     cache = imported(run_config(folder), "distillkit", source, tmp_path / "cache")
     assert CacheManifest.read(cache).temperatures == []
+
+
+FITTED = COMPRESSION | {"exact_k": 4, "polynomial_terms": [0, 1]}
+
+
+def test_what_is_fitted_says_nothing_of_the_rest(folder, tmp_path):
+    """The exact ones alone do: their cache is that of the 4 likeliest ids."""
+    cfg, rows = run_config(folder), rows_of(folder)
+    four = [
+        {name: [each[:4] for each in row[name]] if name in PLAIN[1:] else row[name] for name in PLAIN} for row in rows
+    ]
+    for row in rows:
+        line = [list(np.array([-9.0, -1.0], dtype="<f4").tobytes()) for _ in row["compressed_logprobs"]]
+        row["compressed_logprobs"] = [a[:16] + b for a, b in zip(row["compressed_logprobs"], line, strict=True)]
+    source = write(tmp_path / "source", rows, compression=FITTED)
+    manifest = CacheManifest.read(imported(cfg, "distillkit", source, tmp_path / "all"))
+    assert manifest.temperatures == [] and manifest.error == {"fitted_tokens": manifest.tokens}
+    exact = imported(cfg, "distillkit", source, tmp_path / "exact", "--exact-only")
+    assert CacheManifest.read(exact).temperatures == [1.0]
+    plain = write(tmp_path / "plain", four, PLAIN, None)
+    assert documents_of(exact) == documents_of(imported(cfg, "distillkit", plain, tmp_path / "four"))
+
+
+def test_a_mass_of_the_rest_that_rounding_hides(tmp_path):
+    """0.7 and 0.29 in bf16 sum to 0.99 with an error of up to 0.3 %: 1 % is not known, 10 % is."""
+    log_probs = np.log(np.array([[0.7, 0.29], [0.6, 0.3]]))
+    error = 2**-8 * (np.exp(log_probs) * -log_probs).sum(-1)
+    coding = TopKCoding(9)
+    columns = coding(Likeliest(np.array([[1, 2], [1, 2]]), log_probs, error), np.array([1, 1]), "here")
+    tail = columns["tail"].squeeze(-1).exp()
+    assert tail[0].isnan() and tail[1] == pytest.approx(0.1, rel=1e-5) and coding.unknown == 1
 
 
 def without(name):

@@ -81,8 +81,7 @@ def check_sparse_cache(config: Config, manifest: CacheManifest) -> None:
 
     Raises:
         UserError: for a temperature at which no tail is stored, drawn ids with another loss than forward KL at T = 1,
-        or
-            ids without a tail that the config does not accept.
+            or ids without a tail that the config does not accept.
     """
     loss = config.kd_loss.build()
     tail = config.teacher_tail

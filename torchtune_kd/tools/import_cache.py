@@ -56,6 +56,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     distillkit = parser.add_argument_group("distillkit")
     distillkit.add_argument("--compression", type=Path, help="compression config (default: the one beside the files)")
+    distillkit.add_argument(
+        "--exact-only",
+        action="store_true",
+        help="leave out the ids whose log-probabilities were fitted: their mass counts to the rest",
+    )
     openai = parser.add_argument_group("openai")
     openai.add_argument(
         "--ambiguous-to-rest",

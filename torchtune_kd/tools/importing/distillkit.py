@@ -24,12 +24,13 @@ COMPRESSION = "compression_config.yaml"
 _PLAIN = ("token_ids", "top_values")
 
 
-def read_distillkit(source: Path, compression: Path | None = None) -> Iterator[Told]:
+def read_distillkit(source: Path, compression: Path | None = None, *, exact_only: bool = False) -> Iterator[Told]:
     """Yield what each document's tokens are followed by.
 
     Args:
         source (Path): a Parquet file, or a folder of them.
         compression (Path | None): the compression config; None for ``compression_config.yaml`` beside the files.
+        exact_only (bool): leave out the ids whose log-probabilities were fitted, so that their mass counts to the rest.
 
     Raises:
         UserError: for columns that are not there, and what does not fit together.
@@ -37,10 +38,12 @@ def read_distillkit(source: Path, compression: Path | None = None) -> Iterator[T
     for file in source_files(source, PARQUET):
         names = _column_names(file)
         columns, coding = _coding(file, names, source, compression)
+        if exact_only and coding is not None and not coding.exact_k:
+            raise UserError(f"Expected exact log-probabilities in {file}, but all are fitted: leave --exact-only out.")
         read = [name for name in ("input_ids", "attention_mask", *columns) if name in names]
         number = 0
         for batch in parquet_batches(file, read):
-            yield from _told(batch, columns, coding, file, number)
+            yield from _told(batch, columns, coding, file, number, exact_only=exact_only)
             number += len(batch)
 
 
@@ -82,7 +85,9 @@ def _coding(
     return columns, coding
 
 
-def _told(batch: pyarrow.RecordBatch, columns: Sequence[str], coding: Any, file: Path, number: int) -> Iterator[Told]:
+def _told(
+    batch: pyarrow.RecordBatch, columns: Sequence[str], coding: Any, file: Path, number: int, *, exact_only: bool
+) -> Iterator[Told]:
     """Decode the rows of a batch together, and yield their documents."""
     where = f"rows {number} to {number + len(batch) - 1} of {file}"
     tokens, token_ends = _flat(batch.column("input_ids"), "input_ids", where)
@@ -105,6 +110,13 @@ def _told(batch: pyarrow.RecordBatch, columns: Sequence[str], coding: Any, file:
         ids, log_probs = coding.decode(*values, where)
     if not isinstance(coding, Compressed):
         log_probs = _normalised(log_probs)
+    error = np.zeros(len(ids))
+    if coding is not None:
+        if exact_only:
+            ids, log_probs = ids[:, : coding.exact_k], log_probs[:, : coding.exact_k]
+        elif coding.exact_k < coding.k:  # what a polynomial says of them may be far from what they were
+            error += np.inf
+        error += coding.rounding * (np.exp(np.minimum(log_probs, 0)) * np.abs(log_probs)).sum(-1, dtype=np.float64)
     marks = None
     if "attention_mask" in batch.schema.names:
         marks, mark_ends = _flat(batch.column("attention_mask"), "attention_mask", where)
@@ -117,16 +129,13 @@ def _told(batch: pyarrow.RecordBatch, columns: Sequence[str], coding: Any, file:
         begin, end = token_ends[row : row + 2]
         mine = slice(ends[row], ends[row + 1])
         of_row = None if marks is None else marks[begin:end]
-        yield from _documents(
-            tokens[begin:end].astype(np.int64), of_row, ids[mine], log_probs[mine], f"row {number + row} of {file}"
-        )
+        listed = Likeliest(ids[mine], log_probs[mine], error[mine])
+        yield from _documents(tokens[begin:end].astype(np.int64), of_row, listed, f"row {number + row} of {file}")
 
 
-def _documents(
-    tokens: np.ndarray, marks: np.ndarray | None, ids: np.ndarray, log_probs: np.ndarray, where: str
-) -> Iterator[Told]:
+def _documents(tokens: np.ndarray, marks: np.ndarray | None, listed: Likeliest, where: str) -> Iterator[Told]:
     """Yield the documents of a row, of which marks [L] number them; 0 is padding."""
-    length, given = len(tokens), len(ids)
+    length, given = len(tokens), len(listed.ids)
     marks = np.ones(length, dtype=np.int64) if marks is None else marks
     cuts = np.flatnonzero(np.diff(marks)) + 1
     for begin, end in zip([0, *cuts], [*cuts, length], strict=True):
@@ -137,7 +146,7 @@ def _documents(
         padded = end == length and given < length  # one token of the row has no signal
         documents = (document, document[:-1]) if padded else (document,)
         positions = np.arange(rows.stop - rows.start)
-        yield Told(where, documents, positions, Likeliest(ids[rows], log_probs[rows]))
+        yield Told(where, documents, positions, Likeliest(*(part[rows] for part in listed)))
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:

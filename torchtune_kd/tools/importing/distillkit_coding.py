@@ -52,6 +52,11 @@ class Compressed:
 
     columns = ("compressed_logprobs", "bytepacked_indices")
 
+    @property
+    def rounding(self) -> float:
+        """Return the largest relative error of exact values, also of the sums of differences, which have one sign."""
+        return torch.finfo(_DTYPES[self.exact_dtype]).eps / 2
+
     def decode(self, log_probs: np.ndarray, ids: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
         """Return ids [m, k] int64 and log-probabilities [m, k] fp32 of two columns of bytes [m, ...] uint8."""
         bits = (self.d - 1).bit_length()
@@ -105,6 +110,7 @@ class Legacy:
     term_dtype: str = "float32"
 
     columns = ("packed_indices", "exact_values", "coeffs")
+    rounding = 2.0**-11  # of fp16
 
     def decode(
         self, packed: np.ndarray, exact: np.ndarray, coefficients: np.ndarray, where: str

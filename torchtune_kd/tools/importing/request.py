@@ -22,6 +22,7 @@ class Options:
         partial (bool): also where some rows of the data are not in the source.
         smallest_tail (float): a mass of the rest below is not known.
         compression (Path | None): of DistillKit, where it does not lie beside the files.
+        exact_only (bool): of DistillKit: leave out the ids whose log-probabilities were fitted.
         ambiguous_to_rest (bool): of OpenAI's API: leave a listed token out whose text is not that of one id.
         logprobs_field (str): of axolotl: its key of that name.
         messages_field (str): of axolotl: its ``field_messages``.
@@ -34,6 +35,7 @@ class Options:
     partial: bool = False
     smallest_tail: float = SMALLEST_TAIL
     compression: Path | None = None
+    exact_only: bool = False
     ambiguous_to_rest: bool = False
     logprobs_field: str = "logprobs"
     messages_field: str = "messages"

@@ -75,6 +75,10 @@ class Format(NamedTuple):
     hidden: bool = False
 
 
+def _distillkit(of: Context) -> Iterator[Told]:
+    return read_distillkit(of.source, of.options.compression, exact_only=of.options.exact_only)
+
+
 def _openai(of: Context) -> Iterator[Told]:
     return read_openai(of.source, of.tokenizer, of.vocab, ambiguous_to_rest=of.options.ambiguous_to_rest)
 
@@ -84,7 +88,7 @@ def _axolotl(of: Context) -> Iterator[Told]:
 
 
 FORMATS = {
-    "distillkit": Format(lambda of: read_distillkit(of.source, of.options.compression), PARQUET),
+    "distillkit": Format(_distillkit, PARQUET),
     "vllm": Format(lambda of: read_vllm(of.source), JSON),
     "openai": Format(_openai, JSON),
     "axolotl": Format(_axolotl, (*JSON, *PARQUET)),
@@ -121,7 +125,7 @@ def import_cache(request: Request) -> Imported:
         unused = _write(told, wanted, coding, shards, request)
         coverage = wanted.coverage()
         _check_coverage(coverage, request)
-        more = {"samples": None, "positions": "labels", "error": {}}
+        more = {"samples": None, "positions": "labels"}
         write_manifest(folder, identities | coding.facts() | more, shards.files | coding.write(folder))
     manifest = CacheManifest.read(request.output)
     if isinstance(coding, HiddenCoding):

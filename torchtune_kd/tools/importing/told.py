@@ -14,8 +14,9 @@ from torchtune_kd.caches.log_probs import NONE
 from torchtune_kd.errors import UserError
 
 SMALLEST_TAIL = 1e-3  # a smaller mass of the rest is the difference of rounded numbers
+_TIMES_ERROR = 10.0  # of the sum of probabilities: a mass that is not so large is not known, either
 UNLIKELY = -1000.0  # what an API writes in place of a very small log-probability lies below
-_ROUNDING = 0.05  # of a sum of probabilities that were rounded to bf16, or fitted by a polynomial
+_ROUNDING = 0.05  # of a sum of probabilities that were rounded to bf16
 
 
 class Likeliest(NamedTuple):
@@ -23,6 +24,7 @@ class Likeliest(NamedTuple):
 
     ids: np.ndarray  # [n, w] integers; NONE pads
     log_probs: np.ndarray  # [n, w] at T = 1
+    error: np.ndarray | None = None  # [n] of the sum of their probabilities, at most; inf where that is not known
 
 
 class Told(NamedTuple):
@@ -44,7 +46,7 @@ class Told(NamedTuple):
     def rows(self, rows: np.ndarray) -> Any:
         """Return the signal of some of the positions."""
         if isinstance(self.signal, Likeliest):
-            return Likeliest(self.signal.ids[rows], self.signal.log_probs[rows])
+            return Likeliest(*(None if part is None else part[rows] for part in self.signal))
         return self.signal[torch.from_numpy(rows)]
 
 
@@ -59,11 +61,12 @@ class TopKCoding:
         k (int): the most likeliest ids that a position has, a label beyond them not counted.
         tokens (int): positions that were encoded.
         unknown (int): those whose mass of the rest is not known.
+        fitted (int): those of which a source says log-probabilities that it fitted.
     """
 
     def __init__(self, vocab: int, smallest_tail: float = SMALLEST_TAIL) -> None:
         self._vocab, self._smallest = vocab, smallest_tail
-        self.k = self.tokens = self.unknown = 0
+        self.k = self.tokens = self.unknown = self.fitted = 0
 
     def __call__(self, signal: Likeliest, labels: np.ndarray, where: str) -> dict[str, Tensor]:
         """Return ``ids`` [n, k + 1] int32, ``log_probs`` [n, k + 1] fp16 and ``tail`` [n, 1] fp32.
@@ -79,17 +82,19 @@ class TopKCoding:
             UserError: for ids that the models have not, or what are no log-probabilities at T = 1.
         """
         ids, log_probs, counts = self._checked(signal, where)
+        error = np.zeros(len(ids)) if signal.error is None else signal.error
         mass = np.exp(log_probs, where=ids != NONE, out=np.zeros_like(log_probs)).sum(-1)
-        if (mass > 1 + _ROUNDING).any():
+        if (mass[np.isfinite(error)] > 1 + _ROUNDING).any():
             raise UserError(
                 f"Expected log-probabilities at temperature 1, but at {where} those of one token sum to a probability "
                 f"of {mass.max():.4g}: write the source again at temperature 1, normalised over the whole vocabulary."
             )
-        known = mass < 1 - self._smallest
+        known = mass < 1 - np.maximum(self._smallest, _TIMES_ERROR * error)
         tail = np.log1p(-mass, where=known, out=np.full_like(mass, np.nan))
         is_last = ids[np.arange(len(ids)), counts - 1] == labels
         k = int((counts - is_last).max())
         self.k, self.tokens, self.unknown = max(self.k, k), self.tokens + len(ids), self.unknown + int((~known).sum())
+        self.fitted += int(np.isinf(error).sum())
         more = ((0, 0), (0, max(0, k + 1 - ids.shape[1])))
         ids, log_probs = np.pad(ids, more, constant_values=NONE), np.pad(log_probs, more)
         return {
@@ -109,6 +114,7 @@ class TopKCoding:
             "width": 0,
             "vocab": self._vocab,
             "has_bias": False,
+            "error": {"fitted_tokens": float(self.fitted)} if self.fitted else {},
         }
 
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
@@ -131,10 +137,11 @@ class TopKCoding:
                 f"Expected ids below the models' {self._vocab}, but one at {where} is {wrong[0]}: name the config of "
                 "models that share the teacher's tokenizer."
             )
-        if there.any() and log_probs[there].max() > SMALLEST_TAIL:
+        exact = there if signal.error is None else there & np.isfinite(signal.error)[:, None]
+        if exact.any() and log_probs[exact].max() > SMALLEST_TAIL:
             raise UserError(
                 f"Expected log-probabilities, which are at most 0, but one at {where} is "
-                f"{log_probs[there].max():.4g}: write the source again with log-probabilities in place of logits."
+                f"{log_probs[exact].max():.4g}: write the source again with log-probabilities in place of logits."
             )
         counts = there.sum(-1)
         if not counts.all():

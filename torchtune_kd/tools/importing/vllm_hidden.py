@@ -146,6 +146,7 @@ class HiddenCoding:
             "width": self.width,
             "vocab": self.vocab,
             "has_bias": self.bias is not None,
+            "error": {},
         }
 
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
