@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.cached import cache_config, documents_of, write
 from helpers.forked import ForkedRun
@@ -54,11 +54,65 @@ def test_a_finished_cache_takes_what_is_new_and_reads_no_teacher_otherwise(tmp_p
     assert write(cfg, tmp_path / "cache", verify=True).documents == manifest.documents
 
 
-def test_more_labels_of_a_document_are_added(tmp_path):
+def test_more_labels_of_a_document_are_added_without_touching_what_is_read(tmp_path):
     cfg = make_config(tmp_path)
-    write(cfg, tmp_path / "cache")
+    first = write(cfg, tmp_path / "cache")
+    before = {name: (tmp_path / "cache" / name).read_bytes() for name in first.files if name.startswith(SHARDS)}
     manifest = write(cfg, tmp_path / "cache", positions="all")
     assert manifest.tokens == sum(len(row) for row in {row for row in ROWS if len(row) > 1})
+    assert all((tmp_path / "cache" / name).read_bytes() == content for name, content in before.items())
+    assert write(cfg, tmp_path / "cache", positions="all", verify=True) == manifest  # nothing is written anew
+
+
+def test_labels_that_do_not_hold_those_that_are_stored(tmp_path):
+    """The two sets are stored together. A row without a token is none."""
+    cfg = make_config(tmp_path)
+    found = []
+    for first, last in ((10, 20), (2, 6), (10, 20)):
+        cfg.dataset = {"_component_": "helpers.tiny.masked_dataset", "first": first, "last": last}
+        found.append(write(cfg, tmp_path / "cache").tokens)
+    assert found == [10, 14, 14]
+
+
+def test_what_a_killed_writer_left_of_another_teacher_is_no_head_of_this_one(tmp_path):
+    """Its head was written before its first shard."""
+    cfg = make_config(tmp_path)
+    write(cfg, tmp_path / "cache")
+    folder = tmp_path / "cache"
+    for file in [folder / "manifest.json", *folder.glob("index-*"), *(folder / SHARDS).iterdir()]:
+        file.unlink()
+    other = cfg.copy()
+    other.teacher_model.num_layers = 1
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    kept = {name: 2 * weight for name, weight in weights.items() if "layers.1." not in name}
+    (tmp_path / "other").mkdir()
+    save_file(kept, tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text((tmp_path / "teacher" / "config.json").read_text())
+    other.teacher_checkpointer.checkpoint_dir = str(tmp_path / "other")
+    write(other, folder)
+    assert torch.equal(load_file(folder / HEAD)["weight"], kept["lm_head.weight"])
+
+
+def test_states_in_8_bits_without_their_head_are_refused(tmp_path):
+    cfg = make_config(tmp_path)
+    write(cfg, tmp_path / "cache", dtype="int8")
+    (tmp_path / "cache" / HEAD).unlink()
+    with pytest.raises(UserError, match="is gone or cannot be read, without which its 8-bit states mean nothing"):
+        write(cfg, tmp_path / "cache", dtype="int8")
+
+
+def test_a_head_that_is_gone_is_written_again(tmp_path):
+    cfg = make_config(tmp_path)
+    manifest = write(cfg, tmp_path / "cache")
+    (tmp_path / "cache" / HEAD).write_bytes(b"no head")
+    assert write(cfg, tmp_path / "cache").files == manifest.files
+
+
+def test_ids_that_the_teacher_has_not(tmp_path):
+    cfg = make_config(tmp_path)
+    cfg.teacher_model.vocab_size = 40
+    with pytest.raises(UserError, match=r"Expected|has 384"):
+        write(cfg, tmp_path / "cache")
 
 
 @pytest.mark.slow
@@ -121,16 +175,20 @@ def test_a_changed_shard_is_found_by_verify(tmp_path):
 @pytest.mark.parametrize(
     "keys, change, sentence",
     [
-        ({"dtype": "int8"}, {}, r'holds a cache with another dtype \("fp32", now "int8"\)'),
+        ({"dtype": "int8"}, {}, r'holds a cache with another dtype \("fp32" in .*, now "int8"\)'),
         ({}, {"teacher_model.num_layers": 1}, "cannot"),
-        ({}, {"tokenizer.max_seq_len": 32}, "holds a cache with another tokenizer"),
-        ({}, {"dtype": "bf16"}, r'holds a cache with another computed_in \("fp32", now "bf16"\)'),
+        ({}, {"tokenizer.path": "other"}, "holds a cache with another tokenizer"),
+        ({}, {"dtype": "bf16"}, r'holds a cache with another computed_in \("fp32" in .*, now "bf16"\)'),
     ],
 )
 def test_a_folder_of_another_cache(tmp_path, keys, change, sentence):
     cfg = make_config(tmp_path)
     write(cfg, tmp_path / "cache")
     for key, value in change.items():
+        if value == "other":
+            text = (tmp_path / "student" / "tokenizer.json").read_text()
+            (tmp_path / "tokenizer.json").write_text(text + " ")
+            value = str(tmp_path / "tokenizer.json")
         OmegaConf.update(cfg, key, value)
     if sentence == "cannot":
         sentence = "holds a cache with another teacher"
@@ -164,6 +222,9 @@ def test_configs_without_a_teacher_to_write(tmp_path):
         read_request(cache_config(cfg, None))
     with pytest.raises(UserError, match="`kd_ratio: 0` runs no teacher"):
         read_request(cache_config(make_config(tmp_path, kd_ratio=0.0), tmp_path / "cache"))
+    several = OmegaConf.merge(cfg, {"teacher_model": None, "teacher_checkpointer": None, "teachers": [{"self": "ema"}]})
+    with pytest.raises(UserError, match="A cache is of one teacher, but the config has `teachers`"):
+        read_request(cache_config(several, tmp_path / "cache"))
     with pytest.raises(UserError, match="but it has `teacher_cache`: delete that key here"):
         read_request(cache_config(OmegaConf.merge(cfg, {"teacher_cache": "x"}), tmp_path / "cache"))
 

@@ -130,6 +130,17 @@ def test_a_flipped_byte_names_file_and_document(cache):
         reader.read([document(written)]).columns()
 
 
+@pytest.mark.parametrize("which", ["index", "head"])
+def test_a_flipped_byte_of_index_or_head_is_found_before_anything_is_read(cache, which):
+    manifest = CacheReader(cache).manifest
+    file = cache / (manifest.index if which == "index" else HEAD)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"damaged, the content of {file.name} has changed since it was written"):
+        CacheReader(cache).head()
+
+
 def test_a_document_that_is_not_there(cache):
     with pytest.raises(RunError, match="A document of 20 tokens is not in the cache"):
         CacheReader(cache).read([Document(bytes([1]) * 16, 0, 20, np.array([0]))])

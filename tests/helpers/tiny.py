@@ -121,6 +121,13 @@ def image_dataset(tokenizer: Any) -> list[dict]:
     return rows
 
 
+def masked_dataset(tokenizer: Any, first: int, last: int) -> list[dict]:
+    """A row of which the tokens from ``first`` to before ``last`` have a label, and a row without tokens."""
+    tokens = tokenizer.encode("the quick brown fox jumps over", add_eos=False)
+    labels = [token if first <= index < last else -100 for index, token in enumerate(tokens)]
+    return [{"tokens": tokens, "labels": labels}, {"tokens": [], "labels": []}]
+
+
 class NoisyRows(Dataset):
     """Rows with one random token in each, another one every time."""
 

@@ -142,7 +142,7 @@ def test_rows_that_are_not_there_are_counted_before_weights_load(folder, tmp_pat
 
 def test_rows_that_change_end_the_run(folder, tmp_path, monkeypatch):
     """The check before training saw others."""
-    monkeypatch.setattr("torchtune_kd.training.setup.check_cached_data", lambda *args: None)
+    monkeypatch.setattr("torchtune_kd.training.teachers.check_cached_data", lambda *args: None)
     cfg = config(folder)
     cfg.dataset._component_ = "helpers.tiny.noisy_dataset"
     with pytest.raises(RunError, match="its dataset gives other tokens each time it is read"):

@@ -129,6 +129,7 @@ MISTAKES = [
     ({"teachers": [{"self": "ema", "decay": 1.0}]}, "decay` to be from 0 to below 1, got 1"),
     ({"teachers": [{"self": "ema", "head": "float8"}]}, "belongs to a teacher with `model`, but this one has `self`"),
     ({"teachers": [{"cache": "x", "tail": "zero"}]}, "tail` to be renormalise, got 'zero'"),
+    ({"teachers": [{"self": "ema", "name": "a"}, {"cache": "x", "name": "a"}]}, "Two of `teachers` are called 'a'"),
     ({"teachers": [{"self": "ema"}], "ensemble": "votes"}, "Expected `ensemble` to be probabilities or logits"),
     ({"ensemble": "logits"}, "`ensemble` says how several `teachers` are mixed, but there are none"),
     ({"teachers": [{"self": "ema"}], "teacher_cache": "x"}, "`teachers` and `teacher_cache` both say who teaches"),

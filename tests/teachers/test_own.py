@@ -9,6 +9,8 @@ from helpers.resumable import CLOCK, log_of, resumable_config, weights_of
 from helpers.tiny import STUDENT, checkpointer_section, make_config, model_section, read_log, run_in_process
 from torchtune_kd.teachers.own import AverageTeacher
 
+CHECKPOINTED = {"enable_activation_checkpointing": True}
+
 
 def own(cfg, **entry):
     less = {"teacher_model": None, "teacher_checkpointer": None, "teachers": [entry]}
@@ -105,6 +107,32 @@ def test_resumed_it_is_the_same_run(tmp_path, kind, entry):
     assert log_of(part) == log_of(whole)
     ours, theirs = weights_of(part), weights_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"enable_activation_checkpointing": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
+@pytest.mark.parametrize("entry", [{"self": "ema", "decay": 0.8}, {"self": "base"}], ids=str)
+def test_checkpointed_or_compiled_it_is_the_same(tmp_path, entry, more):
+    plain = own(make_config(tmp_path, "lora", output_dir=str(tmp_path / "plain"), max_steps_per_epoch=3), **entry)
+    other = OmegaConf.merge(plain, {"output_dir": str(tmp_path / "other")}, more)
+    run_in_process(plain)
+    run_in_process(other)
+    assert_same_log(plain, other, relative=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [{"self": "ema", "decay": 0.8}, {"self": "base"}], ids=str)
+def test_two_processes_with_several_microbatches_and_layers_that_stay(tmp_path, entry):
+    """Gradients are reduced in the last microbatch alone, and layers stay gathered until then."""
+    one = own(make_config(tmp_path, "lora", output_dir=str(tmp_path / "one"), batch_size=8), **entry)
+    run_in_process(one)
+    more = {"batch_size": 2, "gradient_accumulation_steps": 2, "fsdp_reshard_after_forward": False}
+    two = OmegaConf.merge(one, {"output_dir": str(tmp_path / "two"), "enable_activation_checkpointing": True}, more)
+    ForkedRun(two, 2).finish()
+    assert_same_log(one, two, relative=1e-4)
 
 
 @pytest.mark.slow

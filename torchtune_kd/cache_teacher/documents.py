@@ -4,7 +4,7 @@ Shapes: L tokens of a document.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from torchtune_kd.caches.index import Index
 from torchtune_kd.caches.shards import marks_of, positions_of
+from torchtune_kd.data.batches import check_ids
 from torchtune_kd.data.datasets import read_row
 from torchtune_kd.data.documents import document_key, documents_in_sample, tokens_of
 from torchtune_kd.distributed.world import World
@@ -42,7 +44,7 @@ class Listed:
         return positions_of(self.marks)
 
 
-def list_documents(datasets: Sequence[tuple[str, Dataset]], positions: str, world: World) -> list[Listed]:
+def list_documents(datasets: Sequence[tuple[str, Dataset]], positions: str, vocab: int, world: World) -> list[Listed]:
     """Return every document of the datasets once, the shortest first, in the same order on every process.
 
     Each process reads its part of the rows. Of a document that is there several times, with other labels, all labelled
@@ -51,14 +53,20 @@ def list_documents(datasets: Sequence[tuple[str, Dataset]], positions: str, worl
     Args:
         datasets (Sequence[tuple[str, Dataset]]): with their names in the config.
         positions (str): "labels", or "all" tokens of the documents that have a label.
+        vocab (int): ids that the teacher has.
         world (World): the processes.
+
+    Raises:
+        UserError: for a row that cannot be tokenised, or has an id that the teacher has not.
     """
     ours: dict[bytes, Listed] = {}
     for number, (name, dataset) in enumerate(datasets):
         rows = range(world.rank, len(dataset), world.size)
         hidden = not world.is_rank_zero or len(rows) < _MANY_ROWS
         for row in tqdm(rows, desc=f"Documents of {name}", leave=False, disable=hidden):
-            for document in documents_in_sample(read_row(dataset, row, name)):
+            sample = read_row(dataset, row, name)
+            check_ids(sample, row, name, vocab)
+            for document in documents_in_sample(sample):
                 stored = document.positions if positions == "labels" else np.arange(document.length)
                 listed = Listed(document.key, document.length, (number, row, document.start), marks_of(stored))
                 _add(ours, listed)
@@ -75,6 +83,19 @@ def _add(found: dict[bytes, Listed], listed: Listed) -> None:
         positions = np.union1d(other.positions, listed.positions)
         listed = Listed(listed.key, listed.length, min(listed.place, other.place), marks_of(positions))
     found[listed.key] = listed
+
+
+def held(listed: Listed, index: Index) -> bool:
+    """Return whether all of a document that is to be stored is there."""
+    return index.holds(listed.key, listed.positions)
+
+
+def with_stored(listed: Listed, index: Index) -> Listed:
+    """Return a document with the positions that are stored of it, too: of two entries the larger counts."""
+    place = index.find(listed.key)
+    if place is None:
+        return listed
+    return replace(listed, marks=marks_of(np.union1d(listed.positions, place.positions)))
 
 
 def batches_of(documents: Sequence[Listed], tokens_per_batch: int) -> list[list[Listed]]:

@@ -3,13 +3,12 @@
 import json
 import shutil
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from torchtune_kd._versions import installed_versions
+from torchtune_kd.caches.finish import write_manifest
 from torchtune_kd.caches.index import Index, whole_shards
 from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest
 from torchtune_kd.caches.shards import read_header
@@ -40,28 +39,67 @@ def prepare(folder: Path, world: World) -> None:
     check_one_folder(folder, "cache.folder", world)
 
 
-def check_shards(folder: Path, facts: Mapping[str, Any]) -> Index:
-    """Return the index of the shards that are there.
+_LESS = {
+    "hidden": "`cache.dtype: int8` takes half of bf16, `cache.kind: top_k` a twentieth",
+    "top_k": "a smaller `cache.k`",
+    "sampled": "fewer `cache.samples`",
+}
+
+
+def check_shards(folder: Path, facts: Mapping[str, Any], world: World) -> Index:
+    """Return the index of the shards that are there, the same ones on every process.
+
+    A head without shards that another writer left is deleted.
 
     Raises:
-        UserError: for a shard of another cache, or one that cannot be read.
+        UserError: for a shard or a head of another cache, one that cannot be read, or 8-bit states without their head.
     """
-    names = whole_shards(folder)
+    names = world.gather(whole_shards(folder))[0]
+    stale = world.gather(_head_facts(folder))[0]
+    if stale is not None and not names and stale != json.loads(json.dumps(facts)):
+        if world.is_rank_zero:
+            (folder / HEAD).unlink(missing_ok=True)
+        world.barrier()
+        stale = None
+    if stale is not None:
+        _check_facts(folder, HEAD, stale, facts)
+    elif names and facts["dtype"] == "int8":
+        raise UserError(
+            f"The file {HEAD} of the cache in {folder} is gone or cannot be read, without which its 8-bit states mean "
+            "nothing: delete the folder and write it anew."
+        )
     for name in names:
         try:
             _, theirs = read_header(folder / SHARDS / name)
         except Damaged as error:
             raise UserError(f"The cache in {folder} is damaged, {error}: delete that file and start again.") from error
-        for key, value in facts.items():
-            if theirs.get(key) != value:
-                raise UserError(
-                    f"The folder {folder} holds a cache with another {key} ({_shown(theirs.get(key))}, now "
-                    f"{_shown(value)}): name another `cache.folder`, or delete that one."
-                )
+        _check_facts(folder, name, theirs, facts)
     return Index.of_shards(folder, names)
 
 
-def check_room(folder: Path, needed: int, world: World) -> int:
+def _check_facts(folder: Path, name: str, theirs: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    for key, value in facts.items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"The folder {folder} holds a cache with another {key} ({_shown(theirs.get(key))} in {name}, now "
+                f"{_shown(value)}): name another `cache.folder`, or delete that one."
+            )
+
+
+def _head_facts(folder: Path) -> dict[str, Any] | None:
+    """Return what the head says of its cache; None, and the file deleted, where it cannot be read."""
+    file = folder / HEAD
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as head:
+            return json.loads(head.metadata()["cache"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        file.unlink(missing_ok=True)
+        return None
+
+
+def check_room(folder: Path, needed: int, kind: str, world: World) -> int:
     """Return the bytes that are free, after seeing that ``needed`` bytes fit.
 
     Raises:
@@ -70,8 +108,8 @@ def check_room(folder: Path, needed: int, world: World) -> int:
     free = world.gather(shutil.disk_usage(folder).free)[0]
     if needed > free:
         raise UserError(
-            f"Expected {size(needed)} of room in {folder}, but {size(free)} are free: make room, `cache.dtype: int8` "
-            "takes half of bf16, or name another `cache.folder`."
+            f"Expected {size(needed)} of room in {folder}, but {size(free)} are free: make room, name another "
+            f"`cache.folder`, or store less ({_LESS[kind]})."
         )
     return free
 
@@ -83,6 +121,7 @@ def finish(
     written: Mapping[str, dict[str, Any]],
     world: World,
     *,
+    new_head: bool,
     verify: bool = False,
 ) -> CacheManifest:
     """Write the index and, last, the manifest; all processes call this together.
@@ -93,7 +132,8 @@ def finish(
         positions (str): which tokens were asked for.
         written (Mapping[str, dict[str, Any]]): ``bytes`` and ``sha256`` of the shards that this process wrote.
         world (World): the processes; each reads its part of the shards that are not known yet.
-        verify (bool): read all of them, and compare.
+        new_head (bool): the head was written just now.
+        verify (bool): read all files, and compare.
 
     Raises:
         RunError: on every process, if a shard is not what was written.
@@ -104,7 +144,9 @@ def finish(
         known |= {f"{SHARDS}/{name}": file for name, file in of_rank.items()}
     names = [f"{SHARDS}/{name}" for name in whole_shards(folder)]
     files = {name: known[name] for name in names if name in known}
-    read = names if verify else [name for name in names if name not in files]
+    if before is not None and not new_head:
+        files[HEAD] = before.files[HEAD]
+    read = [*names, HEAD] if verify else [name for name in names if name not in files]
     found: dict[str, dict[str, Any]] = {}
     for of_rank in world.gather({name: file_facts(folder / name) for name in read[world.rank :: world.size]}):
         found |= of_rank
@@ -114,33 +156,21 @@ def finish(
             f"The file {changed[0]} in {folder} is not what was written, nor are {len(changed) - 1} others: delete "
             "them and start again with the same command, which writes what is missing."
         )
-    if world.is_rank_zero:
-        _write_manifest(folder, facts, positions, {**found, **files})
+    files = {**found, **files}
+    if HEAD not in files:
+        files[HEAD] = world.gather(file_facts(folder / HEAD) if world.is_rank_zero else None)[0]
+    same = before is not None and before.files == {**files, before.index: before.files[before.index]}
+    if world.is_rank_zero and not same:
+        with safe_open(folder / HEAD, "pt") as head:
+            error = json.loads(head.metadata()["error"])
+        try:
+            write_manifest(folder, {**facts, "positions": positions, "error": error}, files)
+        except OSError as cause:
+            raise RunError(
+                f"The manifest could not be written into {folder} ({first_line(cause)}): make room and start again."
+            ) from cause
     world.barrier()
     return CacheManifest.read(folder)
-
-
-def _write_manifest(
-    folder: Path, facts: Mapping[str, Any], positions: str, shards: Mapping[str, dict[str, Any]]
-) -> None:
-    index = Index.of_shards(folder, [Path(name).name for name in sorted(shards)])
-    index_name, index_file = index.write(folder)
-    with safe_open(folder / HEAD, "pt") as head:
-        error = json.loads(head.metadata()["error"])
-    CacheManifest(
-        **facts,
-        positions=positions,
-        documents=len(index),
-        tokens=index.tokens,
-        error=error,
-        versions=installed_versions(),
-        written_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        index=index_name,
-        files={**shards, HEAD: file_facts(folder / HEAD), index_name: index_file},
-    ).write(folder)
-    for old in folder.glob("index-*.safetensors"):
-        if old.name != index_name:
-            old.unlink()
 
 
 def _manifest_before(folder: Path) -> CacheManifest | None:

@@ -68,6 +68,11 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
     config = read_run_config(written, ("cache",), distributed=distributed)
+    if config.teachers:
+        raise UserError(
+            "A cache is of one teacher, but the config has `teachers`: name one under `teacher_model` and "
+            "`teacher_checkpointer`."
+        )
     if config.teacher_cache is not None:
         raise UserError(
             "Expected the config of a run whose teacher is to be written to disk, but it has `teacher_cache`: delete "

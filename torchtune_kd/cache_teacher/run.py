@@ -9,24 +9,33 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from torchtune_kd.cache_teacher.coding import Coding, Drawn, HiddenStates, TopK
-from torchtune_kd.cache_teacher.documents import Listed, batches_of, list_documents, read_tokens, sample_of
+from torchtune_kd.cache_teacher.documents import (
+    Listed,
+    batches_of,
+    held,
+    list_documents,
+    read_tokens,
+    sample_of,
+    with_stored,
+)
 from torchtune_kd.cache_teacher.error import SAMPLE, error_of, mass_of, said, said_of_mass
 from torchtune_kd.cache_teacher.folder import check_room, check_shards, finish, prepare, size
 from torchtune_kd.cache_teacher.request import Request
 from torchtune_kd.cache_teacher.writing import ShardWriter
 from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest
 from torchtune_kd.caches.states import channel_rms, decode, encode
-from torchtune_kd.checkpoints.identity import teacher_identity, tokenizer_identity
+from torchtune_kd.checkpoints.identity import teacher_identity, tokenizer_files
 from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer
 from torchtune_kd.data.datasets import build_dataset
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import OutOfMemory, RunError, Stopped, UserError, phase, say
+from torchtune_kd.errors import OutOfMemory, RunError, Stopped, UserError, first_line, phase, say
 from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import on_meta
 from torchtune_kd.models.output_head import output_head
@@ -61,25 +70,26 @@ def write_cache(request: Request, world: World, stop: StopRequests) -> CacheMani
         for name, sections in (("dataset", config.dataset), ("dataset_val", config.dataset_val))
         if sections
     ]
-    documents = list_documents(datasets, request.keys.positions, world)
+    documents = list_documents(datasets, request.keys.positions, facts["vocab"], world)
     if not documents:
         raise UserError("No row of `dataset` or `dataset_val` has a token with a label: there is nothing to write.")
-    index = check_shards(folder, facts)
+    index = check_shards(folder, facts, world)
     # a batch of which a part is there has new documents in it: what a killed writer left are whole batches
     batches = [
         missing
         for batch in batches_of(documents, request.keys.tokens_per_batch)
-        if (missing := [document for document in batch if not index.holds(document.key, document.positions)])
+        if (missing := [with_stored(document, index) for document in batch if not held(document, index)])
     ]
     _announce(request, documents, batches, facts["width"], world)
     writer = ShardWriter(folder / SHARDS, request.shard_bytes, facts)
-    if batches or not (folder / HEAD).is_file():
+    new_head = not world.gather((folder / HEAD).is_file())[0]
+    if batches or new_head:
         teacher = build_teacher(replace(config, teacher_head=None), world)
         assert isinstance(teacher, LiveTeacher)
-        coding = _coding(request, teacher, documents, datasets, world)
+        coding = _coding(request, facts, teacher, documents, datasets, world)
         _write_all(request.bytes_per_token(facts["width"]), teacher, coding, batches, datasets, writer, world, stop)
     keys = request.keys
-    return finish(folder, facts, keys.positions, writer.files, world, verify=keys.verify)
+    return finish(folder, facts, keys.positions, writer.files, world, new_head=new_head, verify=keys.verify)
 
 
 def _facts(request: Request, tokenizer: Any, world: World) -> tuple[int, dict[str, Any]]:
@@ -91,7 +101,7 @@ def _facts(request: Request, tokenizer: Any, world: World) -> tuple[int, dict[st
     check_tokenizer(tokenizer, weight.shape[0])
     if keys.kind == "top_k" and keys.k >= weight.shape[0]:
         raise UserError(f"Expected `cache.k` below the teacher's {weight.shape[0]} ids, got {keys.k}: lower it.")
-    identities = (teacher_identity(config), tokenizer_identity(config)) if world.is_rank_zero else ({}, {})
+    identities = (teacher_identity(config), tokenizer_files(config)) if world.is_rank_zero else ({}, {})
     of_teacher, of_tokenizer = world.gather(identities)[0]
     return teacher.max_seq_len, {
         "kind": keys.kind,
@@ -114,7 +124,7 @@ def _announce(
     """Say what is going to be written, and refuse a disk that has no room for it."""
     each = request.bytes_per_token(width)
     tokens, missing = (sum(len(document.positions) for document in some) for some in (documents, _flat(batches)))
-    free = check_room(request.folder, missing * each, world)
+    free = check_room(request.folder, missing * each, request.keys.kind, world)
     if world.is_rank_zero:
         part = "" if missing == tokens else f", of which {size(missing * each)} are missing"
         say(
@@ -124,7 +134,12 @@ def _announce(
 
 
 def _coding(
-    request: Request, teacher: LiveTeacher, documents: Sequence[Listed], datasets: Datasets, world: World
+    request: Request,
+    facts: dict[str, Any],
+    teacher: LiveTeacher,
+    documents: Sequence[Listed],
+    datasets: Datasets,
+    world: World,
 ) -> Coding:
     """Return what turns states into columns; write ``head.safetensors``, if no earlier writer has."""
     keys = request.keys
@@ -137,7 +152,7 @@ def _coding(
             states.append(_forward(teacher, tokens, places, world))
             labels.append(tokens.roll(-1, dims=1).flatten()[places])
         if world.is_rank_zero:
-            _write_head(request, teacher, torch.cat(states), torch.cat(labels).to(world.device))
+            _write_head(request, facts, teacher, torch.cat(states), torch.cat(labels).to(world.device))
         world.barrier()
     if keys.kind == "hidden":
         return HiddenStates(keys.dtype, load_file(file)["channel_rms"].to(world.device))
@@ -148,7 +163,7 @@ def _coding(
     return Drawn(head, keys.samples) if keys.kind == "sampled" else TopK(head, keys.k, request.temperatures)
 
 
-def _write_head(request: Request, teacher: LiveTeacher, states: Tensor, labels: Tensor) -> None:
+def _write_head(request: Request, facts: dict[str, Any], teacher: LiveTeacher, states: Tensor, labels: Tensor) -> None:
     """Write head and root mean squares, with the error that the sample shows; of log-probabilities that error alone."""
     keys, head = request.keys, Head(*output_head(teacher.decoder))
     tensors: dict[str, Tensor | None] = {}
@@ -163,8 +178,13 @@ def _write_head(request: Request, teacher: LiveTeacher, states: Tensor, labels: 
         say(said_of_mass(keys.kind, error))
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     beside = request.folder / (HEAD + PARTIAL)
-    save_file(kept, beside, metadata={"error": json.dumps(error)})
-    flush_file(beside)
+    try:
+        save_file(kept, beside, metadata={"error": json.dumps(error), "cache": json.dumps(facts, sort_keys=True)})
+        flush_file(beside)
+    except (OSError, SafetensorError) as cause:
+        raise RunError(
+            f"The head could not be written into {beside} ({first_line(cause)}): make room there."
+        ) from cause
     beside.replace(request.folder / HEAD)
 
 

@@ -112,6 +112,13 @@ class CacheManifest:
         return f"{self.samples} drawn ids" if self.kind == "sampled" else f"the {self.k} likeliest ids"
 
     @property
+    def remedy(self) -> str:
+        """Say what makes a cache whole that is not."""
+        if IMPORTED in self.teacher:
+            return "import it again by `python -m torchtune_kd.tools.import_cache`"
+        return "delete that file and run `tune run torchtune_kd/cache_teacher` again, which writes what is missing"
+
+    @property
     def has_entropy(self) -> bool:
         """Return whether the whole teacher's entropy is stored, or follows: other projects do not store it."""
         return self.kind == "hidden" or IMPORTED not in self.teacher

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from torchtune_kd.caches.log_probs import NONE
 from torchtune_kd.caches.shards import TABLE, Column, as_bytes, checksum, read_header
 from torchtune_kd.data.documents import Document
 from torchtune_kd.errors import RunError, UserError, first_line
-from torchtune_kd.storage.manifest import Damaged
+from torchtune_kd.storage.manifest import Damaged, check_content
 
 THREADS = 4
 
@@ -61,6 +60,7 @@ class CacheReader:
     def __init__(self, folder: Path, *, pinned: bool = False) -> None:
         self.folder, self._pinned = folder, pinned
         self.manifest = CacheManifest.read(folder)
+        self._check(self.manifest.index)
         self.index = Index.read(folder / self.manifest.index)
         # in the order in which the index numbers them
         self._shards = sorted(Path(name).name for name in self.manifest.files if Path(name).parent.name == SHARDS)
@@ -71,13 +71,18 @@ class CacheReader:
         """Return ``weight`` [V, D], ``channel_rms`` [D] and, where the teacher's head has one, ``bias`` [V].
 
         Raises:
-            UserError: if the file cannot be read.
+            UserError: if the file cannot be read, or is not what was written.
         """
+        self._check(HEAD)
+        return load_file(self.folder / HEAD)
+
+    def _check(self, name: str) -> None:
+        """Read one of the files whole, and compare it with the manifest; shards are checked document by document."""
         try:
-            return load_file(self.folder / HEAD)
-        except (OSError, SafetensorError) as error:
+            check_content(self.folder, name, self.manifest.files[name])
+        except (Damaged, OSError) as error:
             raise UserError(
-                f"The head in {self.folder / HEAD} cannot be read ({first_line(error)}): write the cache again."
+                f"The cache in {self.folder} is damaged, {first_line(error)}: {self.manifest.remedy}."
             ) from error
 
     def read(self, documents: Sequence[Document]) -> Reading:
@@ -115,7 +120,7 @@ class CacheReader:
             try:
                 columns, _ = read_header(file)
             except Damaged as error:
-                raise RunError(f"The cache in {self.folder} is damaged, {error}: {_REMEDY}") from error
+                raise RunError(f"The cache in {self.folder} is damaged, {error}: {self.manifest.remedy}.") from error
             self._columns[shard] = {name: column for name, column in columns.items() if name not in TABLE}
         return self._columns[shard]
 
@@ -148,10 +153,11 @@ class CacheReader:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise RunError(f"The file {file} cannot be read ({first_line(error)}): {_REMEDY}") from error
+            raise RunError(f"The file {file} cannot be read ({first_line(error)}): {self.manifest.remedy}.") from error
         if checksum({name: as_bytes(tensor) for name, tensor in rows.items()}) != place.crc32:
             raise RunError(
-                f"The document {document.key.hex()} in {file} is not what was written, its checksum differs: {_REMEDY}"
+                f"The document {document.key.hex()} in {file} is not what was written, its checksum differs: "
+                f"{self.manifest.remedy}."
             )
         if not whole:
             kept = torch.from_numpy(np.searchsorted(place.positions, document.positions))
@@ -160,9 +166,6 @@ class CacheReader:
                     into[name].fill_(NONE if name == "ids" else 0)[:, : tensor.shape[1]] = tensor[kept]
                 else:
                     into[name].copy_(tensor[kept])
-
-
-_REMEDY = "delete that file and run `tune run torchtune_kd/cache_teacher` again, which writes what is missing."
 
 
 def _read_whole(descriptor: int, memory: memoryview, offset: int) -> None:

@@ -1,7 +1,8 @@
 """Shards: columns of rows, one row per stored token, and the documents that they belong to.
 
-A shard is a safetensors file that bears its name once it is whole. Its name is a hash of the keys of its documents, so
-that processes that know nothing of each other never write over one another's. Its table holds, for n documents:
+A shard is a safetensors file that bears its name once it is whole. Its name is a hash of what is in it, so that
+processes that know nothing of each other never write over one another's, and none over one that is being read. Its
+table holds, for n documents:
 
     key [n, 16] uint8    start, count [n] int64 (rows)    crc32 [n] int64    marked [n] int64 (bytes of its marks)
     marks [sum of marked] uint8: which positions of a document are stored, one bit each
@@ -122,13 +123,14 @@ def write_shard(folder: Path, entries: Sequence[Entry], facts: Mapping[str, Any]
     for name in names:
         tensors[name] = torch.cat(padded[name])
     content = save(tensors, metadata={"cache": json.dumps(facts, sort_keys=True)})
-    name = hashlib.blake2b(table["key"].tobytes(), digest_size=8).hexdigest() + ".safetensors"
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{digest[:16]}.safetensors"
     beside = folder / (name + PARTIAL)
     beside.write_bytes(content)
     flush_file(beside)
     beside.replace(folder / name)
     flush_file(folder)
-    return name, {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return name, {"bytes": len(content), "sha256": digest}
 
 
 def _of_one_width(name: str, columns: Sequence[Tensor]) -> list[Tensor]:

@@ -71,7 +71,12 @@ def teacher_identity(config: Config, *, weights: bool = True) -> dict[str, Any]:
 
 def tokenizer_identity(config: Config) -> dict[str, Any]:
     """Return what the ids of a text depend on."""
-    return _leaves(config.tokenizer) | {"files of the tokenizer": files_fingerprint(_paths(config.tokenizer.plain))}
+    return _leaves(config.tokenizer) | tokenizer_files(config)
+
+
+def tokenizer_files(config: Config) -> dict[str, Any]:
+    """Return the part of :func:`tokenizer_identity` that is in files: what gives ids to words."""
+    return {"files of the tokenizer": files_fingerprint(_paths(config.tokenizer.plain))}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], groups: tuple[str, ...] = GROUPS) -> list[str]:

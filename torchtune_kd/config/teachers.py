@@ -89,6 +89,10 @@ def read_teachers(written: DictConfig, *, random_weights: bool) -> tuple[Teacher
     total = math.fsum(entry.share for entry in entries)
     if abs(total - 1) > 1e-5:
         raise UserError(f"Expected the shares of `teachers` to add up to 1, but they add up to {total:g}: change them.")
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        if names.count(entry.name) > 1:
+            raise UserError(f"Two of `teachers` are called {entry.name!r}: give them names of their own under `name`.")
     own = [entry for entry in entries if entry.own is not None]
     if len(own) > 1:
         raise UserError(f"`{own[1].path}` is the student itself, as `{own[0].path}` is: keep one of them.")

@@ -49,8 +49,10 @@ def documents_in_batch(batch: Batch, ignore_index: int) -> list[list[Document]]:
 
 def documents_in_sample(sample: Sample) -> list[Document]:
     """Return the documents with a valid label in a row of a dataset, as a batch would hold them."""
+    lengths = [length for length in document_lengths(sample) if length]
+    if not lengths:  # a row may be empty
+        return []
     tokens, labels = torch.as_tensor(sample["tokens"]), torch.as_tensor(sample["labels"])
-    lengths = document_lengths(sample)
     shifted = shift_labels(labels.unsqueeze(0), [lengths], CROSS_ENTROPY_IGNORE_IDX)[0]
     return list(_documents(tokens.numpy(), (shifted != CROSS_ENTROPY_IGNORE_IDX).numpy(), lengths))
 

@@ -127,7 +127,9 @@ class Student(nn.Module):
         """
         was_training = self.training
         self.eval()
-        hidden = self.decoder(tokens, **attention)
-        weight, bias = output_head(self.decoder)
-        self.train(was_training)
+        try:
+            hidden = self.decoder(tokens, **attention)
+            weight, bias = output_head(self.decoder)
+        finally:
+            self.train(was_training)
         return hidden, weight.detach(), None if bias is None else bias.detach()

@@ -98,7 +98,7 @@ def build_models(config: Config, shards: int = 1) -> Models:
         set_trainable_params(student, adapters)
     _make_runnable(student)
     teacher = None
-    if config.teachers:
+    if config.teachers and settings.uses_teacher:
         raise UserError(
             "The plan knows one teacher, `teacher_model` or `teacher_cache`, but the config has `teachers`: plan it "
             "with each of them in turn; a model's weights add up, and so does the time of its forward."

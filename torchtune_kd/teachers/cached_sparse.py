@@ -44,8 +44,7 @@ class SparseTeacher(Unchanging):
     ) -> None:
         self._ahead = ReadAhead(reader, ignore_index, device)
         self._sampled, self._samples, self._device = manifest.kind == "sampled", manifest.samples, device
-        stored = [] if renormalise else manifest.temperatures
-        self._tails = [stored.index(each) if each in stored else None for each in (temperature, 1.0)]
+        self._tails = [None if renormalise else tail_at(manifest, each) for each in (temperature, 1.0)]
 
     def expect(self, batch: Batch) -> None:
         """Begin to read what a batch, still on the host, will ask for."""
@@ -69,9 +68,15 @@ class SparseTeacher(Unchanging):
             return Sparse(columns["ids"], columns["log_probs"].float(), tail, tail_at_1, entropy, sampled=False)
 
 
+def tail_at(manifest: CacheManifest, temperature: float) -> int | None:
+    """Return which of the stored tails is that at a temperature; None if none is."""
+    close = (at for at, stored in enumerate(manifest.temperatures) if math.isclose(stored, temperature))
+    return next(close, None)
+
+
 def signal_of(config: Config, manifest: CacheManifest) -> str:
     """Return what :class:`~torchtune_kd.config.reading.Config` calls the signal of a cache."""
-    without_mass = config.teacher_tail == RENORMALISE or 1.0 not in manifest.temperatures
+    without_mass = config.teacher_tail == RENORMALISE or tail_at(manifest, 1.0) is None
     signal = "top_k_alone" if manifest.kind == "top_k" and without_mass else manifest.kind
     return signal if manifest.has_entropy else f"{signal}{WITHOUT_ENTROPY}"
 
@@ -105,7 +110,7 @@ def check_sparse_cache(config: Config, manifest: CacheManifest) -> None:
                 "teacher has none: use a cache with this temperature's, or another loss."
             )
         return
-    if not any(math.isclose(loss.temperature, stored) for stored in manifest.temperatures):
+    if tail_at(manifest, loss.temperature) is None:
         stored = ", ".join(f"{temperature:g}" for temperature in manifest.temperatures) or "none"
         raise UserError(
             f"The cache in {config.teacher_cache} holds the mass of the ids that it leaves out at these temperatures: "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from torchtune_kd.caches.layout import IMPORTED
 from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.checkpoints.identity import differences, teacher_identity, tokenizer_identity
 from torchtune_kd.config.checks import checkpoint_files
@@ -81,8 +82,13 @@ def check_cached_data(
         missing += not all(reader.index.holds(document.key, document.positions) for document in documents)
     missing = sum(world.gather(missing))
     if missing:
+        add = "import a source that holds them"
+        if IMPORTED not in reader.manifest.teacher:
+            add = (
+                "run `tune run torchtune_kd/cache_teacher` with the config of this teacher and these data and "
+                f"cache.folder={reader.folder}, which adds what is missing"
+            )
         raise UserError(
             f"{missing:,} of the {len(dataset):,} rows of `{name}` are not in the cache {reader.folder}, or not with "
-            "all of their labelled tokens: run `tune run torchtune_kd/cache_teacher` with this config and "
-            f"cache.folder={reader.folder}, which adds what is missing."
+            f"all of their labelled tokens: {add}."
         )

@@ -12,6 +12,7 @@ from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.checkpoints.identity import teacher_identity
 from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer_files
 from torchtune_kd.config.reading import Config
+from torchtune_kd.data.datasets import is_packed
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import UserError
 from torchtune_kd.losses import KDLoss
@@ -94,11 +95,21 @@ def check_teachers(
         teacher = on_meta(each.teacher_model, config.settings, world)
         if each.teacher_weights is not None:
             quantise_body(teacher, each.teacher_weights, world.num_shards)
+        if each.teacher_weights == "nf4" and world.sharded and world.num_shards == 1:
+            raise UserError(
+                "`teacher_weights: nf4` needs two processes or more that share the weights, but here each has a copy "
+                "of its own: use kd_single_device, int8, or a smaller `data_parallel_replicate_dim`."
+            )
         if each.teacher_head is not None:
             check_head(teacher)
         check_tokenizer_files((config.checkpointer, each.teacher_checkpointer))
         vocab, longest = min(vocab, check_vocabularies(student, teacher)), min(longest, teacher.max_seq_len)
     for entry in config.teachers:
+        if entry.own == "ema" and config.settings.fsdp_cpu_offload:
+            raise UserError(
+                f"`{entry.path}.self: ema` puts its averages where the weights are, which `fsdp_cpu_offload: True` "
+                "copies to the GPU meanwhile: set that to False."
+            )
         if entry.own == "base" and not get_adapter_params(student):
             raise UserError(
                 f"`{entry.path}.self: base` teaches with the student's adapters off, but `model` is a full-weight one: "
@@ -113,6 +124,11 @@ def check_data(sources: Sequence[Source], datasets: Sequence[tuple[str, Dataset]
     Raises:
         UserError: with the number of such rows.
     """
+    for name, dataset in datasets if any(parts for _, _, parts in sources) and world.device.type == "cuda" else ():
+        if is_packed(dataset):
+            raise UserError(
+                f"Teachers with `datasets` need rows that are not packed, but `{name}` is: set `{name}.packed: False`."
+            )
     for _, cache, parts in sources:
         for name, dataset in datasets if cache is not None else ():
             check_cached_data(cache, dataset, name, world, parts)

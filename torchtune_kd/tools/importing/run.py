@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from torchtune_kd.caches.finish import write_manifest
 from torchtune_kd.caches.layout import IMPORTED, CacheManifest
 from torchtune_kd.caches.shards import Entry
 from torchtune_kd.checkpoints.identity import tokenizer_identity
@@ -27,7 +28,7 @@ from torchtune_kd.tools.importing.told import Told, TopKCoding
 from torchtune_kd.tools.importing.vllm import read_vllm
 from torchtune_kd.tools.importing.vllm_hidden import SAFETENSORS, HiddenCoding, read_vllm_hidden
 from torchtune_kd.tools.importing.wanted import Coverage, Wanted
-from torchtune_kd.tools.importing.writing import Shards, new_cache, write_manifest
+from torchtune_kd.tools.importing.writing import Shards, new_cache
 
 Coding = TopKCoding | HiddenCoding
 CHECKED = 256  # documents of a source of which one at least should be among the data

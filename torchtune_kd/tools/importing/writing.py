@@ -3,13 +3,10 @@
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torchtune_kd._versions import installed_versions
-from torchtune_kd.caches.index import Index, whole_shards
-from torchtune_kd.caches.layout import SHARDS, CacheManifest
+from torchtune_kd.caches.layout import SHARDS
 from torchtune_kd.caches.shards import Entry, write_shard
 from torchtune_kd.errors import UserError
 from torchtune_kd.storage.atomic import discarded_on_failure, partial, publish
@@ -74,18 +71,3 @@ def new_cache(output: Path, source: Path, *, overwrite: bool) -> Iterator[Path]:
         (written / SHARDS).mkdir(parents=True)
         yield written
         publish(written, output, [])
-
-
-def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, dict[str, Any]]) -> None:
-    """Write index and manifest of a folder whose shards, and other ``files``, are whole."""
-    index = Index.of_shards(folder, whole_shards(folder))
-    name, file = index.write(folder)
-    CacheManifest(
-        **facts,
-        documents=len(index),
-        tokens=index.tokens,
-        versions=installed_versions(),
-        written_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        index=name,
-        files={**files, name: file},
-    ).write(folder)
