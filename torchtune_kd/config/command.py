@@ -43,6 +43,8 @@ def command(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
             if parsed:
                 raise
             text = " ".join(str(error).split())[:400].rstrip(".")
+            if "in the form of key=value" in text:  # torchtune splits at every "="
+                text += " (a value that holds `=` can stand in a YAML file alone: write one and give it as --config)"
             raise UserError(
                 f"The config of `{' '.join(sys.argv[1:])}` cannot be read, correct the command line or the file: "
                 f"{type(error).__name__}: {text}."

@@ -21,7 +21,19 @@ def provenance(device: torch.device, config: Mapping[str, Any]) -> dict[str, Any
         "config": config_sha(config),
         "commit": _commit(),
         "versions": installed_versions(),
-        "machine": _machine(device),
+        **moment(device, torch.get_num_threads()),
+    }
+
+
+def moment(device: torch.device, threads: int) -> dict[str, Any]:
+    """Return the fields of a result that say on what machine, and when, by name.
+
+    Args:
+        device (torch.device): that measured.
+        threads (int): of a CPU.
+    """
+    return {
+        "machine": _machine(device, threads),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -32,7 +44,7 @@ def config_sha(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _machine(device: torch.device) -> str:
+def _machine(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -41,7 +53,7 @@ def _machine(device: torch.device) -> str:
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # another system than Linux, or a processor without a name: what Python says of it stays
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {threads} threads"
 
 
 def _commit() -> str | None:

@@ -5,18 +5,21 @@ several processes, on machines that see one folder, share it.
 """
 
 import contextlib
+import os
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from torchtune_kd.errors import Stopped, UserError, say
+from torchtune_kd.evaluation.provenance import moment
 from torchtune_kd.reports.results import Result
 from torchtune_kd.sweeps import collect
 from torchtune_kd.sweeps.forecast import Flops
@@ -215,6 +218,10 @@ class Sweep:
             lines = list(training_lines(run, self.request.keys.devices_per_run, job.program.peak_bytes))
             tokens = next(line.value for line in lines if line.metric == "training_tokens")
             lines += self.flops.lines(run, tokens)
+            given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+            device = torch.device(run.written.get("device", "cuda"))
+            where = moment(device, int(given or threads_of(self.request.slots)))
+            lines = [replace(line, **where) for line in lines]
             collect.write_trained(run, lines, evaluates=bool(self.request.keys.evaluate))
         else:
             collect.write_done(run, evaluated_lines(run))
