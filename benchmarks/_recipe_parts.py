@@ -28,14 +28,15 @@ def print_parts(cfg: DictConfig) -> dict[str, float]:
     run = kd.set_up(config, kd.World(settings.torch_device))
     batch = next(iter(run.loader))
     tokens, labels, decoder = batch.tokens, batch.labels, run.student.decoder
+    teacher = run.teacher.teacher
     with torch.no_grad():
-        hidden, teacher_hidden = decoder(tokens), run.teacher(tokens)
-    weight, teacher_weight = output_head(decoder)[0].detach(), run.teacher.signal(batch).heads[0].weight
+        hidden, teacher_hidden = decoder(tokens), teacher(tokens)
+    weight, teacher_weight = output_head(decoder)[0].detach(), teacher.signal(batch).heads[0].weight
     student_rows, teacher_rows = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
     logits = student_rows @ weight.t()
 
     def bodies() -> None:
-        run.teacher(tokens)
+        teacher(tokens)
         decoder(tokens).backward(torch.ones_like(hidden))
 
     def products() -> None:

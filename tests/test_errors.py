@@ -80,10 +80,10 @@ def test_a_process_among_several_does_not_wait_for_the_others_when_it_fails(tmp_
 def test_memory_that_is_too_small_for_a_model_names_it(tmp_path, monkeypatch, model, section, room):
     original = build.build_decoder
 
-    def too_large(given, settings, world):
+    def too_large(given, settings, world, **more):
         if given.path == section:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return original(given, settings, world)
+        return original(given, settings, world, **more)
 
     monkeypatch.setattr(room, "build_decoder", too_large)
     with pytest.raises(RunError, match=f"^The memory of cpu ran out while loading the {model}, before the first step"):

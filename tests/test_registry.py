@@ -13,7 +13,8 @@ from torchtune_kd import _registry, _versions
 
 RECIPE = """
 import os, sys
-print("ran", os.path.basename(__file__), os.environ.get("RANK"), *sys.argv[1:], flush=True)
+line = " ".join(["ran", os.path.basename(__file__), str(os.environ.get("RANK")), *sys.argv[1:]])
+os.write(1, f"{line}\\n".encode())  # at once: two processes write into one pipe
 """
 
 # What `tune` does, with the recipes of a folder in place of the installed ones.
@@ -54,7 +55,7 @@ def folders(tmp_path):
     """A recipes and a configs folder like ours."""
     recipes, configs = tmp_path / "some recipes", tmp_path / "configs"
     recipes.mkdir()
-    for name in ("kd", "plan", "evaluate", "sweep", "compare", "inspect_tokens"):
+    for name in ("kd", "plan", "cache_teacher", "evaluate", "sweep", "compare", "inspect_tokens"):
         (recipes / f"{name}.py").write_text(RECIPE)
     for name in ("fam/x_single_device", "fam/deep/y_single_device", "fam/x_distributed", "fam/sweep_z", "fam/notes"):
         file = configs / f"{name}.yaml"
@@ -91,7 +92,7 @@ def test_entries_follow_the_files(registry, folders):
         "torchtune_kd/fam/x_distributed",
     ]
     assert [entry.name for entry in others] == [
-        f"torchtune_kd/{name}" for name in ("plan", "evaluate", "sweep", "compare", "inspect")
+        f"torchtune_kd/{name}" for name in ("plan", "cache_teacher", "evaluate", "sweep", "compare", "inspect")
     ]
     assert not any(entry.supports_distributed for entry in others)
     configs_of_others = {entry.name: [config.name for config in entry.configs] for entry in others if entry.configs}
@@ -177,8 +178,9 @@ def test_whoever_imports_the_list_gets_one_module(tmp_path, imports):
         "assert r is sys.modules['torchtune._recipe_registry'] is torchtune._recipe_registry\n"
         "assert 'class Recipe' in inspect.getsource(r)\n"
         "names = [recipe.name for recipe in r.get_all_recipes()]\n"
-        "ours = ['kd_single_device', 'kd_distributed', 'plan', 'evaluate', 'sweep', 'compare', 'inspect']\n"
-        "assert names[-7:] == [f'torchtune_kd/{name}' for name in ours], names\n"
+        "ours = ['plan', 'cache_teacher', 'evaluate', 'sweep', 'compare', 'inspect']\n"
+        "ours = ['kd_single_device', 'kd_distributed', *ours]\n"
+        "assert names[-8:] == [f'torchtune_kd/{name}' for name in ours], names\n"
         "assert len(set(names)) == len(names) and 'knowledge_distillation_distributed' in names\n"
         "from torchtune_kd._registry import register\n"
         "register()\n"
@@ -196,7 +198,7 @@ def test_a_list_imported_before_us_is_completed(tmp_path):
         "assert not any('torchtune_kd' in recipe.name for recipe in get_all_recipes())\n"
         "from torchtune_kd._registry import register\n"
         "register()\n"
-        "assert get_all_recipes()[-6].name == 'torchtune_kd/kd_distributed'\n",
+        "assert get_all_recipes()[-7].name == 'torchtune_kd/kd_distributed'\n",
         cwd=tmp_path,
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )

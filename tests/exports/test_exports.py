@@ -26,6 +26,7 @@ KINDS = ["full", "lora", "dora", "qlora", "qdora"]
 HEADS = ["lora_head", "dora_head"]  # adapters on the output head too, which a tied one cannot have
 WIDTHS = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512}
 # name: builder, its arguments, what config.json says of them, the kinds of student
+EVERY_DAY = ("llama", "qwen")  # the others at night
 MODELS = {
     "llama": (
         "torchtune.models.llama3_1.{}llama3_1",
@@ -191,7 +192,9 @@ def train(tmp_path: Path, name: str, kind: str, base: Path, weights: dict[str, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [one if one in EVERY_DAY else pytest.param(one, marks=pytest.mark.nightly) for one in MODELS]
+)
 def test_exports_give_the_logits_of_the_student(tmp_path, name):
     python = exports_python()
     weights = base_weights(name)

@@ -101,9 +101,10 @@ SHAPES = (
 gated = pytest.mark.skipif(OLD_TRITON, reason="the limits are those of the Triton that constraints.txt pins")
 
 
-def held(name: str, *values: object, slow: bool) -> object:
+def held(name: str, *values: object, slow: bool, nightly: bool = False) -> object:
     """Return the parameters of one case of the gate."""
-    return pytest.param(*values, id=name, marks=[pytest.mark.slow] if slow else [])
+    marks = [pytest.mark.slow] * slow + [pytest.mark.nightly] * nightly
+    return pytest.param(*values, id=name, marks=marks)
 
 
 COMPILE_GATE = """
@@ -146,7 +147,10 @@ def test_no_barrier_stops_a_pass(cases):
 @gated
 @pytest.mark.parametrize(
     ("dtype", "vocabs"),
-    [held(f"{dtype} V={vocabs[0]}", dtype, vocabs, slow=True) for dtype, vocabs in SHAPES],
+    [
+        held(f"{dtype} V={vocabs[0]}", dtype, vocabs, slow=True, nightly=vocabs == MULTIPLE_OF_8)
+        for dtype, vocabs in SHAPES
+    ],
 )
 def test_other_vocabularies_and_dtypes_spill_nothing_and_load_128_bits(dtype, vocabs):
     names = (*(case for case in GATE if "T=2" in case), "forward_kl T=2 ce gradient all-metrics", "jsd T=2 ce loss")

@@ -25,7 +25,7 @@ KINDS = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("stored", KINDS)
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.nightly)])
 def test_the_memory_is_what_a_run_takes(tmp_path, kind, stored):
     cfg = sized_config(tmp_path, 50, kind)
     cfg.kd_loss.temperature = 1.0

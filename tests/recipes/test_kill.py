@@ -31,7 +31,7 @@ def short_config(folder, name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.nightly), 2])
 @pytest.mark.parametrize(
     "part", [slice(6), pytest.param(slice(6, None), marks=pytest.mark.nightly)], ids=["six", "fourteen more"]
 )

@@ -144,6 +144,7 @@ def has_reached(cfg: DictConfig, step: int) -> bool:
     return any(int(folder.name.removeprefix("step_")) >= step for folder in step_folders(Path(cfg.output_dir)))
 
 
+@pytest.mark.nightly
 def test_what_is_killed_and_restarted_in_the_middle_changes_no_number(tmp_path, hosts):
     """First a worker, whom its agent restarts, and so does the other agent with its own; then a whole node.
 

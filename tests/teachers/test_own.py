@@ -111,7 +111,7 @@ def test_resumed_it_is_the_same_run(tmp_path, kind, entry):
 
 @pytest.mark.parametrize(
     "more",
-    [{"enable_activation_checkpointing": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    [{"enable_activation_checkpointing": True}, pytest.param({"compile": True}, marks=pytest.mark.nightly)],
     ids=str,
 )
 @pytest.mark.parametrize("entry", [{"self": "ema", "decay": 0.8}, {"self": "base"}], ids=str)
