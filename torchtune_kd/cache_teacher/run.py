@@ -80,7 +80,7 @@ def write_cache(request: Request, world: World, stop: StopRequests) -> CacheMani
         for batch in batches_of(documents, request.keys.tokens_per_batch)
         if (missing := [with_stored(document, index) for document in batch if not held(document, index)])
     ]
-    _announce(request, documents, batches, facts["width"], world)
+    _announce(request, facts, documents, batches, world)
     writer = ShardWriter(folder / SHARDS, request.shard_bytes, facts)
     new_head = not world.gather((folder / HEAD).is_file())[0]
     if batches or new_head:
@@ -119,12 +119,18 @@ def _facts(request: Request, tokenizer: Any, world: World) -> tuple[int, dict[st
 
 
 def _announce(
-    request: Request, documents: Sequence[Listed], batches: Sequence[Sequence[Listed]], width: int, world: World
+    request: Request,
+    facts: dict[str, Any],
+    documents: Sequence[Listed],
+    batches: Sequence[Sequence[Listed]],
+    world: World,
 ) -> None:
-    """Say what is going to be written, and refuse a disk that has no room for it."""
-    each = request.bytes_per_token(width)
+    """Say what is going to be written, and refuse a disk that has no room for it and for the head."""
+    each, head = request.bytes_per_token(facts["width"]), 0
+    if request.keys.kind == "hidden" and not (request.folder / HEAD).is_file():
+        head = facts["vocab"] * facts["width"] * request.config.settings.torch_dtype.itemsize
     tokens, missing = (sum(len(document.positions) for document in some) for some in (documents, _flat(batches)))
-    free = check_room(request.folder, missing * each, request.keys.kind, world)
+    free = check_room(request.folder, missing * each + head, request.keys.kind, world)
     if world.is_rank_zero:
         part = "" if missing == tokens else f", of which {size(missing * each)} are missing"
         say(
