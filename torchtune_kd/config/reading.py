@@ -161,7 +161,7 @@ def read_run_config(written: DictConfig, own: Collection[str], *, distributed: b
     Raises:
         UserError: for a config of another recipe, and as :func:`read_config`.
     """
-    run = OmegaConf.masked_copy(written, [key for key in written if key not in own])
+    run = OmegaConf.masked_copy(written, [str(key) for key in written if key not in own])
     if run.get("kd_loss") is None:
         raise UserError(
             "Expected a config of torchtune_kd/kd_single_device or torchtune_kd/kd_distributed, but this one has no "
