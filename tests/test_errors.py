@@ -101,6 +101,7 @@ def test_memory_for_the_gradients_norm_counts_as_the_optimizers(tmp_path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_that_hangs_in_the_first_step_is_waited_for_five_times_as_long_as_in_another(tmp_path):
     run = ForkedRun(make_config(tmp_path, process_group_timeout=5), 2, hold=("step", 1))
     assert run.wait_for("step", 1)

@@ -242,6 +242,7 @@ def test_classes_that_are_predicted_together_share_a_specialist():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_effects_have_the_signs_of_the_paper():
     """With two seeds: the sure teacher at T = 4, few data, and classes that were left out."""
     splits = digits.load_splits(2)

@@ -131,6 +131,7 @@ GB = 10**9
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_true_8b_to_1b_step_fits_into_22_gb(tmp_path):
     """One whole step of the shipped config in bf16 on the CPU; skipped where the machine has no 22 GB free."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

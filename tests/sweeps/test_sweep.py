@@ -147,6 +147,7 @@ def programs_of(runs):
                 yield int(file.parent.name)
 
 
+@pytest.mark.nightly
 def test_an_epoch_without_its_record_is_trained_again(files):
     """As after a SIGKILL between the export and the record."""
     cfg = small(files, "unrecorded")
