@@ -1,4 +1,4 @@
-"""What a loss from hidden states is measured against: the tensors of a teacher, and what they say of sizes.
+"""Hold the tensors of a teacher that a loss from hidden states is measured against, and what they say of sizes.
 
 Operators and autograd Functions take flat lists of tensors; :func:`teacher_of` reads one by the kind that a plan names.
 

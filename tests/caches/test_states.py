@@ -1,4 +1,4 @@
-"""How states are stored, against NumPy."""
+"""Compare how states are stored with NumPy."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ def cached(cfg: DictConfig, folder: Path, **more) -> DictConfig:
 
 
 def documents_of(folder: Path) -> dict[bytes, bytes]:
-    """What is stored of each document, every column as bytes; a document that is there twice is an error."""
+    """Return what is stored of each document, every column as bytes; a document that is there twice is an error."""
     found = {}
     for file in sorted((folder / SHARDS).iterdir()):
         columns, _ = read_header(file)

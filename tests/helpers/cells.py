@@ -64,7 +64,7 @@ def make(k, n=11, v=97, d=6, padded=False, dtype=F64, scale=2.0):
 
 
 def is_stored(ids, v):
-    """Where the vocabulary is stored ``[n, V]``; padding is nowhere."""
+    """Mark the ids that are stored ``[n, V]``; padding marks none."""
     return (ids.unsqueeze(-1) == torch.arange(v)).any(1)
 
 

@@ -1,4 +1,4 @@
-"""What other projects would have stored of the tiny teacher, computed here from its logits."""
+"""Compute what other projects would have stored of the tiny teacher, from its logits."""
 
 import json
 from pathlib import Path

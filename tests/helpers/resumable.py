@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.tiny import dataset_section, make_config, read_log
+from helpers.tiny import dataset_section, make_config, read_log, run_in_process
 
 CLOCK = {"tokens_per_second_per_gpu", "teacher_time_share"}  # all that may differ
 
@@ -45,3 +46,16 @@ def assert_same_run(cfg, expected):
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name]), name
+
+
+def interrupted_and_resumed(cfg, step=7):
+    """Run ``cfg`` in this process, interrupted at the beginning of a step, then to its end from the last checkpoint."""
+
+    def stop(run):
+        if run.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(cfg, {"step": stop})
+    cfg.resume_from_checkpoint = True
+    run_in_process(cfg)

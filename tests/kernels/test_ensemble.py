@@ -50,7 +50,7 @@ def members(inputs):
 
 
 def logits(inputs):
-    """Of the student, and of each member on the shared ids."""
+    """Return the logits of the student, and of each member on the shared ids."""
     student = F.linear(*leaves(inputs))
     teachers = [
         F.linear(*(one[f"teacher_{x}"] for x in ("hidden", "weight", "bias")))[:, :V] for one in members(inputs)

@@ -1,4 +1,4 @@
-"""How linear_sparse_kd_loss is called: what it refuses, in graphs, without values, and what it must not hold.
+"""Call linear_sparse_kd_loss as it may be and may not be: in graphs, without values, and what it must not hold.
 
 Legend: N tokens, n valid tokens, V vocabulary, D hidden width, k stored ids a token.
 """

@@ -60,7 +60,7 @@ def test_values(divergence, kd_ratio, t, k):
 
 
 def test_bounds():
-    """Of the KL and the teacher's loss from below, of the acceptance rate from above."""
+    """Bound the KL and the teacher's loss from below, the acceptance rate from above."""
     case = cells.make(6, n=30)
     whole = torch.zeros(30, V, dtype=F64)
     whole[case.labels != -100] = case.teacher
@@ -144,7 +144,7 @@ def drawn(teacher, count):
 
 
 def test_drawn_ids_are_unbiased():
-    """Of 4000 tokens with the same distributions: mean gradient q - p and mean value KL, within 4 standard errors."""
+    """Expect of 4000 tokens alike the mean gradient q - p and the mean value KL, within 4 standard errors."""
     n, v, draws = 4000, 20, 8
     teacher, student = torch.randn(2, v, dtype=F64)
     p, q = teacher.softmax(-1), student.softmax(-1)

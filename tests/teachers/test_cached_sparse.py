@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from helpers.cached import cache_config, cached, documents_of, write
 from helpers.forked import ForkedRun
-from helpers.resumable import CLOCK, log_of, resumable_config
+from helpers.resumable import CLOCK, interrupted_and_resumed, log_of, resumable_config
 from helpers.tiny import ROWS, VOCAB, dataset_section, make_config, read_log, run_in_process, write_rows
 from torchtune_kd.errors import UserError
 
@@ -102,15 +102,7 @@ def test_resumed_it_is_the_same_run(tmp_path, kind):
     whole = cached(cfg, tmp_path / "cache")
     run_in_process(whole)
     part = cached(cfg, tmp_path / "cache", output_dir=str(tmp_path / "part"))
-
-    def stop(run):
-        if run.global_step == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(part, {"step": stop})
-    part.resume_from_checkpoint = True
-    run_in_process(part)
+    interrupted_and_resumed(part)
     assert log_of(part) == log_of(whole)
 
 

@@ -66,7 +66,7 @@ def test_one_member_is_no_ensemble(tmp_path, wide_and_narrow, mix):
 
 
 def test_the_gradient_is_the_mean_of_the_members(tmp_path, wide_and_narrow):
-    """Of forward KL at T = 1: Σ w_m (q - p_m). One SGD step from each, and from the mixture."""
+    """Take an SGD step from each member and from the mixture; of forward KL at T = 1 it is Σ w_m (q - p_m)."""
     steps = {}
     optimizer = {"_component_": "torch.optim.SGD", "lr": 0.1}
     loss = {"_component_": "torchtune_kd.losses.ForwardKLLoss", "temperature": 1.0}

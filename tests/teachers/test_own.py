@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers.forked import ForkedRun
-from helpers.resumable import CLOCK, log_of, resumable_config, weights_of
+from helpers.resumable import CLOCK, interrupted_and_resumed, log_of, resumable_config, weights_of
 from helpers.tiny import STUDENT, checkpointer_section, make_config, model_section, read_log, run_in_process
 from torchtune_kd.teachers.own import AverageTeacher
 
@@ -95,15 +95,7 @@ def test_resumed_it_is_the_same_run(tmp_path, kind, entry):
     whole = own(resumable_config(tmp_path, kind, output_dir=str(tmp_path / "whole")), **entry)
     run_in_process(whole)
     part = OmegaConf.merge(whole, {"output_dir": str(tmp_path / "part")})
-
-    def stop(run):
-        if run.global_step == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(part, {"step": stop})
-    part.resume_from_checkpoint = True
-    run_in_process(part)
+    interrupted_and_resumed(part)
     assert log_of(part) == log_of(whole)
     ours, theirs = weights_of(part), weights_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,4 +1,4 @@
-"""What APIs say of the answers alone: OpenAI's chat completions, and axolotl's rows."""
+"""Import what APIs say of the answers alone: OpenAI's chat completions, and axolotl's rows."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a cache loses: measured on a sample of the teacher's own states, and kept in the manifest.
+"""Measure what a cache loses, on a sample of the teacher's own states; the manifest keeps it.
 
 With p the teacher's probabilities from its states and p' those from what is stored, both at T = 1, over the sample:
 

@@ -19,7 +19,7 @@ _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10
 
 @dataclass(frozen=True)
 class CacheKeys:
-    """What is written where; see docs/teachers.md."""
+    """Say what is written where; see docs/teachers.md."""
 
     folder: str
     kind: str = "hidden"
@@ -35,7 +35,7 @@ class CacheKeys:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """Hold what is asked for.
 
     Attributes:
         config (Config): of the training run whose teacher and data are meant.

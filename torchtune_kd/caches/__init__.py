@@ -1,1 +1,1 @@
-"""What a teacher said about documents, on disk: layout, shards, and reading them while a student trains."""
+"""Keep on disk what a teacher said about documents: layout, shards, and reading them while a student trains."""

@@ -1,4 +1,4 @@
-"""Where each document of a cache lies."""
+"""Find where each document of a cache lies."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from safetensors.torch import save
 from torchtune_kd.caches.layout import SHARDS
 from torchtune_kd.caches.shards import Table, positions_of, read_header, read_table
 from torchtune_kd.data.documents import KEY_BYTES
-from torchtune_kd.storage.atomic import PARTIAL, flush_file
+from torchtune_kd.storage.atomic import write_bytes
 
 _FIELDS = ("start", "count", "crc32", "marked")
 
 
 class Place(NamedTuple):
-    """Where a document lies, and what is known of it."""
+    """Say where a document lies, and what is known of it."""
 
     shard: int
     start: int  # row
@@ -101,10 +101,7 @@ class Index:
         content = save({**tensors, "shard": torch.from_numpy(self._shard.copy())}, metadata={"cache": "{}"})
         digest = hashlib.sha256(content).hexdigest()
         name = f"index-{digest[:16]}.safetensors"
-        beside = folder / (name + PARTIAL)
-        beside.write_bytes(content)
-        flush_file(beside)
-        beside.replace(folder / name)
+        write_bytes(folder / name, content)
         return name, {"bytes": len(content), "sha256": digest}
 
     @classmethod

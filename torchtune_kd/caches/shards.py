@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torchtune_kd.caches.log_probs import NONE
 from torchtune_kd.data.documents import KEY_BYTES
-from torchtune_kd.storage.atomic import PARTIAL, flush_file
+from torchtune_kd.storage.atomic import write_bytes
 from torchtune_kd.storage.manifest import Damaged
 
 TABLE = ("key", "start", "count", "crc32", "marked", "marks")
@@ -36,7 +36,7 @@ TORCH = {
 
 
 class Entry(NamedTuple):
-    """What is stored of one document.
+    """Hold what is stored of one document.
 
     Attributes:
         key (bytes): of the document.
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 class Column(NamedTuple):
-    """Where a column of a shard lies in its file."""
+    """Say where a column of a shard lies in its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]  # of a row
@@ -125,11 +125,7 @@ def write_shard(folder: Path, entries: Sequence[Entry], facts: Mapping[str, Any]
     content = save(tensors, metadata={"cache": json.dumps(facts, sort_keys=True)})
     digest = hashlib.sha256(content).hexdigest()
     name = f"{digest[:16]}.safetensors"
-    beside = folder / (name + PARTIAL)
-    beside.write_bytes(content)
-    flush_file(beside)
-    beside.replace(folder / name)
-    flush_file(folder)
+    write_bytes(folder / name, content)
     return name, {"bytes": len(content), "sha256": digest}
 
 

@@ -27,7 +27,7 @@ from torchtune_kd.plan.tracker import tensor_bytes
 
 
 class StoredTeacher(nn.Module):
-    """What a run holds of a teacher whose signals come from a cache, on the meta device: the head, or nothing.
+    """Hold what a run does of a teacher whose signals come from a cache, on the meta device: the head, or nothing.
 
     Args:
         manifest (CacheManifest): of the cache.

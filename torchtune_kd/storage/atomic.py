@@ -74,12 +74,18 @@ def set_aside(folder: Path) -> Path:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a file, which is whole at any moment: written beside it, flushed to disk, renamed."""
+    """Replace a file by a text, see :func:`write_bytes`."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Replace a file, which is whole at any moment: written beside it, flushed to disk, renamed."""
     beside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(content)
     flush_file(beside)
     beside.replace(file)
+    flush_file(file.parent)
 
 
 def _remove(folder: Path) -> None:

@@ -34,7 +34,7 @@ class Teacher(Protocol):
 
 
 class Unchanging:
-    """What a teacher does that no step of the student changes."""
+    """Do what a teacher does that no step of the student changes."""
 
     def expect(self, batch: Batch) -> None:
         """Prepare nothing."""

@@ -1,4 +1,4 @@
-"""What the next batches will ask of a cache, read in threads while the device works.
+"""Read in threads, while the device works, what the next batches will ask of a cache.
 
 Shapes: B batch, S sequence, n valid tokens.
 """

@@ -1,15 +1,16 @@
 """Several teachers, each for the rows of some of the datasets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchtune_kd.data.batches import Batch
 from torchtune_kd.losses.signals import ByRow
 from torchtune_kd.teachers.base import Teacher
+from torchtune_kd.teachers.ensemble import Several
 
 
-class Specialists:
+class Specialists(Several):
     """Ask each teacher about its rows alone.
 
     One without a row in a batch is given a row without a label, since its weights may be sharded over processes that
@@ -22,7 +23,8 @@ class Specialists:
     """
 
     def __init__(self, members: Sequence[Teacher], datasets: Sequence[Sequence[int]], ignore_index: int) -> None:
-        self.members, self._ignore_index = tuple(members), ignore_index
+        super().__init__(members)
+        self._ignore_index = ignore_index
         self._datasets = tuple(frozenset(positions) for positions in datasets)
         self._expected: list[tuple[Tensor, list[Batch]]] = []  # labels of a batch, by which it is known; its parts
 
@@ -43,20 +45,6 @@ class Specialists:
         device = batch.tokens.device
         signals = tuple(member.signal(part.to(device)) for member, part in zip(self.members, parts, strict=True))
         return ByRow(tuple(self._rows(batch)), signals)
-
-    def end_step(self, student: nn.Module) -> None:
-        """Let each give back what it no longer needs."""
-        for member in self.members:
-            member.end_step(student)
-
-    def after_update(self, student: nn.Module) -> None:
-        """Let each follow the student."""
-        for member in self.members:
-            member.after_update(student)
-
-    def kept_state(self) -> Mapping[str, Tensor]:
-        """Return what changes while the student trains: of one member at most."""
-        return {name: tensor for member in self.members for name, tensor in member.kept_state().items()}
 
     def _rows(self, batch: Batch) -> list[tuple[int, ...]]:
         parts = batch.parts or [0] * len(batch.labels)

@@ -1,4 +1,4 @@
-"""How much of a device's time goes to the teacher."""
+"""Count how much of a device's time goes to the teacher."""
 
 import time
 from collections.abc import Mapping

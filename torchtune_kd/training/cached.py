@@ -1,4 +1,4 @@
-"""Whether a cache is of this run's teacher, tokenizer and data: known before training."""
+"""Check before training that a cache is of this run's teacher, tokenizer and data."""
 
 from collections.abc import Sequence
 

@@ -31,7 +31,7 @@ from torchtune_kd.training.cached import check_cached_data, check_cached_models
 
 
 class Source(NamedTuple):
-    """Where a teacher that is not the student comes from.
+    """Say where a teacher that is not the student comes from.
 
     Attributes:
         config (Config): the run's, as if this teacher were its only one.

@@ -1,4 +1,4 @@
-"""What is asked for: the config of a run, and what the options say beside it."""
+"""Read what is asked for: the config of a run, and what the options say beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from torchtune_kd.tools.importing.told import SMALLEST_TAIL
 
 @dataclass(frozen=True)
 class Options:
-    """What a source needs to be read by, and how much of the data it has to cover.
+    """Say what a source is read by, and how much of the data it has to cover.
 
     Attributes:
         teacher_name (str | None): kept in the manifest.
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be imported.
+    """Hold what is to be imported.
 
     Attributes:
         format (str): one of :data:`~torchtune_kd.tools.importing.run.FORMATS`.

@@ -53,7 +53,7 @@ class Imported(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a format may be read with."""
+    """Hold what a format may be read with."""
 
     source: Path
     tokenizer: Any
@@ -63,7 +63,7 @@ class Context(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How the files of a project are read.
+    """Say how the files of a project are read.
 
     Attributes:
         read (Callable[[Context], Iterator[Told]]): yields their documents.

@@ -1,4 +1,4 @@
-"""What other projects say about a document, checked, and as our caches hold it.
+"""Check what other projects say about a document, and turn it into what our caches hold.
 
 Shapes: L tokens of a document, n of its positions, w ids that a source lists of each.
 """
@@ -28,7 +28,7 @@ class Likeliest(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a source says about one document.
+    """Hold what a source says about one document.
 
     Attributes:
         where (str): its file and row, for errors.

@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """How many rows of a dataset were found."""
+    """Count the rows of a dataset that were found."""
 
     name: str
     rows: int
