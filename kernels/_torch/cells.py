@@ -12,11 +12,12 @@ Any divergence of the cells gives the gradient g ``[n, k + 1]`` by the cells' lo
 with :math:`w_j = q_j/Q_R`, the softmax of the rest alone. It is made of the rest's own largest logit, so that it is
 right where all of Q_R is too small for a floating-point number.
 
+What is V wide is read and written by two methods, ``_read`` and ``_write``; the formulas are elsewhere.
+
 Legend: n rows of a block, V vocabulary, k stored ids, m = k + 1 cells.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,26 +25,9 @@ from torch import Tensor
 from .._plan import Plan
 from .._teachers import SAMPLED, Cells
 from . import metrics
-from .block import LOG2_E, known
+from .block import known
+from .coarse import Coarse, Gathered, Gradient, coarse, likeliest, share_of, stored_logits, sum_rest
 from .divergences import Distributions, Softmax, divergence
-
-
-class Coarse(NamedTuple):
-    """Hold the student at one temperature, in cells and within the rest.
-
-    Attributes:
-        cells (Softmax): of the m cells; its logits are relative to `largest`, over T.
-        rest (Tensor): ``[n, V + 1]``, exp((s - max_R s)/T) of the ids of the rest, 0 elsewhere.
-        total (Tensor): ``[n, 1]``, Σ rest; 0 where no id is left.
-        largest (Tensor): ``[n, 1]``, the row's largest logit.
-        entropy (Tensor | None): ``[n]``, of w, if it was asked for.
-    """
-
-    cells: Softmax
-    rest: Tensor
-    total: Tensor
-    largest: Tensor
-    entropy: Tensor | None
 
 
 class CellsBlockLoss:
@@ -64,14 +48,16 @@ class CellsBlockLoss:
         objective, wanted = plan.objective, set(plan.metrics)
         self._has_kd, self._has_ce = objective.kd_ratio > 0.0, objective.kd_ratio < 1.0
         self._kd_value = self._has_kd or "kd_loss" in wanted
+        self._class_loss = self._has_ce or "class_loss" in wanted
+        self._agreement = "top1_agreement" in wanted
         self._entropy = "student_entropy" in wanted
         # what has to be known at T = 1
         self._teacher_at_1 = bool(wanted & {"kl_cells", "acceptance_rate_cells", "teacher_class_loss_cells"})
-        self._student_at_1 = self._has_ce or self._teacher_at_1 or self._entropy or "class_loss" in wanted
+        self._student_at_1 = self._class_loss or self._teacher_at_1 or self._entropy
         self._shared = self._kd_value and objective.temperature == 1.0
-        separate = self._student_at_1 and not self._shared
+        self._separate = self._student_at_1 and not self._shared
         # the rest at T, the rest at T = 1, scratch for its entropy; an id in a column behind the vocabulary is padding
-        counted = self._kd_value, separate, self._entropy
+        counted = self._kd_value, self._separate, self._entropy
         self._work = torch.empty(max(1, sum(counted)), max_rows, plan.vocab + 1, dtype=dtype, device=device)
 
     def release(self) -> None:
@@ -99,19 +85,13 @@ class CellsBlockLoss:
             tuple[Tensor, list[Tensor]]: loss ``[n]`` and one ``[n]`` for each of the plan's metrics.
         """
         plan, objective, vocab = self.plan, self.plan.objective, student.shape[-1]
-        work = list(self._work[:, : len(student)].unbind())
-        scratch = work.pop() if self._entropy else None
         ids = _columns(teacher.ids, vocab)
-        agreement = None
-        if "top1_agreement" in plan.metrics:
-            of_student = metrics.first_argmax(work[0][:, :vocab].copy_(student))
-            agreement = of_student == _likeliest(teacher.log_probs, ids, vocab)
+        gathered = self._read(student, ids, labels)
 
         loss = kd_loss = kl = at_t = at_1 = None
         slope_t = slope_1 = None  # gradients by the cells' logits [n, m]
         if self._kd_value:
-            entropy_scratch = scratch if self._shared else None
-            at_t = coarse(student, ids, objective.temperature, work[0], entropy_scratch)
+            at_t = coarse(gathered.stored, known(gathered.at_t), objective.temperature)
             of_teacher = self._teacher(teacher, ids, objective.temperature, vocab, teacher.tail)
             wanted = plan.want_grad and self._has_kd
             kd_loss, slope_t = self._divergence(Distributions(of_teacher, at_t.cells), teacher, wanted)
@@ -124,10 +104,10 @@ class CellsBlockLoss:
                 slope_t = None if slope_t is None else slope_t.mul_(factor)
 
         if self._student_at_1:
-            at_1 = at_t if self._shared else coarse(student, ids, 1.0, work[-1], scratch)
+            at_1 = at_t if self._shared else coarse(gathered.stored, known(gathered.at_1), 1.0)
         class_loss = None
-        if self._has_ce or "class_loss" in plan.metrics:
-            class_loss = _cross_entropy(known(at_1), student, labels)
+        if self._class_loss:
+            class_loss = _cross_entropy(known(at_1), known(gathered.label))
         if self._has_ce:
             class_loss, weight = known(class_loss), 1.0 - objective.kd_ratio
             loss = class_loss * weight if loss is None else loss.add(class_loss, alpha=weight)
@@ -137,19 +117,70 @@ class CellsBlockLoss:
         watched |= {
             "class_loss": lambda: known(class_loss),
             "kd_loss": lambda: known(kd_loss),
-            "top1_agreement": lambda: known(agreement),
+            "top1_agreement": lambda: known(gathered.first) == likeliest(teacher.log_probs, ids, vocab),
             "teacher_entropy": lambda: known(teacher.entropy),
         }
         found = [watched[name]() for name in plan.metrics]
         # grad_out may be the student's own rows, so that it is written last
         if grad_out is not None:
-            slopes = (at_t, slope_t), (at_1, slope_1)
-            grad = _fine([(known(at), slope) for at, slope in slopes if slope is not None], ids)
-            if self._has_ce:
-                rows = torch.arange(len(labels), device=labels.device)
-                grad[rows, labels] -= (1.0 - objective.kd_ratio) * self._factor
-            grad_out.copy_((grad if row_scale is None else grad.mul_(row_scale))[:, :vocab])
+            gradient = self._gradient((at_t, slope_t), (at_1, slope_1), row_scale)
+            self._write(student, gathered, gradient, ids, labels, grad_out)
         return known(loss), found
+
+    def _read(self, student: Tensor, ids: Tensor, labels: Tensor) -> Gathered:
+        """Read what the cells need of the logits; the rest's exponentials stay in the workspace for ``_write``.
+
+        Args:
+            student (Tensor): ``[n, V]``.
+            ids (Tensor): ``[n, k]`` int64, V for padding.
+            labels (Tensor): ``[n]`` int64.
+        """
+        temperature, vocab = self.plan.objective.temperature, student.shape[-1]
+        work = list(self._work[:, : len(student)].unbind())
+        scratch = work.pop() if self._entropy else None
+        first = metrics.first_argmax(work[0][:, :vocab].copy_(student)) if self._agreement else None
+        at_t = at_1 = None
+        if self._kd_value:
+            at_t = sum_rest(student, ids, temperature, work[0], scratch if self._shared else None)
+        if self._separate:
+            at_1 = sum_rest(student, ids, 1.0, work[-1], scratch)
+        label = student.gather(-1, labels.unsqueeze(-1)).to(self._dtype) if self._class_loss else None
+        return Gathered(stored_logits(student, ids, self._dtype), label, first, at_t, at_1)
+
+    def _write(
+        self, student: Tensor, gathered: Gathered, gradient: Gradient, ids: Tensor, labels: Tensor, grad_out: Tensor
+    ) -> None:
+        """Write the gradient ``[n, V]`` that `gradient` stands for; the arguments are those of ``_read``."""
+        grad = None if gradient.share_t is None else self._work[0, : len(ids)].mul_(gradient.share_t)
+        if gradient.share_1 is not None:
+            at_1 = self._work[int(self._kd_value), : len(ids)]
+            grad = at_1.mul_(gradient.share_1) if grad is None else grad.addcmul_(at_1, gradient.share_1)
+        grad = known(grad).scatter_(-1, ids, gradient.stored)
+        if gradient.label is not None:
+            grad[torch.arange(len(labels), device=labels.device), labels] -= gradient.label.squeeze(-1)
+        grad_out.copy_(grad[:, : student.shape[-1]])
+
+    def _gradient(
+        self,
+        of_t: tuple[Coarse | None, Tensor | None],
+        of_1: tuple[Coarse | None, Tensor | None],
+        row_scale: Tensor | None,
+    ) -> Gradient:
+        """Return what the gradients by the cells' logits ``[n, m]``, beside their cells, make of those by all."""
+        (at_t, slope_t), (at_1, slope_1) = of_t, of_1
+        if self._shared and slope_1 is not None:
+            slope_t, slope_1 = slope_1 if slope_t is None else slope_t + slope_1, None
+        slopes = [slope for slope in (slope_t, slope_1) if slope is not None]
+        stored = slopes[0][:, :-1] if len(slopes) == 1 else slopes[0][:, :-1] + slopes[1][:, :-1]
+        share_t = None if slope_t is None else share_of(known(at_t).rest, slope_t)
+        share_1 = None if slope_1 is None else share_of(known(at_1).rest, slope_1)
+        label = None
+        if self._has_ce:
+            label = stored.new_full((len(stored), 1), (1.0 - self.plan.objective.kd_ratio) * self._factor)
+        if row_scale is None:
+            return Gradient(stored, share_t, share_1, label)
+        by_row = (None if part is None else part * row_scale for part in (share_t, share_1, label))
+        return Gradient(stored * row_scale, *by_row)
 
     def _divergence(self, dist: Distributions, teacher: Cells, want_grad: bool) -> tuple[Tensor, Tensor | None]:
         """Compute D(P, Q) ``[n]`` and its gradient by the cells' logits ``[n, m]``.
@@ -203,74 +234,15 @@ class CellsBlockLoss:
         }
 
 
-def coarse(logits: Tensor, ids: Tensor, temperature: float, rest: Tensor, scratch: Tensor | None) -> Coarse:
-    """Compute the student's cells at a temperature.
-
-    Args:
-        logits (Tensor): ``[n, V]``.
-        ids (Tensor): ``[n, k]`` int64, V for padding.
-        temperature (float): T.
-        rest (Tensor): ``[n, V + 1]``, where that of the result is written.
-        scratch (Tensor | None): ``[n, V + 1]``, to compute the rest's entropy with; None for none.
-    """
-    vocab = logits.shape[-1]
-    rest[:, :vocab].copy_(logits)
-    rest[:, vocab:] = -torch.inf
-    stored = rest.gather(-1, ids)
-    rest.scatter_(-1, ids, -torch.inf)
-    # finite where no id is left, so that their difference is -inf and no NaN
-    top = rest.amax(-1, keepdim=True).clamp_(min=torch.finfo(rest.dtype).min)
-    rest.sub_(top)
-    if temperature != 1.0:
-        rest.div_(temperature)
-    if scratch is not None:
-        scratch.copy_(rest)
-    rest.mul_(LOG2_E).exp2_()  # on a CPU half the time of exp
-    total = rest.sum(-1, keepdim=True)
-    entropy = None
-    if scratch is not None:
-        mean = scratch.clamp_(min=torch.finfo(rest.dtype).min).mul_(rest).sum(-1, keepdim=True) / total
-        entropy = (total.log() - mean).where(total != 0.0, 0.0).squeeze(-1)
-
-    u = torch.cat([stored, top], -1)
-    largest = u.amax(-1, keepdim=True)
-    u.sub_(largest).div_(temperature)
-    prob = u.exp()
-    # the rest's by a product: in a logarithm of -25, its mass of 1e-11 would lose the seventh digit
-    prob[:, -1:] *= total
-    u[:, -1:] += total.log()
-    mass = prob.sum(-1, keepdim=True)
-    return Coarse(Softmax(u, prob.div_(mass), mass), rest, total, largest, entropy)
-
-
-def _fine(parts: list[tuple[Coarse, Tensor]], ids: Tensor) -> Tensor:
-    """Compute the gradient by the logits ``[n, V + 1]`` of those by the cells' logits ``[n, m]``, in the first rest."""
-    if len(parts) == 2 and parts[0][0] is parts[1][0]:
-        parts = [(parts[0][0], parts[0][1] + parts[1][1])]
-    grad = stored = None
-    for at, slope in parts:
-        share = (slope[:, -1:] / at.total).where(at.total != 0.0, 0.0)
-        grad = at.rest.mul_(share) if grad is None else grad.addcmul_(at.rest, share)
-        stored = slope[:, :-1] if stored is None else stored + slope[:, :-1]
-    return known(grad).scatter_(-1, ids, known(stored))
-
-
 def _columns(ids: Tensor, vocab: int) -> Tensor:
     """Return ids as columns ``[n, k]`` int64: V where there is none, and for those that the student does not have."""
     ids = ids.long()
     return ids.where((ids >= 0) & (ids < vocab), vocab)
 
 
-def _likeliest(log_probs: Tensor, ids: Tensor, vocab: int) -> Tensor:
-    """Return the stored id with the largest log-probability ``[n]``, the first one of ties; V where none is stored."""
-    log_probs = log_probs.masked_fill(ids == vocab, -torch.inf)
-    return ids.where(log_probs == log_probs.amax(-1, keepdim=True), vocab).amin(-1)
-
-
-def _cross_entropy(at_1: Coarse, logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute -log q_y ``[n]`` at T = 1."""
-    of_label = logits.gather(-1, labels.unsqueeze(-1)).to(at_1.largest.dtype) - at_1.largest
-    return (at_1.cells.total.log() - of_label).squeeze(-1)
+def _cross_entropy(at_1: Coarse, label: Tensor) -> Tensor:
+    """Compute -log q_y ``[n]`` at T = 1 from the label's logit ``[n, 1]``."""
+    return (at_1.cells.total.log() - (label - at_1.largest)).squeeze(-1)
 
 
 def _cell_loss(cells: Softmax, ids: Tensor, labels: Tensor) -> Tensor:
@@ -283,4 +255,4 @@ def _cell_loss(cells: Softmax, ids: Tensor, labels: Tensor) -> Tensor:
 def _entropy(at_1: Coarse) -> Tensor:
     """Compute the entropy of all ids ``[n]``: that of the cells, and that within the rest times its mass."""
     of_cells = metrics.entropy(at_1.cells, torch.empty_like(at_1.cells.u))
-    return of_cells + at_1.cells.prob[:, -1] * known(at_1.entropy)
+    return of_cells + at_1.cells.prob[:, -1] * known(at_1.rest.entropy)

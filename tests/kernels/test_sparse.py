@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import cells, oracle
 from torchtune_kd.kernels import DIVERGENCES, Objective, linear_kd_loss, linear_sparse_kd_loss
+from torchtune_kd.kernels._torch.coarse import coarse, stored_logits, sum_rest
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 V = 97
@@ -114,14 +115,13 @@ def test_a_tail_of_1e_minus_11_in_fp32(divergence, t):
 
 def test_the_mass_of_a_small_rest_in_fp32():
     """Q_R itself, within 1e-6 of it, from logits as bf16 models give them."""
-    from torchtune_kd.kernels._torch.cells import coarse
-
     for shift in (10.0, 18.0, 25.0, 36.0, 60.0):  # the fourth is 1e-11
         logits = torch.randn(5, 4000)
         logits[:, 7] += shift
         logits = logits.bfloat16().float()
         ids = torch.full((5, 1), 7)
-        found = coarse(logits, ids, 1.0, torch.empty(5, 4001), None).cells.prob[:, -1]
+        rest = sum_rest(logits, ids, 1.0, torch.empty(5, 4001), None)
+        found = coarse(stored_logits(logits, ids, F32), rest, 1.0).cells.prob[:, -1]
         right = cells.log_cells(logits.double(), ids, 1.0)[:, -1].exp()
         assert ((found - right) / right).abs().max() <= 1e-6
 
