@@ -62,6 +62,20 @@ def load_ahead(row, start, stride, full, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_block(out, start, ids, inside, stride, values, TAIL: tl.constexpr):
+    """Store the block at `start` in the dtype of `out`; only the ids `inside`, where the row ends in it (TAIL)."""
+    values = values.to(out.dtype.element_ty)
+    if stride == 1:
+        places = out + (start + ids)
+    else:
+        places = out + (start + ids).to(tl.int64) * stride
+    if TAIL:
+        tl.store(places, values, mask=inside)
+    else:
+        tl.store(places, values)
+
+
+@triton.jit
 def fill_zeros(out, n_ids, stride, BLOCK: tl.constexpr):
     """Write the gradient of a token that is ignored."""
     zeros = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)

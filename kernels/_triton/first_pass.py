@@ -35,10 +35,17 @@ def moved_reverse(reverse, d_s, factor_s, move_s, move_t):
 
 
 @triton.jit
+def moved_moment(moment, d, factor, move):
+    """Rescale ``moment`` of ``first_pass`` to a new maximum."""
+    return factor * (moment + d * move)
+
+
+@triton.jit
 def first_step(
-    s, t, start, inside, m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t, c,
+    s, t, start, inside, m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t, moment, c,
     HAS_TEACHER: tl.constexpr, STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, FORWARD: tl.constexpr,
-    REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, MOMENT: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Take one block into the statistics of its groups, each ``[G]`` and relative to the group's own maxima.
 
@@ -52,8 +59,16 @@ def first_step(
     e_s = tl.exp2(us * c)
     move_s = m_s - new_s
     factor_s = tl.exp2(move_s * c)
+    e_1 = e_s
+    d_1 = d_s
+    factor_1 = factor_s
     if STUDENT_AT_1:
-        n_s = n_s * tl.exp2(move_s * LOG2_E) + group_sum(tl.exp2(us * LOG2_E))
+        e_1 = tl.exp2(us * LOG2_E)
+        d_1 = n_s
+        factor_1 = tl.exp2(move_s * LOG2_E)
+        n_s = n_s * factor_1 + group_sum(e_1)
+    if MOMENT:
+        moment = moved_moment(moment, d_1, factor_1, move_s) + group_sum(e_1 * tl.maximum(us, -HUGE))
     if AGREEMENT:
         step_s = tl.where(block_s > m_s, start, step_s)
     if HAS_TEACHER:
@@ -81,14 +96,15 @@ def first_step(
         d_t = d_t * factor_t + group_sum(e_t)
         m_t = new_t
     d_s = d_s * factor_s + group_sum(e_s)
-    return new_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t
+    return new_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t, moment
 
 
 @triton.jit
 def first_pass(
     student, teacher, n_ids, student_stride, teacher_stride, c,
     HAS_TEACHER: tl.constexpr, STUDENT_AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, FORWARD: tl.constexpr,
-    REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr, RATIO: tl.constexpr, AGREEMENT: tl.constexpr, MOMENT: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Read both rows once, and compute the statistics that need no probability.
 
@@ -99,7 +115,8 @@ def first_pass(
         forward = Σ 2^(ut·c)·(ut - us) (if FORWARD);
         and if REVERSE: reverse = Σ 2^(us·c)·(us - ut) without the ids that the teacher rules out,
         ruled_out = Σ 2^(us·c) over those, largest_ratio = the largest finite us - ut, if RATIO or there are such;
-        if AGREEMENT: the first ids at m_s and at m_t.
+        if AGREEMENT: the first ids at m_s and at m_t;
+        moment = Σ e^us·us (if MOMENT, and then c is log2(e) or STUDENT_AT_1).
     """
     m_s = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
     m_t = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
@@ -112,6 +129,7 @@ def first_pass(
     largest_ratio = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
     step_s = tl.zeros([BLOCK // GROUP], tl.int32)
     step_t = tl.zeros([BLOCK // GROUP], tl.int32)
+    moment = tl.zeros([BLOCK // GROUP], tl.float32)
     ids = tl.arange(0, BLOCK)
     full = n_ids // BLOCK * BLOCK
     next_s = load_ahead(student, 0, student_stride, full, BLOCK)
@@ -124,11 +142,11 @@ def first_pass(
         next_s = load_ahead(student, start + BLOCK, student_stride, full, BLOCK)
         if HAS_TEACHER:
             next_t = load_ahead(teacher, start + BLOCK, teacher_stride, full, BLOCK)
-        m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t = first_step(
+        m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t, moment = first_step(
             s=s, t=t, start=start, inside=ids, m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, forward=forward,
-            reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, c=c, HAS_TEACHER=HAS_TEACHER,
-            STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD, REVERSE=REVERSE, RATIO=RATIO,
-            AGREEMENT=AGREEMENT, TAIL=False, WIDTH=WIDTH,
+            reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, moment=moment, c=c,
+            HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD,
+            REVERSE=REVERSE, RATIO=RATIO, AGREEMENT=AGREEMENT, MOMENT=MOMENT, TAIL=False, WIDTH=WIDTH,
         )  # fmt: skip
     if full < n_ids:
         offsets = full + ids
@@ -137,11 +155,11 @@ def first_pass(
         t = s
         if HAS_TEACHER:
             t = load_ids(teacher, offsets, teacher_stride, inside)
-        m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t = first_step(
+        m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, largest_ratio, step_s, step_t, moment = first_step(
             s=s, t=t, start=full, inside=inside, m_s=m_s, m_t=m_t, d_s=d_s, d_t=d_t, n_s=n_s, n_t=n_t, forward=forward,
-            reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, c=c, HAS_TEACHER=HAS_TEACHER,
-            STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD, REVERSE=REVERSE, RATIO=RATIO,
-            AGREEMENT=AGREEMENT, TAIL=True, WIDTH=WIDTH,
+            reverse=reverse, largest_ratio=largest_ratio, step_s=step_s, step_t=step_t, moment=moment, c=c,
+            HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD,
+            REVERSE=REVERSE, RATIO=RATIO, AGREEMENT=AGREEMENT, MOMENT=MOMENT, TAIL=True, WIDTH=WIDTH,
         )  # fmt: skip
 
     row_m_s = tl.max(m_s, 0)
@@ -155,9 +173,15 @@ def first_pass(
     row_forward = 0.0
     row_reverse = 0.0
     row_largest = LOWEST
+    row_moment = 0.0
     ruled_out = 0.0
     first_s = NO_ID
     first_t = NO_ID
+    if MOMENT:
+        if STUDENT_AT_1:
+            row_moment = tl.sum(moved_moment(moment, n_s, tl.exp2(move_s * LOG2_E), move_s), 0)
+        else:
+            row_moment = tl.sum(moved_moment(moment, d_s, factor_s, move_s), 0)
     if STUDENT_AT_1:
         row_n_s = tl.sum(n_s * tl.exp2(move_s * LOG2_E), 0)
     if TEACHER_AT_1:
@@ -180,7 +204,7 @@ def first_pass(
             first_t = first_id(teacher, row_m_t, m_t, step_t, n_ids, teacher_stride, BLOCK)
     return (
         row_m_s, row_m_t, tl.sum(d_s * factor_s, 0), tl.sum(d_t * factor_t, 0), row_n_s, row_n_t,
-        row_forward, row_reverse, ruled_out, row_largest, first_s, first_t,
+        row_forward, row_reverse, ruled_out, row_largest, first_s, first_t, row_moment,
     )  # fmt: skip
 
 

@@ -130,12 +130,12 @@ def rows_kernel(
             label_t = load_logit(t, label, teacher_stride, float("nan"))
 
     SECOND: tl.constexpr = (GRADIENT or THREE_PASSES) or ((KL or ENTROPIES) or ACCEPTANCE)  # 3.2 refuses A or B or C
-    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio, first_s, first_t = first_pass(
+    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio, first_s, first_t, _ = first_pass(
         student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
         HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1,
         FORWARD=(HAS_KD and not SECOND) and (DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl"),
         REVERSE=HAS_KD and (DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl"), RATIO=False,
-        AGREEMENT=AGREEMENT, BLOCK=BLOCK, WIDTH=WIDTH,
+        AGREEMENT=AGREEMENT, MOMENT=False, BLOCK=BLOCK, WIDTH=WIDTH,
     )  # fmt: skip
     if not STUDENT_AT_1:
         n_s = d_s

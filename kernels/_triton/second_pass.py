@@ -8,7 +8,7 @@ Legend: as in ``first_pass.py``; G groups of ids, see ``blocks.py``; a suffix ``
 import triton
 import triton.language as tl
 
-from .blocks import GROUP, group_sum, groups, load_ahead, load_ids
+from .blocks import GROUP, group_sum, groups, load_ahead, load_ids, store_block
 from .math import (
     HUGE,
     LN2,
@@ -88,15 +88,7 @@ def second_step(
             grad += ce_weight * q_1
             if (label >= start) & (label < start + s.shape[0]):  # one block of the row's
                 grad -= tl.where(ids == label - start, ce_weight, 0.0)
-        grad = grad.to(out.dtype.element_ty)
-        if out_stride == 1:
-            places = out + (start + ids)
-        else:
-            places = out + (start + ids).to(tl.int64) * out_stride
-        if TAIL:
-            tl.store(places, grad, mask=inside)
-        else:
-            tl.store(places, grad)
+        store_block(out, start, ids, inside, out_stride, grad, TAIL)
     return value, centres, mass, kl, entropy_s, entropy_t, acceptance
 
 

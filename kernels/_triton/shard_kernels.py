@@ -83,11 +83,11 @@ def first_pass_kernel(
                 tl.store(firsts + row.to(tl.int64) * 2, NO_ID)
                 tl.store(firsts + row.to(tl.int64) * 2 + 1, NO_ID)
             return
-    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio, first_s, first_t = first_pass(
+    m_s, m_t, d_s, d_t, n_s, n_t, forward, reverse, ruled_out, largest_ratio, first_s, first_t, _ = first_pass(
         student=s, teacher=t, n_ids=n_ids, student_stride=student_stride, teacher_stride=teacher_stride, c=c,
         HAS_TEACHER=HAS_TEACHER, STUDENT_AT_1=STUDENT_AT_1, TEACHER_AT_1=TEACHER_AT_1, FORWARD=FORWARD,
         REVERSE=DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl", RATIO=True, AGREEMENT=AGREEMENT,
-        BLOCK=BLOCK, WIDTH=WIDTH,
+        MOMENT=False, BLOCK=BLOCK, WIDTH=WIDTH,
     )  # fmt: skip
     if AGREEMENT:
         tl.store(firsts + row.to(tl.int64) * 2, first_s)
