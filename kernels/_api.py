@@ -278,7 +278,8 @@ def linear_sparse_kd_loss(
         scale_by_temperature_squared (bool): multiply D by T².
         sampled (bool): the ids were drawn from the teacher.
         chunk_tokens (int | None): tokens per chunk; None chooses them by the bytes of the student's logits alone.
-        backend (str): "auto" or "torch": there is no Triton kernel for it yet.
+        backend (str): see :func:`softmax_kd_loss`; `student_hidden` and `log_probs` decide. With either one it is an
+            error while a CUDA graph is captured, which cannot wait for the number of valid tokens.
         return_metrics (bool | Sequence[str]): True for all of :data:`SPARSE_METRICS` that the inputs define, or the
             names of some. ``kl_cells`` is a lower bound of the KL, ``teacher_class_loss_cells`` of the teacher's
             cross-entropy, ``acceptance_rate_cells`` an upper bound of the acceptance rate; they need the tail at

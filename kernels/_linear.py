@@ -3,6 +3,7 @@
 Legend: N tokens, n valid tokens, C tokens of a chunk, V vocabulary, D hidden width of the model at hand.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ._derivatives import anchor, on_graph_of, refuse_tangents, refuse_transform
 from ._meta import META
 from ._plan import Plan, Rows, Tokens, autocast_type, rows_per_block, slices, valid_tokens, working_dtype
 from ._scaling import mean_factor, mean_is_inside, mean_scale, remaining_scale, retains_graph, scaled
-from ._sparse_checks import check_cells_of
+from ._sparse_checks import check_cells_of, check_not_captured
 from ._teachers import CELL_KINDS, Cells, scores_of, teacher_of
 from ._torch.block import BlockLoss
 from ._torch.cells import CellsBlockLoss
@@ -110,7 +111,7 @@ def linear_forward(
     models: Models, labels: Tensor, plan: Plan, chunk_tokens: int | None, backend: str, needed: NeededGradients
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Return loss (0-d or ``[N]``), sums of the metrics ``[M]``, number of valid tokens (0-d), gradients to scale."""
-    tokens = valid_tokens(labels, plan.objective.ignore_index, models.hidden.device, backend)
+    tokens = _visited_tokens(models, labels, plan, backend)
     if isinstance(models.teacher, Cells):
         check_cells_of(models.teacher, tokens, plan.vocab)
     rows, grads = _walk(models, tokens, plan, chunk_tokens, backend, needed)
@@ -128,7 +129,7 @@ def recomputed_gradients(
     row_scale: Tensor,
 ) -> Gradients:
     """Return the gradients of Σ row_scale·loss, final, by walking the chunks again; `row_scale` ``[N, 1]``."""
-    tokens = valid_tokens(labels, plan.objective.ignore_index, models.hidden.device, backend)
+    tokens = _visited_tokens(models, labels, plan, backend)
     with torch.autocast(autocast_type(models.hidden.device), enabled=False):
         return _walk(models, tokens, plan._replace(metrics=()), chunk_tokens, backend, needed, row_scale)[1]
 
@@ -146,6 +147,13 @@ def scaled_gradients(
         None if grads.weight is None else scaled(grads.weight, scale, weight_dtype, in_place),
         None if grads.bias is None else scaled(grads.bias, scale, weight_dtype, in_place),
     )
+
+
+def _visited_tokens(models: Models, labels: Tensor, plan: Plan, backend: str) -> Tokens:
+    """Return the tokens to visit: with stored ids the valid ones alone, of which these have a row each."""
+    if isinstance(models.teacher, Cells):
+        check_not_captured(models.hidden.device)
+    return valid_tokens(labels, plan.objective.ignore_index, models.hidden.device, backend)
 
 
 def _walk(
@@ -184,7 +192,7 @@ def _walk(
 
     chunk_tokens = min(chunk_tokens_of(models, vocab, chunk_tokens, n_visited), n_visited)
     chunks, teacher = StudentChunks(models, vocab, chunk_tokens), teacher_chunks(models, vocab, chunk_tokens)
-    block_rows = min(chunk_tokens, rows_per_block(vocab, device)) if backend == "torch" else chunk_tokens
+    block_rows = min(chunk_tokens, _rows_per_block(backend, models, vocab))
     inside = mean_is_inside(backend, plan.reduction, hidden.dtype, device)
     block_loss = _block_loss(backend, plan, block_rows, dtype, count, inside)
     for chunk in slices(n_visited, chunk_tokens):
@@ -220,13 +228,27 @@ def _walk(
     return rows, grads._replace(weight=None if head_grad is None else head_grad.sum)
 
 
+def _rows_per_block(backend: str, models: Models, vocab: int) -> int:
+    """Return how many rows of a chunk the loss arithmetic takes at a time; with Triton's kernels any number of them."""
+    device, teacher = models.hidden.device, models.teacher
+    if backend == "torch":
+        return rows_per_block(vocab, device)
+    # temporaries are as wide as the cells, which may be as many as the vocabulary has ids
+    return rows_per_block(teacher.ids.shape[1] + 1, device) if isinstance(teacher, Cells) else sys.maxsize
+
+
 def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, count: Tensor, inside: bool):
     """Return the loss arithmetic of `backend`, a function of a block of logits."""
+    stored = plan.teacher_kind in CELL_KINDS
+    if backend == "triton" and stored:
+        from ._triton.cells import TritonCellsBlockLoss
+
+        return TritonCellsBlockLoss(plan, count.device, mean_scale(count, inside))
     if backend == "triton":
         from ._triton.rows import TritonBlockLoss
 
         return TritonBlockLoss(plan, mean_scale(count, inside))
     if backend == META:
         return MetaBlockLoss(plan, max_rows, dtype)
-    kind = CellsBlockLoss if plan.teacher_kind in CELL_KINDS else BlockLoss
+    kind = CellsBlockLoss if stored else BlockLoss
     return kind(plan, max_rows, dtype, count.device, mean_factor(count, inside))

@@ -16,11 +16,12 @@ from ._checks import (
     check_labels,
     check_rows,
     check_teacher_present,
+    resolve_backend,
 )
 from ._derivatives import check_transforms
 from ._objective import Objective, needs_teacher, resolve_sparse_metrics
 from ._plan import Plan
-from ._sparse_checks import check_cells, check_sparse_objective, resolve_sparse_backend, sparse_inputs
+from ._sparse_checks import check_cells, check_sparse_objective, sparse_inputs
 from ._teachers import CELLS, HEAD, SAMPLED, Cells, Teacher, scores_of
 
 
@@ -68,5 +69,5 @@ def linear_sparse_kd_objective(
         check_cells(teacher, student_hidden.device)
     flat_labels = check_labels(labels, vocab, objective.ignore_index)
     plan = Plan(objective, metrics, vocab, reduction, has_teacher, wants_gradient(*student), teacher_kind=kind)
-    backend = resolve_sparse_backend(backend, student[0], *scores_of(teacher))
+    backend = resolve_backend(backend, student[0], *scores_of(teacher))
     return linear_result(student, flat_labels, plan, chunk_tokens, backend, teacher, return_metrics)

@@ -4,26 +4,13 @@ Legend: n valid tokens, V vocabulary, k stored ids a token.
 """
 
 import torch
-from torch import Tensor
 
-from ._checks import MAX_PADDING, check_floating, check_tensor, resolve_backend
+from ._checks import MAX_PADDING, check_floating, check_tensor
 from ._objective import ENTROPY, TAIL_AT_1, TEACHER, TOP_IDS, Objective
-from ._plan import Tokens, host_can_read
+from ._plan import Tokens, host_can_read, is_capturing
 from ._teachers import Cells
 
 _UNBOUNDED = ("reverse_kl", "symmetric_kl")
-
-
-def resolve_sparse_backend(backend: str, *tensors: Tensor | None) -> str:
-    """Return "torch", or inside of ``on_meta`` its backend.
-
-    Raises:
-        ValueError: if "triton" is asked for, or the tensors have no values.
-    """
-    if backend == "triton":
-        raise ValueError("backend='triton' has no kernel for stored ids of a teacher; use 'auto' or 'torch'")
-    resolved = resolve_backend(backend, *tensors)
-    return "torch" if resolved == "triton" else resolved
 
 
 def check_sparse_objective(objective: Objective, has_tail: bool, sampled: bool) -> None:
@@ -77,6 +64,19 @@ def check_cells(cells: Cells, device: torch.device) -> None:
                 raise ValueError(f"{name} must not require grad, the teacher is not trained; pass {name}.detach()")
         if tensor.device != device:
             raise ValueError(f"{name} must be on the student's device {device}, but is on {tensor.device}")
+
+
+def check_not_captured(device: torch.device) -> None:
+    """Check that no CUDA graph is being captured, where nothing can wait for the number of valid tokens.
+
+    Raises:
+        ValueError: if one is, because stored ids have a row for each valid token and none for others.
+    """
+    if is_capturing(device):
+        raise ValueError(
+            "linear_sparse_kd_loss has to wait for the number of valid tokens, which a CUDA graph that is being "
+            "captured cannot do; leave it out of the graph"
+        )
 
 
 def check_cells_of(cells: Cells, tokens: Tokens, vocab: int) -> None:

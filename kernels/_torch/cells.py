@@ -12,7 +12,8 @@ Any divergence of the cells gives the gradient g ``[n, k + 1]`` by the cells' lo
 with :math:`w_j = q_j/Q_R`, the softmax of the rest alone. It is made of the rest's own largest logit, so that it is
 right where all of Q_R is too small for a floating-point number.
 
-What is V wide is read and written by two methods, ``_read`` and ``_write``; the formulas are elsewhere.
+What is V wide is read and written by two methods, ``_read`` and ``_write``, which ``_triton/cells.py`` overrides; the
+formulas are here alone.
 
 Legend: n rows of a block, V vocabulary, k stored ids, m = k + 1 cells.
 """

@@ -1,6 +1,6 @@
 """The loss arithmetic on meta tensors: memory without values.
 
-Legend: C tokens of a chunk, V vocabulary.
+Legend: C tokens of a chunk, V vocabulary, k stored ids a token.
 """
 
 import torch
@@ -12,9 +12,12 @@ from .._teachers import CELL_KINDS, Cells
 from .block import BlockLoss
 from .cells import CellsBlockLoss
 
+# How many numbers the arithmetic on cells holds at a time for each of them: a test compares with real calls.
+CELL_NUMBERS = 16
+
 
 class MetaBlockLoss:
-    """Allocate what the arithmetic on chunks of logits would: PyTorch's workspace, or with Triton none.
+    """Allocate what the arithmetic on chunks of logits would: PyTorch's workspace, or with Triton what cells take.
 
     Args:
         plan (Plan): what would be computed.
@@ -25,10 +28,10 @@ class MetaBlockLoss:
     def __init__(self, plan: Plan, max_rows: int, dtype: torch.dtype) -> None:
         device = torch.device("meta")
         self._plan, self._dtype, self._workspace = plan, dtype, None
-        stored = plan.teacher_kind in CELL_KINDS
-        if stored or not uses_kernel(device, dtype):
+        if not uses_kernel(device, dtype):
             rows = min(max_rows, rows_per_block(plan.vocab, device))
-            self._workspace = (CellsBlockLoss if stored else BlockLoss)(plan, rows, dtype, device)
+            kind = CellsBlockLoss if plan.teacher_kind in CELL_KINDS else BlockLoss
+            self._workspace = kind(plan, rows, dtype, device)
 
     def __call__(self, student: Tensor, teacher: Tensor | Cells | None, *_: object) -> tuple[Tensor, list[Tensor]]:
         """Allocate the results of one chunk ``[C, V]``, and account for the bytes that it would move."""
@@ -37,6 +40,9 @@ class MetaBlockLoss:
         read = (student, *(teacher if isinstance(teacher, Cells) else (teacher,)))
         logits = sum(tensor.nbytes for tensor in read if tensor is not None)
         account(2 * logits + student.nbytes)
+        if isinstance(teacher, Cells) and self._workspace is None:
+            rows, k = teacher.ids.shape
+            student.new_empty(CELL_NUMBERS, rows, k + 1, dtype=self._dtype)  # freed at once
         rows = [student.new_empty(len(student), dtype=self._dtype) for _ in range(1 + len(self._plan.metrics))]
         return rows[0], rows[1:]
 

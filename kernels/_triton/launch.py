@@ -38,6 +38,7 @@ class Blocks(NamedTuple):
 # JSD                              1024    4      80         6 programs; it would spill at 72
 # skewed KLs                       1024    4      88         5 programs; they would spill at 80
 # with metrics of probabilities    1024    4      128        4 programs: sums of their own; agreement alone needs none
+# the rest beside stored ids       1024    4      64         8 programs or more: one model's block, few sums
 # all of these in fp32             1024    4      16 more    twice the registers for what is loaded
 # with V no multiple of 16         1024    4      16 more    the mask of the last block takes an address for each id
 # rows that start anywhere         1024    4      168        8 loads of one id each, and as many addresses
@@ -48,11 +49,21 @@ _REGISTERS_ELSE, _WITH_METRICS, _MORE, _MOST = 64, 128, 16, 168
 
 def blocks_for(vocab: int, variant: "Variant", width: int) -> Blocks:
     """Return the line of the table above; `width` from ``width_of``."""
-    if vocab <= _NARROW or width == 1:
-        return Blocks(min(1024, max(256, triton.next_power_of_2(vocab))), 4, _MOST)
     registers = _REGISTERS.get(variant.DIVERGENCE, _REGISTERS_ELSE)
     if variant.KL or variant.ENTROPIES or variant.ACCEPTANCE:
         registers = _WITH_METRICS
+    return _blocks(vocab, registers, width)
+
+
+def rest_blocks_for(vocab: int, width: int) -> Blocks:
+    """Return the line of the table above for the passes beside stored ids; `width` from ``width_of``."""
+    return _blocks(vocab, _REGISTERS_ELSE, width)
+
+
+def _blocks(vocab: int, registers: int, width: int) -> Blocks:
+    """Return a line of the table whose whole blocks of bf16 take so many registers."""
+    if vocab <= _NARROW or width == 1:
+        return Blocks(min(1024, max(256, triton.next_power_of_2(vocab))), 4, _MOST)
     return Blocks(1024, 4, registers + _MORE * (width < 8) + _MORE * (vocab % 16 > 0))
 
 

@@ -41,13 +41,21 @@ class Case(NamedTuple):
         tail, tail_at_1 = (torch.logsumexp(rest / at, -1).to(dtype) for at in (t, 1.0))
         return {"ids": self.ids, "log_probs": stored.to(dtype), "tail": tail, "tail_at_1": tail_at_1}
 
-    def loss(self, t, **settings):
-        signal = self.signal(t) | {name: settings.pop(name) for name in ("tail", "tail_at_1") if name in settings}
+    def loss(self, t, stored=F64, **settings):
+        """The loss of what is stored in the dtype `stored`, of which fp64 decides on that of the arithmetic."""
+        signal = self.signal(t, stored) | {
+            name: settings.pop(name) for name in ("tail", "tail_at_1") if name in settings
+        }
         student = {"student_hidden": self.hidden, "student_weight": self.weight, "student_bias": self.bias}
         return linear_sparse_kd_loss(**student, **signal, labels=self.labels, temperature=t, **settings)
 
     def gradients(self, loss):
         return torch.autograd.grad(loss, [x for x in self.trained if x.requires_grad])
+
+    def to(self, dtype):
+        """The same student in another dtype, trained where it is here."""
+        trained = (x.detach().to(dtype).requires_grad_(x.requires_grad) for x in self.trained)
+        return Case(*trained, *self[3:])
 
 
 def make(k, n=11, v=97, d=6, padded=False, dtype=F64, scale=2.0):
@@ -61,6 +69,14 @@ def make(k, n=11, v=97, d=6, padded=False, dtype=F64, scale=2.0):
         stored = torch.randint(1, k + 1, (len(ids), 1))
         ids = ids.where(torch.arange(k) < stored, -1)[:, torch.randperm(k)]
     return Case(*(x.to(dtype).requires_grad_() for x in (hidden, weight, bias)), teacher, labels, ids)
+
+
+def of_logits(k, v, n=5, dtype=F64, padded=False):
+    """A case whose hidden states are the student's logits, by a head that hands them on to the bit, as it does back
+    their gradient."""
+    case = make(k, n, v, 1, padded)
+    logits, head = (2 * torch.randn(n, v)).to(dtype), torch.eye(v, dtype=dtype)
+    return case._replace(hidden=logits.requires_grad_(), weight=head, bias=torch.zeros(v, dtype=dtype))
 
 
 def is_stored(ids, v):
@@ -92,3 +108,27 @@ def truth(case, name, t, kd_ratio=1.0, beta=None):
     d = divergence(name, beta, log_cells(case.teacher, case.ids, t), log_cells(case.student, case.ids, t))
     ce = F.cross_entropy(case.student, case.labels[case.labels != -100], reduction="none")
     return (kd_ratio * t * t * d + (1 - kd_ratio) * ce).mean()
+
+
+def entropy(logits):
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def sums_of_metrics(case, kd_loss):
+    """Sums over the valid tokens, by name; `kd_loss` is the mean of theirs."""
+    labels = case.labels[case.labels != -100]
+    log_p, log_q = (log_cells(z, case.ids, 1.0) for z in (case.teacher, case.student.detach()))
+    hit = case.ids == labels.unsqueeze(-1)
+    cell = torch.where(hit.any(-1), hit.long().argmax(-1), case.ids.shape[-1])
+    return {
+        "class_loss": F.cross_entropy(case.student, labels, reduction="sum"),
+        "teacher_class_loss_cells": -log_p.gather(-1, cell.unsqueeze(-1)).sum(),
+        "kd_loss": kd_loss * len(labels),
+        "kl_cells": divergence("forward_kl", None, log_p, log_q).sum(),
+        "top1_agreement": (case.student.argmax(-1) == case.teacher.argmax(-1)).sum(),
+        "student_entropy": entropy(case.student).sum(),
+        "teacher_entropy": entropy(case.teacher).sum(),
+        "acceptance_rate_cells": torch.minimum(log_p.exp(), log_q.exp()).sum(),
+        "num_tokens": torch.tensor(len(labels)),
+    }

@@ -79,7 +79,7 @@ def test_cells_are_no_farther_apart_than_all_ids(name, t, k, seed, peaked):
 
 
 @pytest.mark.parametrize("t", [1.0, 2.0])
-def test_a_tail_of_1e_minus_11_in_fp32(divergence, t):
+def test_a_tail_of_1e_minus_11_in_fp32(divergence, t, backend):
     """The rest of both models is some 1e-11: 1 - Σ would be 0. D and its gradient by a logit of the rest are right."""
     v, k = 4000, 3
     teacher, student = torch.randn(2, v, dtype=F64)
@@ -101,7 +101,7 @@ def test_a_tail_of_1e_minus_11_in_fp32(divergence, t):
     signal = {name: x.float() if x.is_floating_point() else x for name, x in case.signal(t).items()}
     loss = linear_sparse_kd_loss(
         rounded.hidden, rounded.weight, labels=case.labels, student_bias=rounded.bias, divergence=divergence,
-        temperature=t, **signal,
+        temperature=t, backend=backend, **signal,
     )  # fmt: skip
     assert loss.dtype == F32
     right = cells.truth(exact, divergence, t)
@@ -126,15 +126,16 @@ def test_the_mass_of_a_small_rest_in_fp32():
         assert ((found - right) / right).abs().max() <= 1e-6
 
 
-def test_a_rest_that_underflows_keeps_its_direction():
+def test_a_rest_that_underflows_keeps_its_direction(backend):
     """A student that gives the rest e^-200: the forward KL's gradient on it is -P_R, spread as its own softmax."""
     logits, ids = torch.randn(1, 40), torch.tensor([[3, 5]])
     logits[0, [3, 5]] += 200.0
     bias = logits[0].clone().requires_grad_()
     log_probs, tail = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([0.25]).log()
     loss = linear_sparse_kd_loss(
-        torch.zeros(1, 2), torch.zeros(40, 2), ids, log_probs, tail, torch.tensor([0]), student_bias=bias
-    )
+        torch.zeros(1, 2), torch.zeros(40, 2), ids, log_probs, tail, torch.tensor([0]), student_bias=bias,
+        backend=backend,
+    )  # fmt: skip
     (grad,) = torch.autograd.grad(loss, bias)
     inside = logits[0].double().clone()
     inside[[3, 5]] = -torch.inf

@@ -5,7 +5,6 @@ Legend: N tokens, n valid tokens, V vocabulary, k stored ids a token.
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from helpers import cells
 from torchtune_kd.kernels import METRICS, SPARSE_METRICS, linear_kd_loss, linear_sparse_kd_loss
@@ -14,39 +13,15 @@ F32, F64 = torch.float32, torch.float64
 V = 97
 
 
-def entropy(logits):
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def expected(case, name, t, kd_loss):
-    """Sums over the valid tokens."""
-    labels = case.labels[case.labels != -100]
-    log_p, log_q = (cells.log_cells(z, case.ids, 1.0) for z in (case.teacher, case.student.detach()))
-    hit = case.ids == labels.unsqueeze(-1)
-    cell = torch.where(hit.any(-1), hit.long().argmax(-1), case.ids.shape[-1])
-    return {
-        "class_loss": F.cross_entropy(case.student, labels, reduction="sum"),
-        "teacher_class_loss_cells": -log_p.gather(-1, cell.unsqueeze(-1)).sum(),
-        "kd_loss": kd_loss * len(labels),
-        "kl_cells": cells.divergence("forward_kl", None, log_p, log_q).sum(),
-        "top1_agreement": (case.student.argmax(-1) == case.teacher.argmax(-1)).sum(),
-        "student_entropy": entropy(case.student).sum(),
-        "teacher_entropy": entropy(case.teacher).sum(),
-        "acceptance_rate_cells": torch.minimum(log_p.exp(), log_q.exp()).sum(),
-        "num_tokens": torch.tensor(len(labels)),
-    }
-
-
 @pytest.mark.parametrize("k", [1, 8, V])
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.5, 0.0])
 def test_values(divergence, kd_ratio, t, k):
     case = cells.make(k, n=20)
     case = case._replace(bias=(case.bias + case.teacher.mean(0)).detach().requires_grad_())  # agree now and then
-    settings = {"divergence": divergence, "kd_ratio": kd_ratio, "entropy": entropy(case.teacher)}
+    settings = {"divergence": divergence, "kd_ratio": kd_ratio, "entropy": cells.entropy(case.teacher)}
     loss, found = case.loss(t, return_metrics=True, **settings)
-    right = expected(case, divergence, t, cells.truth(case, divergence, t))
+    right = cells.sums_of_metrics(case, cells.truth(case, divergence, t))
     assert list(found) == [*SPARSE_METRICS, "num_tokens"]
     for name, value in right.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-6), name
@@ -107,23 +82,24 @@ def test_what_is_not_defined_is_left_out_and_refused_by_name(t, settings, undefi
         case.loss(t, return_metrics=["kl"], **settings)
 
 
-def test_of_ties_the_first_id_counts():
+def test_of_ties_the_first_id_counts(backend):
     """Few distinct values; padding between the stored ids."""
-    teacher, student = torch.randint(0, 3, (2, 200, 20)).double()
+    teacher, student = torch.randint(0, 3, (2, 200, 20)).float()
     ids = teacher.topk(12).indices[:, torch.randperm(12)]
     ids[:, ::5] = ids[:, ::5].where(torch.rand(200, 3) < 0.5, -1)
     log_probs = (
         teacher.log_softmax(-1).gather(-1, ids.clamp(min=0)).where(ids >= 0, 0.0)
     )  # what padding holds is not read
-    tail = torch.zeros(200).double()
+    tail = torch.zeros(200)
     found = linear_sparse_kd_loss(
         student,
-        torch.eye(20).double(),
+        torch.eye(20),
         ids,
         log_probs,
         tail,
         torch.zeros(200).long(),
         return_metrics=["top1_agreement"],
+        backend=backend,
     )[1]
     stored = teacher.where(cells.is_stored(ids, 20), -1.0)
     assert found["top1_agreement"] == (student.argmax(-1) == stored.argmax(-1)).sum()
@@ -152,7 +128,7 @@ def test_drawn_ids_are_unbiased():
     states = student.expand(n, v).clone().requires_grad_()  # the logits, by a head that hands them on
     values = linear_sparse_kd_loss(
         states, torch.eye(v, dtype=F64), ids, log_probs, None, torch.zeros(n).long(), sampled=True, reduction="none",
-        entropy=entropy(teacher).expand(n),
+        entropy=cells.entropy(teacher).expand(n),
     )  # fmt: skip
     (grad,) = torch.autograd.grad(values.sum(), states)
     error = grad.std(0) / n**0.5
@@ -166,7 +142,7 @@ def test_drawn_ids_are_unbiased():
 def test_the_formula_of_drawn_ids():
     case = cells.make(8)
     ids, log_probs = drawn(case.teacher, 8)
-    h = entropy(case.teacher)
+    h = cells.entropy(case.teacher)
     signal = {"ids": ids, "log_probs": log_probs, "tail": None, "labels": case.labels, "student_bias": case.bias}
     log_q = case.student.log_softmax(-1).gather(-1, ids.clamp(min=0))
     cross_entropy = -(log_probs.exp() * log_q).masked_fill(ids < 0, 0.0).sum(-1)

@@ -16,7 +16,7 @@ PRELUDE = """
 import json, torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchtune_kd.kernels import _checks, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import _checks, linear_kd_loss, linear_sparse_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._operators import NAMESPACE
 
 N, V, D = 8, 1000, 16
@@ -32,7 +32,7 @@ def make(device, grad, labels_on=None):
     }
 
 def run(name, inputs, **settings):
-    function = {"softmax": softmax_kd_loss, "linear": linear_kd_loss}[name]
+    function = {"softmax": softmax_kd_loss, "linear": linear_kd_loss, "sparse": linear_sparse_kd_loss}[name]
     return function(*inputs, divergence="jsd", kd_ratio=0.5, **settings)
 
 def keep(graph, example):
@@ -64,11 +64,19 @@ def trace(code: str) -> object:
 
 
 FORWARD = """
+def stored(hidden, weight, *_, labels):
+    ids = torch.empty(N, 4, dtype=torch.int64, device="cuda")
+    log_probs, tail = torch.empty(N, 4, device="cuda"), torch.empty(N, device="cuda")
+    return hidden, weight, ids, log_probs, tail, labels
+
 found = {}
 with FakeTensorMode():
     for labels_on in ("cuda", "cpu"):
         for reduction in ("mean", "none"):
-            for name, inputs in make("cuda", False, labels_on).items():
+            calls = make("cuda", False, labels_on)
+            *tensors, labels = calls["linear"]
+            calls["sparse"] = stored(*tensors, labels=labels)
+            for name, inputs in calls.items():
                 found[f"{name} {labels_on} {reduction}"] = traced(name, inputs, keep, reduction=reduction)
 print(json.dumps(found))
 """
@@ -76,10 +84,10 @@ print(json.dumps(found))
 
 def test_auto_is_triton_for_cuda_tensors():
     found = trace(FORWARD)
-    assert len(found) == 8
+    assert len(found) == 12
     for key, graph in found.items():
         name, _, reduction = key.split()
-        assert graph["ops"] == [[f"{name}_kd", True]], key
+        assert graph["ops"] == [["softmax_kd" if name == "softmax" else "linear_kd", True]], key
         assert graph["device"] == "cuda"
         assert graph["shape"] == ([8] if reduction == "none" else [])
         assert graph["dtype"] == "torch.float32"
