@@ -34,12 +34,13 @@ from torch import Tensor
 from triton.backends import compiler as backends
 from triton.compiler import ASTSource
 
-from torchtune_kd.kernels import DIVERGENCES, METRICS, Objective
+from torchtune_kd.kernels import DIVERGENCES, METRICS, SPARSE_METRICS, Objective
 from torchtune_kd.kernels._checks import runs_interpreted
 from torchtune_kd.kernels._plan import Plan
 from torchtune_kd.kernels._softmax import softmax_backward, softmax_forward
-from torchtune_kd.kernels._triton import rows, walk
-from torchtune_kd.kernels._triton.launch import Blocks, blocks_for
+from torchtune_kd.kernels._teachers import CELLS, Cells
+from torchtune_kd.kernels._triton import cells, rows, walk
+from torchtune_kd.kernels._triton.launch import Blocks, blocks_for, rest_blocks_for
 from torchtune_kd.kernels._triton.shards import Group, parallel_rows
 
 from ._sass import Pass, disassemble, passes, usage
@@ -96,6 +97,7 @@ class Case(NamedTuple):
     labels: bool = True
     row_scale: bool = False  # rows with incoming gradients of their own: linear_kd_loss with a trained head, "none"
     shards: bool = False  # of rows, over several processes
+    stored: bool = False  # ids of the teacher, instead of all logits
     backward: str = ""  # "scale" or "scale-rows": instead, the scaling of a stored gradient
 
     @property
@@ -105,7 +107,7 @@ class Case(NamedTuple):
         words = (self.divergence, f"T={self.temperature:g}" if self.divergence else "", "ce" * self.cross_entropy)
         words += ("gradient" if self.gradient else "loss", "" if self.labels else "unlabelled")
         words += ("row-scale" * self.row_scale, f"{self.metrics}-metrics" if self.metrics else "")
-        words += ("shards" * self.shards,)
+        words += ("shards" * self.shards, "stored" * self.stored)
         return tuple(filter(None, words))
 
     @property
@@ -124,6 +126,7 @@ def all_cases() -> list[Case]:
     cases += [Case(*values, row_scale=True) for values in everything if values[3] and not values[4]]
     cases += [Case("", 1.0, True, True, row_scale=True)]
     cases += [Case(*values, shards=True) for values in everything if values[2]]
+    cases += [Case(*values, stored=True) for values in everything if values[0] == DIVERGENCES[0]]  # all alike
     return cases + [Case("", backward=word) for word in ("scale", "scale-rows")]
 
 
@@ -133,7 +136,7 @@ def common_cases() -> list[Case]:
     for name in ("forward_kl", "jsd"):
         cases += [Case(name, 2.0, True, True, metrics) for metrics in ("kl", "all")]
         cases += [Case(name, 2.0, False), Case(name, 2.0, True, False), Case(name, 1.0, False, False)]
-    return cases
+    return cases + [Case("forward_kl", temperature, True, stored=True) for temperature in (1.0, 2.0)]
 
 
 class NoGroup(Group):
@@ -271,13 +274,19 @@ def _call(case: Case, student: Tensor, teacher: Tensor) -> None:
         return
     objective = Objective(case.divergence or "forward_kl", None, case.temperature, kd_ratio)
     student_metrics = ("class_loss", "student_entropy")
-    metrics = {"": (), "student": student_metrics, "kl": ("kl",), "all": METRICS}[case.metrics]
+    every = SPARSE_METRICS if case.stored else METRICS
+    metrics = {"": (), "student": student_metrics, "kl": ("kl",), "all": every}[case.metrics]
     metrics = tuple(name for name in metrics if case.labels or not name.endswith("class_loss"))
     plan = Plan(objective, metrics, student.shape[-1], "mean", bool(case.divergence), case.gradient)
     labels = torch.empty(n_tokens, dtype=torch.int64, device="meta") if case.labels else None
     teacher = teacher if plan.has_teacher else None
     row_scale = torch.empty((), device="meta")
-    if case.shards:
+    if case.stored:
+        ids = torch.empty(n_tokens, 64, dtype=torch.int64, device="meta")
+        per_token = (torch.empty(n_tokens, device="meta") for _ in range(3))
+        block = cells.TritonCellsBlockLoss(plan._replace(teacher_kind=CELLS), student.device, row_scale)
+        block(student, Cells(ids, ids.float(), *per_token), labels, student if case.gradient else None)
+    elif case.shards:
         parallel_rows(
             student, teacher, labels, plan, student if case.gradient else None, row_scale, NoGroup(None, 0, 2)
         )
@@ -451,7 +460,12 @@ def main() -> None:
     if not cases:
         parser.error(f"no case's name has the words {' '.join(args.words)}")
     chosen = (lambda *_: Blocks(*args.blocks)) if args.blocks else blocks_for
-    with patch.object(rows, "blocks_for", chosen), patch.object(walk, "blocks_for", chosen):
+    of_rest = chosen if args.blocks else rest_blocks_for
+    with (
+        patch.object(rows, "blocks_for", chosen),
+        patch.object(walk, "blocks_for", chosen),
+        patch.object(cells, "rest_blocks_for", of_rest),
+    ):
         found = reports(cases, args.arch, args.jobs, args.vocab, args.dtype)
     print(f"Triton {triton.__version__}. {assumptions(args.arch)}\n")
     print(_table([COLUMNS, *(report.line() for report in found)]))

@@ -25,7 +25,7 @@ SPILLED = 8 if OLD_TRITON else 0
 
 # One of each kind: both ends of the two-pass kernels' register use, a loss in one read, the three passes with most
 # registers, metrics in either, an output head of the student alone, rows with scales of their own,
-# the scaling of a stored gradient, and shards of rows.
+# the scaling of a stored gradient, shards of rows, and what is read beside stored ids.
 SUBSET = (
     "forward_kl T=1 ce gradient",
     "symmetric_kl T=2 ce gradient",
@@ -37,6 +37,8 @@ SUBSET = (
     "scale",
     "symmetric_kl T=2 ce gradient shards",
     "jsd T=2 ce gradient all-metrics shards",
+    "forward_kl T=1 ce gradient stored",
+    "forward_kl T=2 ce gradient all-metrics stored",
 )
 
 
@@ -138,6 +140,23 @@ def test_instructions_take_no_longer_than_memory(case):
     assert seconds["issue"] <= limit * seconds["memory"], f"{seconds['issue'] / seconds['memory']:.0%}"
 
 
+STORED = ("forward_kl T=1 ce gradient stored", "forward_kl T=2 ce gradient stored")
+
+
+@gated
+@pytest.mark.parametrize("case", STORED)
+def test_passes_beside_stored_ids_take_no_longer_than_memory(case):
+    """One read, and one more that writes, each in a kernel of its own; both together as those of whole logits."""
+    reports = [r for r in compile_gate(STORED, "bf16", MULTIPLES_OF_16, (90,)) if r["case"] == case]
+    assert {r["kernel"]: r["bytes"] for r in reports} == {"rest_sums_kernel": 2, "rest_gradient_kernel": 4}
+    for report in reports:
+        (only,) = report["passes"]
+        assert only["barriers"] == report["spilled_bytes"] == report["narrow"] == 0
+    seconds = {name: sum(r["seconds"][name] for r in reports) for name in ("issue", "special", "memory")}
+    assert seconds["special"] <= 0.8 * seconds["memory"]
+    assert seconds["issue"] <= 0.6 * seconds["memory"], f"{seconds['issue'] / seconds['memory']:.0%}"
+
+
 @gated
 @pytest.mark.parametrize("cases", [held("barriers", QUICK, slow=False)])
 def test_no_barrier_stops_a_pass(cases):
@@ -154,6 +173,7 @@ def test_no_barrier_stops_a_pass(cases):
 )
 def test_other_vocabularies_and_dtypes_spill_nothing_and_load_128_bits(dtype, vocabs):
     names = (*(case for case in GATE if "T=2" in case), "forward_kl T=2 ce gradient all-metrics", "jsd T=2 ce loss")
+    names += ("forward_kl T=2 ce gradient all-metrics stored",)
     reports = compile_gate(names, dtype, vocabs, (80, 90))
     assert {report["case"] for report in reports} == set(names)
     assert not [report["case"] for report in reports if report["spilled_bytes"]]
