@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtune_kd.kernels import METRICS, linear_kd_loss, softmax_kd_loss
+from torchtune_kd.kernels import METRICS, linear_kd_loss, linear_sparse_kd_loss, softmax_kd_loss
 
 README = Path(find_spec("torchtune_kd.kernels").origin).parent / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="a wheel does not hold kernels/README.md")
@@ -109,6 +109,24 @@ def test_ids_masked_in_either_model_cost_the_reverse_kl_another_read(moved):
     teacher[0, 7] = -torch.inf
     softmax_kd_loss(student, teacher, backend="triton", divergence="reverse_kl")
     assert moved[0] == 2 * 4 * 2 * 4100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_bytes_beside_stored_ids(dtype, moved):
+    """Text below the table says: 2 for the loss and 6 with its gradient; in fp32 4 and 12."""
+    text, vocab = re.sub(r"\s+", " ", README.read_text()), 2100
+    found = re.search(
+        r"In bf16 that is (\d+) bytes for the loss and (\d+) with its gradient \(in fp32 (\d+) and (\d+)\)", text
+    )
+    expected = [int(number) for number in found.groups()][2 * (dtype == torch.float32) :][:2]
+    for grad, size in zip((False, True), expected, strict=True):
+        hidden, weight = torch.zeros(1, 1, dtype=dtype, requires_grad=grad), torch.zeros(vocab, 1, dtype=dtype)
+        ids, log_probs, tail = torch.tensor([[7, 2000, -1]]), torch.full((1, 3), -2.0), torch.tensor([-1.0])
+        moved[0] = 0
+        linear_sparse_kd_loss(
+            hidden, weight, ids, log_probs, tail, torch.tensor([9]), temperature=2.0, kd_ratio=0.5, backend="triton"
+        )
+        assert moved[0] == size * vocab
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
