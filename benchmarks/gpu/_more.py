@@ -5,14 +5,15 @@ Legend: N tokens, V vocabulary.
 
 import tempfile
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._cases import BF16, Case, make_factors, make_labels, make_logits
-from ._formulas import IGNORE, mean_objective, metric_sums
+from ._cases import BF16, F32, Case, make_factors, make_labels, make_logits
+from ._formulas import DIVERGENCES, IGNORE, mean_objective, metric_sums
 from ._job import Job, Skip
 from .kernels import Share, exactly, gradients, largest, share
 
@@ -31,6 +32,13 @@ def checks(job: Job, backend: str) -> Iterable[tuple[str, str, Callable[[], Shar
         yield f"labels {layout}", fours.name, lambda layout=layout: check_labels(layout, fours, device, backend)
     for name in ("forward_kl", "jsd"):
         yield "metrics", f"{name}, {case.name}", lambda name=name: check_metrics(name, case, device, backend)
+    for name, dtype in product(DIVERGENCES, (BF16, F32)):
+        stored = case._replace(dtypes=(dtype, dtype))
+        yield (
+            "stored ids",
+            f"{name}, {stored.name}",
+            lambda name=name, stored=stored: check_stored(name, stored, device, backend),
+        )
     for name in GRAPHED:
         yield "torch.compile", f"{name}, {case.name}", lambda name=name: check_compiled(name, case, device, backend)
         yield "process group of 1", f"{name}, {case.name}", lambda name=name: check_group(name, case, device, backend)
@@ -86,6 +94,31 @@ def check_metrics(name: str, case: Case, device: str, backend: str) -> Share:
     if set(found) != {*METRICS, "num_tokens"} or int(found["num_tokens"]) != int((labels != IGNORE).sum()):
         return float("inf")
     return max(share(abs(found[key].item() - right[key]), 1e-5 * max(1.0, abs(right[key]))) for key in METRICS)
+
+
+def check_stored(name: str, case: Case, device: str, backend: str) -> Share:
+    """``linear_sparse_kd_loss`` from up to 64 stored ids a token against PyTorch's arithmetic in fp64, in chunks.
+
+    Both have the logits as the model rounds them, and write their gradient in its dtype.
+    """
+    from torchtune_kd.kernels import linear_sparse_kd_loss
+
+    factors, labels = make_factors(case, device), make_labels(case, device)
+    log_probs = factors.logits()[1].double()[labels != IGNORE].log_softmax(-1)
+    ids = log_probs.topk(min(64, case.vocab // 2)).indices
+    tail = log_probs.scatter(-1, ids, -torch.inf).div_(case.temperature).logsumexp(-1)
+    hidden, weight = factors.student_hidden.requires_grad_(), factors.student_weight
+    found = []
+    for dtype, of_kernel in ((torch.float64, "torch"), (torch.float32, backend)):
+        loss = linear_sparse_kd_loss(
+            hidden, weight, ids, log_probs.gather(-1, ids).to(dtype), tail.to(dtype), labels,
+            student_bias=factors.student_bias, chunk_tokens=case.chunk_tokens, **_settings(name, case, of_kernel),
+        )  # fmt: skip
+        found.append((loss.detach().double(), gradients(loss, hidden)[0].double()))
+    (right, expected), (loss, grad) = found
+    rounding = {F32: 1e-5, BF16: 1.6e-2}[hidden.dtype]
+    of_grad = share(largest(grad - expected), rounding * largest(expected))
+    return max(of_grad, share(abs(loss - right).item(), 4e-6 * max(1.0, right.item())))
 
 
 def check_compiled(name: str, case: Case, device: str, backend: str) -> Share:

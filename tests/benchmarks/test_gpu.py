@@ -43,6 +43,7 @@ def test_the_rehearsal_finds_nothing_wrong(tmp_path):
     assert left_out <= {"CUDA graph", "beyond 2^31 elements", "process group of 1", "Triton"}
     for what in ("logits", "hidden states", "equal models", "in place", "3 repeats"):
         assert {row["of"] for row in checks if row["what"] == what and row["ok"]} == set(formulas.DIVERGENCES)
+    assert len([row for row in checks if row["what"] == "stored ids" and row["ok"]]) == 2 * len(formulas.DIVERGENCES)
 
     assert len([row for row in found["sections"]["losses"]["rows"] if "case" in row]) == 2
     runs = {(row["kind"], row["side"]): row for row in found["sections"]["steps"]["rows"]}
@@ -83,6 +84,7 @@ CHECKS = {
     "repeats": lambda: kernels.check_repeats("jsd", SMALL, 3, "cpu", "torch"),
     "labels": lambda: more.check_labels("strided", SMALL._replace(tokens=12), "cpu", "torch"),
     "metrics": lambda: more.check_metrics("jsd", SMALL, "cpu", "torch"),
+    "stored ids": lambda: more.check_stored("jsd", SMALL, "cpu", "torch"),
 }
 WRONG = {
     "value": lambda loss, call: loss * 1.01,
@@ -94,7 +96,7 @@ WRONG = {
 NOTICED = {
     "value": ["logits", "hidden states", "in place"],
     "gradient": ["logits", "hidden states", "in place"],
-    "not a number": ["logits", "hidden states", "equal models", "in place", "repeats", "labels"],
+    "not a number": ["logits", "hidden states", "equal models", "in place", "repeats", "labels", "stored ids"],
     "changing": ["repeats", "labels"],
 }
 
@@ -107,7 +109,7 @@ def test_checks_hold(check):
 @pytest.mark.parametrize(("wrong", "check"), [(wrong, check) for wrong in NOTICED for check in NOTICED[wrong]])
 def test_checks_notice_what_is_wrong(wrong, check, monkeypatch):
     right, calls = torchtune_kd.kernels.softmax_kd_loss, []
-    linear = torchtune_kd.kernels.linear_kd_loss
+    linear, sparse = torchtune_kd.kernels.linear_kd_loss, torchtune_kd.kernels.linear_sparse_kd_loss
 
     def changed(function):
         def call(*args, **kwargs):
@@ -117,6 +119,7 @@ def test_checks_notice_what_is_wrong(wrong, check, monkeypatch):
         return call
 
     monkeypatch.setattr(torchtune_kd.kernels, "softmax_kd_loss", changed(right))
+    monkeypatch.setattr(torchtune_kd.kernels, "linear_sparse_kd_loss", changed(sparse))
     if check != "in place":  # which compares the two
         monkeypatch.setattr(torchtune_kd.kernels, "linear_kd_loss", changed(linear))
     assert CHECKS[check]() > 1
