@@ -134,6 +134,10 @@ MISTAKES = [
     ({"ensemble": "logits"}, "`ensemble` says how several `teachers` are mixed, but there are none"),
     ({"teachers": [{"self": "ema"}], "teacher_cache": "x"}, "`teachers` and `teacher_cache` both say who teaches"),
     ({"teachers": [{"self": "base"}]}, "`model` is a full-weight one"),
+    (
+        {"teachers": [{"cache": "x"}, {"cache": "y", "head": "float8"}], "ensemble": "logits"},
+        r"adds up products with heads, which those of `teachers\[1\]\.head: float8` cannot be",
+    ),
 ]
 
 

@@ -93,6 +93,12 @@ def read_teachers(written: DictConfig, *, random_weights: bool) -> tuple[Teacher
     for entry in entries:
         if names.count(entry.name) > 1:
             raise UserError(f"Two of `teachers` are called {entry.name!r}: give them names of their own under `name`.")
+    in_8_bits = [entry for entry in entries if entry.head is not None]
+    if mix == "logits" and len(entries) > 1 and in_8_bits and not entries[0].datasets:
+        raise UserError(
+            f"`ensemble: logits` adds up products with heads, which those of `{in_8_bits[0].path}.head: "
+            f"{in_8_bits[0].head}` cannot be: delete that key, or write `ensemble: probabilities`."
+        )
     own = [entry for entry in entries if entry.own is not None]
     if len(own) > 1:
         raise UserError(f"`{own[1].path}` is the student itself, as `{own[0].path}` is: keep one of them.")
