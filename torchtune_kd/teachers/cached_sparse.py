@@ -86,9 +86,14 @@ def check_sparse_cache(config: Config, manifest: CacheManifest) -> None:
 
     Raises:
         UserError: for a temperature at which no tail is stored, drawn ids with another loss than forward KL at T = 1,
-            or ids without a tail that the config does not accept.
+            ids without a tail that the config does not accept, or a ``teacher_head`` where no head is needed.
     """
     loss = config.kd_loss.build()
+    if config.teacher_head is not None and manifest.kind != "hidden":
+        raise UserError(
+            f"`teacher_head: {config.teacher_head}` needs hidden states, but the cache in {config.teacher_cache} holds "
+            f"{manifest.stored}: delete that key."
+        )
     tail = config.teacher_tail
     if manifest.kind != "top_k" and tail is not None:
         raise UserError(

@@ -30,11 +30,6 @@ def check_cached_models(config: Config, reader: CacheReader) -> None:
     """
     manifest = reader.manifest
     check_sparse_cache(config, manifest)
-    if config.teacher_head is not None and manifest.kind != "hidden":
-        raise UserError(
-            f"`teacher_head: {config.teacher_head}` needs hidden states, but the cache in {reader.folder} holds "
-            f"{manifest.stored}: delete that key."
-        )
     files = "files of the tokenizer"
     if manifest.tokenizer.get(files) != tokenizer_identity(config)[files]:
         raise UserError(
