@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, D hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +36,11 @@ class BaseTeacher(Unchanging):
         return Hidden((states,), (Head(weight, bias),))
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, in the same memory; of one that is not sharded all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 class AverageTeacher(Unchanging):
     """An exponential moving average of the weights that train, w̄ ← d w̄ + (1 - d) w, in fp32.
 
@@ -46,10 +51,17 @@ class AverageTeacher(Unchanging):
         student (Student): whose weights are averaged, from where they stand.
         decay (float): d.
         every_n_steps (int): optimizer steps between two updates.
+        local (Callable[[Tensor], Tensor]): returns what this process holds of a weight, in the same memory.
     """
 
-    def __init__(self, student: Student, decay: float, every_n_steps: int) -> None:
-        self._student, self._decay, self._every_n_steps = student, decay, every_n_steps
+    def __init__(
+        self,
+        student: Student,
+        decay: float,
+        every_n_steps: int,
+        local: Callable[[Tensor], Tensor] = local_part,
+    ) -> None:
+        self._student, self._decay, self._every_n_steps, self._local = student, decay, every_n_steps, local
         self._weights = {name: weight for name, weight in student.decoder.named_parameters() if weight.requires_grad}
         self._averages = {name: weight.detach().to(torch.float32, copy=True) for name, weight in self._weights.items()}
         self._steps = torch.zeros((), dtype=torch.int64)
@@ -70,7 +82,7 @@ class AverageTeacher(Unchanging):
         if int(self._steps) % self._every_n_steps:
             return
         for name, average in self._averages.items():
-            _local(average).lerp_(_local(self._weights[name]).float(), 1 - self._decay)
+            self._local(average).lerp_(self._local(self._weights[name]).float(), 1 - self._decay)
 
     def kept_state(self) -> Mapping[str, Tensor]:
         """Return the averages and the count of steps: not copies, to be read into in place."""
@@ -82,17 +94,12 @@ class AverageTeacher(Unchanging):
         """Put the averages where the weights are, each process its shards; before they are gathered."""
         reshard(self._student)
         with torch.no_grad():
-            kept = {name: _local(weight).clone() for name, weight in self._weights.items()}
+            kept = {name: self._local(weight).clone() for name, weight in self._weights.items()}
             for name, weight in self._weights.items():
-                _local(weight).copy_(_local(self._averages[name]))
+                self._local(weight).copy_(self._local(self._averages[name]))
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, weight in self._weights.items():
-                    _local(weight).copy_(kept[name])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+                    self._local(weight).copy_(kept[name])

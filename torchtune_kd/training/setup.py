@@ -105,7 +105,7 @@ def set_up(config: Config, world: World) -> Run:
     kd_loss = config.kd_loss.build()
     tokenizer = config.tokenizer.build()
     sources = sources_of(config, world)
-    config = with_signal(config, sources)
+    config = with_signal(config, [(each, cache.manifest) for each, cache, _ in sources if cache is not None])
     limits = check_run(config, tokenizer, world, sources, resumed=found is not None)
     loader, val_loader = build_loaders(
         config, tokenizer, kd_loss.ignore_index, limits.max_seq_len, limits.vocab, seed, world

@@ -1,6 +1,6 @@
 """The teachers of a run, one or several: checked, identified, built and joined."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params
 
+from torchtune_kd.caches.layout import CacheManifest
 from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.checkpoints.identity import teacher_identity
 from torchtune_kd.config.checks import check_checkpoint_files, check_tokenizer_files
@@ -54,21 +55,41 @@ def sources_of(config: Config, world: World) -> list[Source]:
     each_teacher = config.each_teacher()
     found = [Source(each, cache_of(each, world), rows) for each, rows in zip(each_teacher, taught, strict=False)]
     for each, cache, _ in found:
-        if len(config.teachers) > 1 and cache is not None and cache.manifest.kind != "hidden":
-            raise UserError(
-                f"Several teachers give hidden states, but the cache in {each.teacher_cache} holds "
-                f"{cache.manifest.stored}: write one of hidden states, or use this teacher alone."
-            )
+        if cache is not None:
+            check_joint_cache(config, each, cache.manifest)
     return found
 
 
-def with_signal(config: Config, sources: Sequence[Source]) -> Config:
-    """Return the config with what its teacher gives, which decides on what is logged."""
-    caches = [(each, cache) for each, cache, _ in sources if cache is not None]
+def check_joint_cache(config: Config, each: Config, manifest: CacheManifest) -> None:
+    """Refuse a cache that cannot be one of several teachers.
+
+    Args:
+        config (Config): the run's.
+        each (Config): the run's, as if this teacher were its only one.
+        manifest (CacheManifest): of its cache.
+
+    Raises:
+        UserError: for one without hidden states.
+    """
+    if len(config.teachers) > 1 and manifest.kind != "hidden":
+        raise UserError(
+            f"Several teachers give hidden states, but the cache in {each.teacher_cache} holds "
+            f"{manifest.stored}: write one of hidden states, or use this teacher alone."
+        )
+
+
+def with_signal(config: Config, caches: Sequence[tuple[Config, CacheManifest]]) -> Config:
+    """Return the config with what its teacher gives, which decides on what is logged.
+
+    Args:
+        config (Config): the run's.
+        caches (Sequence[tuple[Config, CacheManifest]]): those of its teachers, each with the config of that teacher
+            alone.
+    """
     if len(caches) != 1:
         return config
-    ((each, cache),) = caches
-    return replace(config, signal=signal_of(each, cache.manifest))
+    (only,) = caches
+    return replace(config, signal=signal_of(*only))
 
 
 def check_teachers(
@@ -104,6 +125,16 @@ def check_teachers(
             check_head(teacher)
         check_tokenizer_files((config.checkpointer, each.teacher_checkpointer))
         vocab, longest = min(vocab, check_vocabularies(student, teacher)), min(longest, teacher.max_seq_len)
+    check_own(config, student)
+    return vocab, longest
+
+
+def check_own(config: Config, student: TransformerDecoder) -> None:
+    """Refuse a student that cannot be its own teacher as the config says.
+
+    Raises:
+        UserError: for an average of offloaded weights, and for the base of a student without adapters.
+    """
     for entry in config.teachers:
         if entry.own == "ema" and config.settings.fsdp_cpu_offload:
             raise UserError(
@@ -115,7 +146,6 @@ def check_teachers(
                 f"`{entry.path}.self: base` teaches with the student's adapters off, but `model` is a full-weight one: "
                 "name a builder with adapters, or `self: ema`."
             )
-    return vocab, longest
 
 
 def check_data(sources: Sequence[Source], datasets: Sequence[tuple[str, Dataset]], world: World) -> None:
@@ -168,31 +198,37 @@ def build_sources(sources: Sequence[Source], kd_loss: KDLoss, world: World) -> l
     ]
 
 
-def joined(config: Config, built: Sequence[Teacher], student: Student) -> Teacher:
+AverageBuilder = Callable[[Student, float, int], Teacher]
+
+
+def joined(
+    config: Config, built: Sequence[Teacher], student: Student, average: AverageBuilder = AverageTeacher
+) -> Teacher:
     """Return the teacher of the run: the only one, or an ensemble.
 
     Args:
         config (Config): the run's.
         built (Sequence[Teacher]): those that are not the student.
         student (Student): the student, with the weights from which an average begins.
+        average (AverageBuilder): builds the student's average, of the decay and the steps between two updates.
     """
     if not config.settings.uses_teacher:
         return NoTeacher()
     if not config.teachers:
         return built[0]
-    members = list(_members(config, built, student))
+    members = list(_members(config, built, student, average))
     if config.teachers[0].datasets:
         return Specialists(members, [entry.datasets for entry in config.teachers], student.ignore_index)
     shares = [entry.share for entry in config.teachers]
     return members[0] if len(members) == 1 else Ensemble(members, shares, config.ensemble)
 
 
-def _members(config: Config, built: Sequence[Teacher], student: Student) -> Iterator[Teacher]:
+def _members(config: Config, built: Sequence[Teacher], student: Student, average: AverageBuilder) -> Iterator[Teacher]:
     others = iter(built)
     for entry in config.teachers:
         if entry.own == "base":
             yield BaseTeacher(student)
         elif entry.own == "ema":
-            yield AverageTeacher(student, entry.decay, entry.every_n_steps)
+            yield average(student, entry.decay, entry.every_n_steps)
         else:
             yield next(others)
