@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torchtune.modules import TransformerDecoder
 from torchtune.modules import loss as stock_losses
 
 from torchtune_kd.config.reading import Config
@@ -30,9 +31,9 @@ _CHUNKS = 8  # its default, and that of its configs
 
 def why_stock_cannot(models: Models) -> str | None:
     """Say in a few words what keeps the stock recipe from running this config; None if nothing does."""
-    if models.teacher is None:
-        return "it always runs a teacher"
-    sizes = [output_head(model)[0].shape[0] for model in (models.student, models.teacher)]
+    if len(models.teachers) != 1 or not isinstance(models.teachers[0].model, TransformerDecoder):
+        return "it always runs a teacher, and one alone"
+    sizes = [output_head(model)[0].shape[0] for model in (models.student, models.teachers[0].model)]
     return None if sizes[0] == sizes[1] else f"its losses fail where heads differ ({sizes[0]} and {sizes[1]} ids)"
 
 
@@ -54,7 +55,7 @@ def dry_stock_step(config: Config, models: Models, batch_size: int, sequence: in
         logits = models.student.train()(tokens)
         tracker.phase = "teacher"
         with torch.no_grad():
-            teacher_logits = models.teacher.eval()(tokens)
+            teacher_logits = models.teachers[0].model.eval()(tokens)
         before_loss = sum(tracker.live.values())
         kept = before_loss - tracker.live["gradients"] - sum(tracker.live[name] for name in WEIGHTS)
         tracker.phase = "loss"
@@ -66,7 +67,7 @@ def dry_stock_step(config: Config, models: Models, batch_size: int, sequence: in
         gradients = tracker.live["gradients"]
     return DryStep(
         peaks=tracker.peaks,
-        at_peak=tracker.at_peak,
+        at_peaks=tracker.at_peaks,
         kept=kept,
         loss=tracker.peaks["loss"] - before_loss,
         gradients=gradients,
@@ -99,7 +100,7 @@ class _Tracker(Tracker):
 @contextlib.contextmanager
 def _whole_output(models: Models) -> Iterator[None]:
     """Decoders that give chunks of logits, as torchtune's are, where ours leave out the head."""
-    decoders = [model for model in (models.student, models.teacher) if model is not None]
+    decoders = [models.student, *(teacher.model for teacher in models.teachers)]
     shortened = [vars(decoder).pop("unembed", None) for decoder in decoders]
     for decoder in decoders:
         decoder.set_num_output_chunks(_CHUNKS)

@@ -92,7 +92,7 @@ def estimate(path: str | Path, processes: int = 2) -> Estimate:
         sequence=sequence,
         on_gpu=settings.torch_device.type == "cuda",
         memory=memory,
-        host=max(weight_bytes(model) for model in (models.student, models.teacher) if model is not None),
+        host=max(map(weight_bytes, (models.student, *(teacher.model for _, teacher in models.others(config))))),
     )
 
 

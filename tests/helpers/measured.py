@@ -39,13 +39,16 @@ def sized_config(folder: Path, size: int, kind: str, sequence: int = 128, **over
 
 
 def weight_bytes(run: Any) -> int:
-    """Return what the two models of a run hold on this process, tables included."""
+    """Return what all models of a run hold on this process, tables and averages included."""
     teacher = run.teacher.teacher
-    models = [getattr(teacher, "decoder", teacher), run.student.decoder]  # a cached one has none, or is no module
-    modules = [model for model in models if isinstance(model, nn.Module)]
+    members = getattr(teacher, "members", (teacher,))
+    models = [getattr(member, "decoder", member) for member in members]  # a cached one has none, or is no module
+    modules = [model for model in (*models, run.student.decoder) if isinstance(model, nn.Module)]
     tensors = [tensor for model in modules for tensor in (*model.parameters(), *_buffers(model))]
-    if getattr(teacher, "head", None) is not None:  # in 8-bit floats
-        tensors += teacher.head.weight
+    for member in members:
+        if getattr(member, "head", None) is not None:  # in 8-bit floats
+            tensors += member.head.weight
+    tensors += [tensor for name, tensor in teacher.kept_state().items() if name != "steps"]
     return sum(tensor_bytes(t.to_local() if isinstance(t, DTensor) else t) for t in tensors)
 
 

@@ -7,6 +7,7 @@ import torch
 from torchtune.models.llama3_2 import llama3_2
 
 from helpers.measured import measured_step, sized_config
+from helpers.several import members, with_teachers
 from helpers.tiny import make_config
 from torchtune_kd.plan import Layout
 from torchtune_kd.plan.advice import Case, Shape, advice, changes
@@ -75,6 +76,13 @@ def test_a_validation_is_planned_without_gradients(tmp_path):
     said = advice(validation, "loss")
     assert "`batch_size_val: 2` saves" in said
     assert "activation" not in said and "gradient_accumulation_steps" not in said
+
+
+def test_a_run_with_several_teachers_is_advised(tmp_path):
+    cfg = sized_config(tmp_path, 12, "full")
+    case = case_of(with_teachers(cfg, *(members(cfg)[name] for name in ("wide", "ema"))))
+    assert "`batch_size: 2` with `gradient_accumulation_steps: 4` saves" in advice(case, "loss")
+    assert "saves" in advice(case, "teacher")
 
 
 def test_what_cannot_be_planned_is_said(tmp_path):

@@ -81,9 +81,9 @@ def test_a_frozen_head_saves_its_gradient(built):
 def test_what_travels(built):
     config, models = built["full"]  # two microbatches a step
     settings = config.settings
-    weight = {id(p): p.numel() * 2 for model in (models.student, models.teacher) for p in model.parameters()}
-    layers = {name: sum(weight[id(p)] for p in getattr(models, name).layers.parameters()) for name in
-              ("student", "teacher")}  # fmt: skip
+    both = {"student": models.student, "teacher": models.teachers[0].model}
+    weight = {id(p): p.numel() * 2 for model in both.values() for p in model.parameters()}
+    layers = {name: sum(weight[id(p)] for p in model.layers.parameters()) for name, model in both.items()}
     rest = sum(weight.values()) - sum(layers.values())
     student = sum(weight[id(p)] for p in models.student.parameters())
     found = communication(models, settings, Layout(4, 2, True))

@@ -30,7 +30,7 @@ def test_a_storage_counts_once_from_its_making_to_its_release():
         tracker.phase = "two"
         meta(25)
     assert tracker.peaks["one"] == 800 and tracker.peaks["two"] == 500
-    assert tracker.at_peak == {"weights": 400, "one": 400}
+    assert tracker.at_peaks["one"] == {"weights": 400, "one": 400}
 
 
 def test_storages_move_between_categories_and_phases_keep_their_peaks():

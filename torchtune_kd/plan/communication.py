@@ -60,21 +60,23 @@ class ShardedWeights:
 
     Attributes:
         share (int): its part, kept all the time; 0 with ``fsdp_cpu_offload``.
-        gathered (int): whole parameters beside it at the highest point: embedding, norm and head during the whole
-            step, two layers (one at work, one on its way), and with ``fsdp_reshard_after_forward: False`` all.
+        rest (int): whole embedding, norm and head, which are gathered during the whole step.
+        layers (int): whole layers at the highest point: two (one at work, one on its way), and with
+            ``fsdp_reshard_after_forward: False`` all.
     """
 
     share: int
-    gathered: int
+    rest: int
+    layers: int
 
 
 def sharded_weights(model: nn.Module, settings: Settings, layout: Layout) -> ShardedWeights:
     groups = parameter_groups(model, settings)
     share = 0 if settings.fsdp_cpu_offload else groups.all // layout.shards
     if layout.shards == 1:  # nothing is copied: a gathered parameter is the share
-        return ShardedWeights(share, 0)
+        return ShardedWeights(share, 0, 0)
     at_once = sorted(groups.layers, reverse=True)[:2] if settings.fsdp_reshard_after_forward else groups.layers
-    return ShardedWeights(share, groups.rest + sum(at_once))
+    return ShardedWeights(share, groups.rest, sum(at_once))
 
 
 def scatter_buffer(models: Models, settings: Settings) -> int:
@@ -87,9 +89,11 @@ class Communication:
     """Bytes that one process receives in one optimizer step (a ring moves (P-1)/P of what is gathered).
 
     Attributes:
-        teacher_layers (int): gathered for the teacher's forward passes, hidden behind them.
+        teacher_layers (int): gathered for the teachers' forward passes, hidden behind them; the student's where it
+            teaches itself.
         student_layers (int): gathered for the student's forward and backward passes, hidden behind them.
-        heads (int): both models' embedding, norm and head, gathered before anything can start.
+        heads (int): all models' embedding, norm and head, gathered before anything can start. An averaged student
+            gives its own back after it has taught.
         gradients (int): summed over the P processes that share weights, in the last backward pass.
         replicas (int): gradients summed over the R copies, across nodes.
     """
@@ -118,12 +122,16 @@ def communication(models: Models, settings: Settings, layout: Layout) -> Communi
     steps = settings.gradient_accumulation_steps
     student = parameter_groups(models.student, settings)
     gradients = parameter_groups(models.student, settings, lambda p: p.requires_grad).all
-    teacher = Groups([], 0) if models.teacher is None else parameter_groups(models.teacher, settings)
-    reshards = settings.fsdp_reshard_after_forward
+    teachers = [parameter_groups(each.model, settings) for each in models.teachers if each.model is not None]
+    reshards, averaged = settings.fsdp_reshard_after_forward, models.own == "ema"
+    teacher_layers = sum(sum(groups.layers) for groups in teachers) * (steps if reshards else 1)
+    if averaged or (models.own == "base" and reshards):  # else they stay gathered for the student's forward
+        teacher_layers += sum(student.layers) * steps
+    student_passes = 2 * steps if reshards else steps if averaged else 1
     return Communication(
-        teacher_layers=round(ring * sum(teacher.layers) * (steps if reshards else 1)),
-        student_layers=round(ring * sum(student.layers) * (2 * steps if reshards else 1)),
-        heads=round(ring * (student.rest + teacher.rest)),
+        teacher_layers=round(ring * teacher_layers),
+        student_layers=round(ring * sum(student.layers) * student_passes),
+        heads=round(ring * (student.rest * (2 * steps if averaged else 1) + sum(groups.rest for groups in teachers))),
         gradients=round(ring * gradients),
         replicas=round(across * gradients),
     )

@@ -9,32 +9,25 @@ Legend: B sequences, S their length, N = B x S tokens, V vocabulary, D hidden wi
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchtune_kd.caches.layout import CacheManifest
-from torchtune_kd.caches.reader import Reading
-from torchtune_kd.caches.states import encode
 from torchtune_kd.config.metrics import training_metrics, validation_metrics
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.data.batches import Batch
-from torchtune_kd.data.documents import Document
 from torchtune_kd.distributed.world import World
 from torchtune_kd.kernels import on_meta
 from torchtune_kd.losses import KDLoss
-from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.student import Student
-from torchtune_kd.plan.meta_models import Models, StoredTeacher, head_tensors
+from torchtune_kd.plan.dry_teachers import deals, dry_teacher
+from torchtune_kd.plan.meta_models import Models
 from torchtune_kd.plan.tracker import Operation, Tracker
-from torchtune_kd.teachers.base import NoTeacher, Teacher
-from torchtune_kd.teachers.cached import CachedTeacher
-from torchtune_kd.teachers.cached_sparse import SparseTeacher
-from torchtune_kd.teachers.live import LiveTeacher
+from torchtune_kd.teachers.base import Teacher
 from torchtune_kd.training.step import gradient_scale
 
 WEIGHTS = ("teacher weights", "student weights")
@@ -46,20 +39,22 @@ class DryStep:
 
     Attributes:
         peaks (dict[str, int]): highest number of bytes by phase, weights and gradients included, optimizer not.
-        at_peak (dict[str, int]): bytes by category where the highest of them is reached.
+        at_peaks (dict[str, dict[str, int]]): bytes by category where the highest of each phase is reached.
         kept (int): bytes between the student's forward and the loss that are neither weights nor gradients: what
-            autograd keeps, and both models' last hidden states.
+            autograd keeps, all models' last hidden states, and of an averaged student a copy of the head.
         loss (int): most bytes that the loss holds beside what was there before it.
         gradients (int): bytes of the gradients after the backward pass.
         operations (list[Operation]): in order.
+        microbatches (int): that the operations are of; above 1 where it depends on the data whose a row is.
     """
 
     peaks: dict[str, int]
-    at_peak: dict[str, int]
+    at_peaks: dict[str, dict[str, int]]
     kept: int
     loss: int
     gradients: int
     operations: list[Operation]
+    microbatches: int = 1
 
     @property
     def peak_phase(self) -> str:
@@ -67,7 +62,7 @@ class DryStep:
 
 
 def dry_step(config: Config, models: Models, batch_size: int, sequence: int, shards: int = 1) -> DryStep:
-    """Run one microbatch, every token valid.
+    """Run one microbatch, every token valid; of teachers with ``datasets`` several, see :mod:`.dry_teachers`.
 
     With ``gradient_accumulation_steps`` above 1 it is the second one: the first one's gradients are there.
 
@@ -80,21 +75,26 @@ def dry_step(config: Config, models: Models, batch_size: int, sequence: int, sha
     """
     settings = config.settings
     at_once = settings.gradient_accumulation_steps == 1  # else in the last microbatch
-    with _dry_run(config, models, batch_size, sequence) as dry:
+
+    def microbatch(dry: _DryRun) -> int:
         with gradients_counted(dry.tracker, models, settings, shards, reduced_at_once=at_once), dry.tracker:
             scale = gradient_scale([dry.batch], dry.kd_loss.ignore_index, World(torch.device("meta")))
             loss, _ = dry.loss(dry.student.train(), training_metrics(config))
             (loss * scale).backward()
-            gradients = dry.tracker.live["gradients"]
-        return dry.result(gradients)
+            return dry.tracker.live["gradients"]
+
+    return _each_deal(config, models, batch_size, sequence, shards, microbatch)
 
 
 def dry_validation(config: Config, models: Models, batch_size: int, sequence: int, shards: int = 1) -> DryStep:
     """Run one batch of a validation: as :func:`dry_step`, without gradients."""
-    with _dry_run(config, models, batch_size, sequence) as dry:
+
+    def batch(dry: _DryRun) -> int:
         with torch.no_grad(), dry.tracker:
             dry.loss(dry.student.eval(), validation_metrics(config))
-        return dry.result(gradients=0)
+        return 0
+
+    return _each_deal(config, models, batch_size, sequence, shards, batch)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _DryRun:
     def result(self, gradients: int) -> DryStep:
         return DryStep(
             peaks=self.tracker.peaks,
-            at_peak=self.tracker.at_peak,
+            at_peaks=self.tracker.at_peaks,
             kept=self.sizes["kept"],
             loss=self.tracker.peaks["loss"] - self.sizes["before loss"],
             gradients=gradients,
@@ -123,78 +123,66 @@ class _DryRun:
         )
 
 
+def _each_deal(
+    config: Config,
+    models: Models,
+    batch_size: int,
+    sequence: int,
+    shards: int,
+    run: Callable[[_DryRun], int],
+) -> DryStep:
+    """Run a microbatch for each way to deal its rows to teachers; ``run`` returns the bytes of its gradients."""
+    equal, uneven = deals(config, batch_size)
+    steps = []
+    for parts in (*equal, *uneven):
+        with _dry_run(config, models, batch_size, sequence, shards, parts) as dry:
+            steps.append(dry.result(run(dry)))
+    highest = {phase: max(steps, key=lambda step, phase=phase: step.peaks[phase]) for phase in steps[0].peaks}
+    return DryStep(
+        peaks={phase: step.peaks[phase] for phase, step in highest.items()},
+        at_peaks={phase: step.at_peaks[phase] for phase, step in highest.items()},
+        kept=max(step.kept for step in steps),
+        loss=max(step.loss for step in steps),
+        gradients=max(step.gradients for step in steps),
+        operations=[operation for step in steps[: len(equal)] for operation in step.operations],
+        microbatches=len(equal),
+    )
+
+
 @contextlib.contextmanager
-def _dry_run(config: Config, models: Models, batch_size: int, sequence: int) -> Iterator[_DryRun]:
+def _dry_run(
+    config: Config, models: Models, batch_size: int, sequence: int, shards: int, parts: Sequence[int]
+) -> Iterator[_DryRun]:
     settings, kd_loss = config.settings, config.kd_loss.build()
     student = Student(models.student, kd_loss, settings.kd_ratio)
-    teacher = _teacher(config, models, kd_loss)
+    teacher = dry_teacher(config, models, kd_loss, student, shards)
     if settings.enable_activation_offloading:
         student.offload_activations = _offloaded()
     tracker = Tracker()
     hold_weights(tracker, models)
+    tracker.hold(WEIGHTS[0], (tensor for tensor in teacher.kept_state().values() if tensor.is_meta))
     labels = torch.zeros(batch_size, sequence, dtype=torch.long)  # on the host, as in a run
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, student, "offload_activations", contextlib.nullcontext())
-        sizes = stack.enter_context(_phases(tracker, student, teacher))
+        sizes = stack.enter_context(_phases(tracker, student))
         in_8_bits = functools.partial(tracker.account, float8=True)
         account = functools.partial(tracker.account, 0)
         stack.enter_context(on_meta(settings.torch_device, account=account, account_product=in_8_bits))
-        yield _DryRun(
-            tracker, student, teacher, kd_loss, Batch(labels, labels, lengths=[[sequence]] * batch_size), sizes
-        )
-
-
-def _teacher(config: Config, models: Models, kd_loss: KDLoss) -> Teacher:
-    if models.teacher is None:
-        return NoTeacher()
-    if not isinstance(models.teacher, StoredTeacher):
-        return LiveTeacher(models.teacher, models.teacher_head)
-    stored, where = models.teacher, {"ignore_index": kd_loss.ignore_index, "device": torch.device("meta")}
-    reader, manifest = _DryReader(stored.manifest), stored.manifest
-    if stored.manifest.kind != "hidden":
-        renormalise = config.teacher_tail is not None
-        return SparseTeacher(reader, manifest, kd_loss.temperature, renormalise=renormalise, **where)
-    head = models.teacher_head or Head(stored.weight, stored.bias)
-    rms = torch.empty(manifest.width, device="meta")
-    return CachedTeacher(reader, head, rms, dtype=stored.computed_in, **where)
-
-
-class _DryReader:
-    """Stands for the files of a cache."""
-
-    def __init__(self, manifest: CacheManifest) -> None:
-        self._manifest = manifest
-
-    def read(self, documents: Sequence[Document]) -> Reading:
-        """Return columns of the right size, without values."""
-        manifest, tokens = self._manifest, sum(len(document.positions) for document in documents)
-        if manifest.kind == "hidden":
-            rms = torch.empty(manifest.width, device="meta")
-            return Reading(encode(rms.new_empty(tokens, manifest.width), str(manifest.dtype), rms), [])
-        columns = {
-            "sampled": {"ids": (manifest.samples, torch.int32), "counts": (manifest.samples, torch.uint8)},
-            "top_k": {
-                "ids": ((manifest.k or 0) + 1, torch.int32),
-                "log_probs": ((manifest.k or 0) + 1, torch.float16),
-                "tail": (len(manifest.temperatures), torch.float32),
-            },
-        }[manifest.kind]
-        found = {
-            name: torch.empty(tokens, width, dtype=dtype, device="meta") for name, (width, dtype) in columns.items()
-        }
-        return Reading(found | {"entropy": torch.empty(tokens, device="meta")}, [])
+        batch = Batch(labels, labels, lengths=[[sequence]] * batch_size, parts=parts)
+        yield _DryRun(tracker, student, teacher, kd_loss, batch, sizes)
 
 
 def hold_weights(tracker: Tracker, models: Models) -> None:
-    tracker.phase = "teacher" if models.teacher is not None else "student"
-    for name, model in zip(WEIGHTS, (models.teacher, models.student), strict=True):
-        if model is not None:
-            tracker.hold(name, (*model.parameters(), *model.buffers()))
-    tracker.hold(WEIGHTS[0], head_tensors(models))
+    """Count the weights of all models, and begin with the teachers' forwards."""
+    tracker.phase = "teacher" if models.teachers else "student"
+    for teacher in models.teachers:
+        if teacher.model is not None:
+            tracker.hold(WEIGHTS[0], (*teacher.model.parameters(), *teacher.model.buffers(), *teacher.head_tensors))
+    tracker.hold(WEIGHTS[1], (*models.student.parameters(), *models.student.buffers()))
 
 
 @contextlib.contextmanager
-def _phases(tracker: Tracker, student: Student, teacher: Teacher) -> Iterator[dict[str, int]]:
+def _phases(tracker: Tracker, student: Student) -> Iterator[dict[str, int]]:
     """Set the tracker's phase as the step goes through the modules, and take sizes on the way."""
     sizes: dict[str, int] = {}
 
@@ -205,6 +193,8 @@ def _phases(tracker: Tracker, student: Student, teacher: Teacher) -> Iterator[di
         return hook
 
     def before_loss(*_: Any) -> None:
+        if tracker.phase != "student":  # it teaches itself
+            return
         live = tracker.live
         sizes["before loss"] = sum(live.values())
         sizes["kept"] = sizes["before loss"] - live["gradients"] - sum(live[name] for name in WEIGHTS)
@@ -215,8 +205,6 @@ def _phases(tracker: Tracker, student: Student, teacher: Teacher) -> Iterator[di
         student.decoder.register_forward_hook(before_loss),
         student.register_forward_hook(enter("backward")),
     ]
-    if isinstance(teacher, LiveTeacher):
-        handles.append(teacher.register_forward_pre_hook(enter("teacher")))
     try:
         yield sizes
     finally:

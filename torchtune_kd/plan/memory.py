@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+from torch import nn
 from torchtune.modules.peft import get_adapter_params
 
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.plan.communication import Layout, scatter_buffer, sharded_weights
 from torchtune_kd.plan.dry_run import WEIGHTS, DryStep, dry_step
-from torchtune_kd.plan.meta_models import Models, head_tensors, table_bytes, weight_bytes
+from torchtune_kd.plan.meta_models import MetaTeacher, Models, table_bytes, weight_bytes
 from torchtune_kd.plan.optimizer_cost import OptimizerCost, optimizer_cost
 from torchtune_kd.plan.tracker import tensor_bytes
 
 GIB = 2**30
 # What a device's memory cannot be used for: CUDA's context and NCCL's buffers, and what fragmentation leaves over.
 CONTEXT_BYTES, USABLE = GIB, 0.9
+_AVERAGE_BYTES = 4  # of an averaged weight: fp32
 
 
 @dataclass(frozen=True)
@@ -24,19 +27,20 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        teacher (int): weights and tables that it keeps, NF4 with its scales.
+        teachers (tuple[int, ...]): weights and tables that it keeps of each teacher, NF4 with its scales; of an
+            averaged student the averages in fp32.
         student (int): the same of the student, adapters included.
         adapters (int): of the student's.
         gathered (int): whole parameters and gradients in transit that FSDP2 holds beside its shares.
         gradients (int): at the end of the backward pass.
         optimizer (int | None): state; None where it is not known.
-        activations (int): what the student's forward leaves for the backward pass, and the teacher's hidden states.
+        activations (int): what the student's forward leaves for the backward pass, and the teachers' hidden states.
         loss (int): most that the loss holds beside that.
         at_peak (dict[str, int]): what is alive at the highest point, by category; sums to ``total``.
         phases (dict[str, int]): the highest point of each phase of a step.
     """
 
-    teacher: int
+    teachers: tuple[int, ...]
     student: int
     adapters: int
     gathered: int
@@ -46,6 +50,11 @@ class Memory:
     loss: int
     at_peak: dict[str, int]
     phases: dict[str, int]
+
+    @property
+    def teacher(self) -> int:
+        """Return the weights and tables of all teachers."""
+        return sum(self.teachers)
 
     @property
     def total(self) -> int | None:
@@ -85,22 +94,16 @@ def plan_memory(
 
 
 def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep, cost: OptimizerCost | None) -> Memory:
-    whole, held, gathered = {}, {}, 0
-    for name, model in zip(WEIGHTS, (models.teacher, models.student), strict=True):
-        whole[name] = held[name] = 0
-        if model is None:
-            continue
-        whole[name] = held[name] = weight_bytes(model)
-        if layout.sharded:
-            weights = sharded_weights(model, settings, layout)
-            held[name] = weights.share + table_bytes(model)
-            gathered += weights.gathered
-    in_8_bits = sum(map(tensor_bytes, head_tensors(models)))  # whole on every process
-    whole[WEIGHTS[0]] += in_8_bits
-    held[WEIGHTS[0]] += in_8_bits
+    sizes = [-(-parameter.numel() // layout.shards) for parameter in models.trainable]
+    teachers = [_teacher_weights(teacher, models, settings, layout, sizes) for teacher in models.teachers]
+    student = _weights(models.student, settings, layout)
+    whole = dict(zip(WEIGHTS, (sum(each.whole for each in teachers), student.whole), strict=True))
+    held = dict(zip(WEIGHTS, (sum(each.held for each in teachers), student.held), strict=True))
+    layers = [each.layers for each in teachers] or [0]  # of one teacher at a time, unless they stay
+    gathered = max(layers) if settings.fsdp_reshard_after_forward else sum(layers)
+    gathered += sum(each.rest for each in teachers) + student.rest + student.layers
     if layout.shards > 1:
         gathered += scatter_buffer(models, settings)
-    sizes = [-(-parameter.numel() // layout.shards) for parameter in models.trainable]
     offloaded = layout.sharded and settings.fsdp_cpu_offload
     state = temporary = 0
     if cost is not None and not offloaded:
@@ -109,11 +112,14 @@ def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep,
     beside = weights - sum(whole.values()) + gathered + state
     phases = {phase: peak + beside for phase, peak in step.peaks.items()}
     gradients = step.gradients // layout.shards  # after the last microbatch
+    if models.own == "ema" and models.trainable[0].dtype != torch.float32:  # it follows what the optimizer has left
+        temporary = max(temporary, _AVERAGE_BYTES * max(sizes))
     phases["optimizer"] = weights + (0 if offloaded else gradients + state + temporary)
-    if max(phases, key=lambda phase: phases[phase]) == "optimizer":
+    highest = max(phases, key=lambda phase: phases[phase])
+    if highest == "optimizer":
         at_peak = {"gradients": gradients, "optimizer": state, "temporary": temporary}
     else:
-        live = {name: size for name, size in step.at_peak.items() if name not in whole}
+        live = {name: size for name, size in step.at_peaks[highest].items() if name not in whole}
         at_peak = {
             "gathered": gathered,
             "gradients": live.pop("gradients", 0),
@@ -123,8 +129,8 @@ def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep,
             "temporary": sum(live.values()),
         }
     return Memory(
-        teacher=held[WEIGHTS[0]],
-        student=held[WEIGHTS[1]],
+        teachers=tuple(each.held for each in teachers),
+        student=student.held,
         adapters=sum(map(tensor_bytes, get_adapter_params(models.student).values())) // layout.shards,
         gathered=gathered,
         gradients=step.gradients,
@@ -134,6 +140,38 @@ def _assemble(settings: Settings, models: Models, layout: Layout, step: DryStep,
         at_peak={**held, **at_peak},
         phases=phases,
     )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Bytes of one model: whole, kept on a device, and gathered there as in ``ShardedWeights``."""
+
+    whole: int
+    held: int
+    rest: int = 0
+    layers: int = 0
+
+
+def _weights(model: nn.Module, settings: Settings, layout: Layout) -> _Weights:
+    whole = weight_bytes(model)
+    if not layout.sharded:
+        return _Weights(whole, whole)
+    sharded = sharded_weights(model, settings, layout)
+    return _Weights(whole, sharded.share + table_bytes(model), sharded.rest, sharded.layers)
+
+
+def _teacher_weights(
+    teacher: MetaTeacher, models: Models, settings: Settings, layout: Layout, trained: list[int]
+) -> _Weights:
+    """Return what a teacher takes beside the student; ``trained`` are the elements of this process's parts."""
+    if teacher.own == "ema":
+        whole = sum(parameter.numel() for parameter in models.trainable)
+        return _Weights(_AVERAGE_BYTES * whole, _AVERAGE_BYTES * sum(trained))
+    if teacher.model is None:
+        return _Weights(0, 0)
+    weights, in_8_bits = _weights(teacher.model, settings, layout), sum(map(tensor_bytes, teacher.head_tensors))
+    # a head in 8 bits is whole on every process
+    return replace(weights, whole=weights.whole + in_8_bits, held=weights.held + in_8_bits)
 
 
 def fits(total: int, device_memory: int) -> bool:

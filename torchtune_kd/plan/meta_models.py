@@ -1,7 +1,7 @@
-"""Teacher and student on the meta device, ready for a dry step, and what they consist of."""
+"""The student and its teachers on the meta device, ready for a dry step, and what they consist of."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune_kd.caches.layout import CacheManifest, to_be_written
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
+from torchtune_kd.config.teachers import TeacherEntry
 from torchtune_kd.distributed.world import World
-from torchtune_kd.errors import UserError
 from torchtune_kd.kernels import float8_weight
 from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
@@ -24,6 +24,7 @@ from torchtune_kd.models.float8_head import replace_head
 from torchtune_kd.models.output_head import output_head
 from torchtune_kd.models.quantised_body import quantise_body
 from torchtune_kd.plan.tracker import tensor_bytes
+from torchtune_kd.training.teachers import check_joint_cache, check_own
 
 
 class StoredTeacher(nn.Module):
@@ -54,25 +55,84 @@ class StoredTeacher(nn.Module):
 
 
 @dataclass(frozen=True)
-class Models:
-    """Both decoders with rotary tables, the trainable parameters marked; ``teacher`` is None at kd_ratio 0.
+class MetaTeacher:
+    """Hold the weights of a teacher.
 
-    Of a teacher whose signals come from a cache there is the head at most. ``teacher_head`` is in 8-bit floats, where
-    the teacher has lost its own to :func:`as_run`.
+    Attributes:
+        model (TransformerDecoder | StoredTeacher | None): its decoder with rotary tables; of one whose signals come
+            from a cache the head at most; None where the student itself teaches.
+        head (Head | None): in 8-bit floats, where the model has lost its own to :func:`as_run`.
+        entry (TeacherEntry | None): out of ``teachers``; None of ``teacher_model`` or ``teacher_cache``.
     """
 
+    model: TransformerDecoder | StoredTeacher | None
+    head: Head | None = None
+    entry: TeacherEntry | None = None
+
+    @property
+    def name(self) -> str:
+        return "teacher" if self.entry is None else self.entry.name
+
+    @property
+    def own(self) -> str | None:
+        """Return "base" or "ema" where the student itself teaches."""
+        return None if self.entry is None else self.entry.own
+
+    @property
+    def manifest(self) -> CacheManifest | None:
+        """Return what its cache holds, where there is one."""
+        return self.model.manifest if isinstance(self.model, StoredTeacher) else None
+
+    @property
+    def head_tensors(self) -> list[Tensor]:
+        """Return what the head in 8-bit floats consists of; nothing where it has none."""
+        if self.head is None:
+            return []
+        weight, bias = self.head
+        return [tensor for tensor in (*weight, bias) if tensor is not None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Hold the student, its trainable parameters marked, and its teachers, one or several; none at kd_ratio 0."""
+
     student: TransformerDecoder
-    teacher: TransformerDecoder | StoredTeacher | None
-    teacher_head: Head | None = None
+    teachers: tuple[MetaTeacher, ...] = ()
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
+    @property
+    def own(self) -> str | None:
+        """Return "base" or "ema" where the student is one of its teachers."""
+        return next((teacher.own for teacher in self.teachers if teacher.own is not None), None)
+
+    def others(self, config: Config) -> Iterator[tuple[Config, MetaTeacher]]:
+        """Yield each teacher that is not the student, with the config as if it were the only one."""
+        others = (teacher for teacher in self.teachers if teacher.model is not None)
+        yield from zip(config.each_teacher(), others, strict=True)
+
+    def caches(self, config: Config) -> list[tuple[Config, CacheManifest]]:
+        """Return what each teacher's cache holds, as :meth:`others` does."""
+        return [(each, teacher.manifest) for each, teacher in self.others(config) if teacher.manifest is not None]
+
+    def shared_ids(self) -> int:
+        """Return the number of ids that all models score.
+
+        Raises:
+            UserError: if a teacher's vocabulary is not the student's.
+        """
+        sizes = (teacher.manifest.vocab if teacher.manifest else teacher.model for teacher in self.teachers)
+        return min(check_vocabularies(self.student, size) for size in (*sizes, None))
+
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights (elements, whatever they are held in); the student's adapters are part of ``student``."""
+    """Numbers of weights (elements, whatever they are held in); the student's adapters are part of ``student``.
+
+    ``teacher`` counts all teachers; see :func:`teacher_parameters`.
+    """
 
     teacher: int
     student: int
@@ -81,14 +141,15 @@ class Parameters:
 
 
 def build_models(config: Config, shards: int = 1) -> Models:
-    """Build both models as the recipe would build them, on the meta device.
+    """Build all models as the recipe would build them, on the meta device.
 
     Args:
         config (Config): the run's.
         shards (int): processes that share one copy of the weights, for NF4's rule of shapes; 1 shards nothing.
 
     Raises:
-        UserError: if one cannot be built, or they have different vocabularies.
+        UserError: if one cannot be built, a cache is not there or cannot be one of several teachers, the student
+            cannot teach itself, or vocabularies differ.
     """
     settings = config.settings
     on_host = replace(settings, device="cpu")  # shapes need no GPU
@@ -97,24 +158,32 @@ def build_models(config: Config, shards: int = 1) -> Models:
     if adapters := get_adapter_params(student):
         set_trainable_params(student, adapters)
     _make_runnable(student)
-    teacher = None
-    if config.teachers and settings.uses_teacher:
-        raise UserError(
-            "The plan knows one teacher, `teacher_model` or `teacher_cache`, but the config has `teachers`: plan it "
-            "with each of them in turn; a model's weights add up, and so does the time of its forward."
+    teachers = ()
+    if settings.uses_teacher:
+        check_own(config, student)
+        others = (_weights(each, on_host, world) for each in config.each_teacher())
+        teachers = tuple(
+            MetaTeacher(next(others) if entry is None or entry.own is None else None, entry=entry)
+            for entry in config.teachers or (None,)
         )
-    if config.runs_teacher:
-        teacher = on_meta(config.teacher_model, on_host, world).requires_grad_(False)
-        if config.teacher_weights is not None:
-            quantise_body(teacher, config.teacher_weights, shards)
-        _make_runnable(teacher)
-        check_vocabularies(student, teacher)
-    elif settings.uses_teacher:
-        teacher = _stored_teacher(config, on_host, world)
-        check_vocabularies(student, teacher.manifest.vocab)
+    models = Models(student, teachers)
+    for each, manifest in models.caches(config):
+        check_joint_cache(config, each, manifest)
+    models.shared_ids()
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(student, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    return Models(student, teacher)
+    return models
+
+
+def _weights(config: Config, on_host: Settings, world: World) -> TransformerDecoder | StoredTeacher:
+    """Return what a run holds of the one teacher of a config."""
+    if not config.runs_teacher:
+        return _stored_teacher(config, on_host, world)
+    teacher = on_meta(config.teacher_model, on_host, world).requires_grad_(False)
+    if config.teacher_weights is not None:
+        quantise_body(teacher, config.teacher_weights, world.num_shards)
+    _make_runnable(teacher)
+    return teacher
 
 
 def _stored_teacher(config: Config, on_host: Settings, world: World) -> StoredTeacher:
@@ -127,33 +196,37 @@ def _stored_teacher(config: Config, on_host: Settings, world: World) -> StoredTe
 
 
 def as_run(config: Config, models: Models) -> Models:
-    """Return the models as the recipe holds them while it runs, with its ``teacher_head``.
+    """Return the models as the recipe holds them while it runs, each teacher with its ``teacher_head``.
 
     Raises:
-        UserError: if the teacher's head cannot be quantised.
+        UserError: if a teacher's head cannot be quantised.
     """
-    if config.teacher_head is None or models.teacher is None:
-        return models
-    teacher = copy.deepcopy(models.teacher)
-    if isinstance(teacher, StoredTeacher):
-        head = Head(float8_weight(teacher.weight.detach()), None if teacher.bias is None else teacher.bias.detach())
-        teacher.weight = teacher.bias = None
-        return replace(models, teacher=teacher, teacher_head=head)
-    head = replace_head(teacher, lambda name: teacher.get_parameter(name).detach())
-    return replace(models, teacher=teacher, teacher_head=head)
+    heads = iter([each.teacher_head for each, _ in models.others(config)])
+    teachers = (each if each.model is None else _with_head(each, next(heads)) for each in models.teachers)
+    return replace(models, teachers=tuple(teachers))
 
 
-def head_tensors(models: Models) -> list[Tensor]:
-    """Return what the teacher's head in 8-bit floats consists of; nothing where it has none."""
-    if models.teacher_head is None:
-        return []
-    weight, bias = models.teacher_head
-    return [tensor for tensor in (*weight, bias) if tensor is not None]
+def _with_head(teacher: MetaTeacher, head_dtype: str | None) -> MetaTeacher:
+    if head_dtype is None:
+        return teacher
+    model = copy.deepcopy(teacher.model)
+    if isinstance(model, StoredTeacher):
+        head = Head(float8_weight(model.weight.detach()), None if model.bias is None else model.bias.detach())
+        model.weight = model.bias = None
+    else:
+        head = replace_head(model, lambda name: model.get_parameter(name).detach())
+    return replace(teacher, model=model, head=head)
+
+
+def teacher_parameters(models: Models) -> tuple[int, ...]:
+    """Return the number of weights that each teacher has beside the student's: an average has its trained ones."""
+    own = {"base": 0, "ema": _count(models.trainable)}
+    return tuple(own[each.own] if each.own is not None else _count(each.model.parameters()) for each in models.teachers)
 
 
 def count_parameters(models: Models) -> Parameters:
     return Parameters(
-        teacher=_count(models.teacher.parameters()) if models.teacher is not None else 0,
+        teacher=sum(teacher_parameters(models)),
         student=_count(models.student.parameters()),
         adapters=_count(get_adapter_params(models.student).values()),
         trained=_count(models.trainable),

@@ -1,22 +1,31 @@
 """A run's plan: parameters, memory, FLOPs, communication, largest batch and step time, from its config alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fractions import Fraction
 
 from torchtune_kd.config.checks import check_tokenizer, missing_tokenizer_files
 from torchtune_kd.config.reading import Config
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.errors import UserError
-from torchtune_kd.models.build import check_vocabularies
 from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
+from torchtune_kd.plan.each_teacher import TeacherPlan, each_teacher, stored_bytes
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
-from torchtune_kd.plan.meta_models import Models, Parameters, StoredTeacher, as_run, build_models, count_parameters
+from torchtune_kd.plan.meta_models import (
+    Models,
+    Parameters,
+    as_run,
+    build_models,
+    count_parameters,
+    teacher_parameters,
+)
 from torchtune_kd.plan.optimizer_cost import optimizer_cost
 from torchtune_kd.plan.request import SEQUENCE, Request
-from torchtune_kd.plan.timing import StepTime, flops_by_phase, step_time, why_times_cannot
-from torchtune_kd.teachers.cached_sparse import check_sparse_cache, signal_of
+from torchtune_kd.plan.timing import StepTime, average_traffic, flops_by_phase, step_time, why_times_cannot
+from torchtune_kd.teachers.cached_sparse import check_sparse_cache
+from torchtune_kd.training.teachers import with_signal
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,11 @@ class RunPlan:
         settings (Settings): the run's plain values.
         layout (Layout): its processes.
         sequence (int): tokens of a sequence.
-        teacher_head (str | None): as in the config.
-        stored_bytes (int | None): that a token's states take in a cache; None where a teacher runs.
+        teachers (tuple[TeacherPlan, ...]): each of them; none at ``kd_ratio: 0``.
+        ensemble (str | None): how they are mixed, "probabilities" or "logits"; None of one, and of teachers with
+            ``datasets``.
         missing_tokenizer (tuple[str, ...]): files of the tokenizer that are not there, so that it is not checked.
-        parameters (Parameters): of both models.
+        parameters (Parameters): of all models.
         memory (Memory): of a device.
         flops (dict[str, int]): by phase.
         communication (Communication): what travels.
@@ -45,8 +55,8 @@ class RunPlan:
     settings: Settings
     layout: Layout
     sequence: int
-    teacher_head: str | None
-    stored_bytes: int | None
+    teachers: tuple[TeacherPlan, ...]
+    ensemble: str | None
     missing_tokenizer: tuple[str, ...]
     parameters: Parameters
     memory: Memory
@@ -56,6 +66,11 @@ class RunPlan:
     devices: tuple[Device, ...]
     times: dict[str, StepTime]
     why_no_times: str | None
+
+    @property
+    def stored_bytes(self) -> int | None:
+        """Return the bytes that are read of a token from caches; None where every teacher runs."""
+        return stored_bytes(self.teachers)
 
     @property
     def tokens_per_step(self) -> int:
@@ -81,22 +96,21 @@ def plan_run(
         travels (Callable): what the recipe's step sends between devices.
 
     Raises:
-        UserError: if the config, a device or a size cannot be read, a model cannot be built, or the tokenizer, where
-            its files are there, does not fit the models.
+        UserError: if the config, a device or a size cannot be read, a model cannot be built, a teacher cannot teach as
+            the config says, or the tokenizer, where its files are there, does not fit the models.
     """
     settings, room = config.settings, request.memory_bytes
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(config, layout.shards)
-    stored = models.teacher.manifest if isinstance(models.teacher, StoredTeacher) else None
-    if stored is not None:
-        check_sparse_cache(config, stored)
-        config = replace(config, signal=signal_of(config, stored))
+    for each, manifest in models.caches(config):
+        check_sparse_cache(each, manifest)
+    config = with_signal(config, models.caches(config))
     missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
-        vocab = check_vocabularies(models.student, models.teacher if stored is None else stored.vocab)
-        check_tokenizer(config.tokenizer.build(), vocab)
+        check_tokenizer(config.tokenizer.build(), models.shared_ids())
     sequence, parameters = _sequence(request, config, models), count_parameters(models)
+    of_teachers = teacher_parameters(models)
     models = as_run(config, models)
     memory, dry = plan_memory(config, models, layout, sequence, run=step)
     most = None
@@ -108,10 +122,11 @@ def plan_run(
         most = largest_batch(total, room, {settings.batch_size: memory.total})
     moved = travels(models, settings, layout)
     cost = optimizer_cost(config.optimizer, models.trainable[0].dtype, settings.torch_device)
-    steps, network = settings.gradient_accumulation_steps, request.network_bandwidth
+    steps, network = Fraction(settings.gradient_accumulation_steps, dry.microbatches), request.network_bandwidth
+    average = average_traffic(models)
     times = {
         device.name: step_time(
-            dry.operations, steps, models.trainable, cost, layout, moved, device, settings.dtype, network
+            dry.operations, steps, models.trainable, cost, layout, moved, device, settings.dtype, network, average
         )
         for device in devices
     }
@@ -120,8 +135,8 @@ def plan_run(
         settings=settings,
         layout=layout,
         sequence=sequence,
-        teacher_head=config.teacher_head if settings.uses_teacher else None,
-        stored_bytes=None if stored is None else stored.bytes_per_token,
+        teachers=each_teacher(config, models, of_teachers, memory.teachers),
+        ensemble=config.ensemble if len(models.teachers) > 1 and not config.teachers[0].datasets else None,
         missing_tokenizer=tuple(map(str, missing)),
         parameters=parameters,
         memory=memory,
@@ -135,12 +150,13 @@ def plan_run(
 
 
 def _sequence(request: Request, config: Config, models: Models) -> int:
-    longest = min(model.max_seq_len for model in (models.student, models.teacher) if model is not None)
+    others = (teacher.model for _, teacher in models.others(config))
+    longest = min(model.max_seq_len for model in (models.student, *others))
     if request.sequence_length is None:
         return min(config.tokenizer.get("max_seq_len") or SEQUENCE, longest)
     if request.sequence_length > longest:
         raise UserError(
-            f"Expected sequences of at most {longest} tokens, the most that teacher and student take, got "
+            f"Expected sequences of at most {longest} tokens, the most that teachers and student take, got "
             f"{request.sequence_length}: lower `sequence_length`."
         )
     return request.sequence_length

@@ -26,6 +26,11 @@ _PARTS = {
     "loss": "loss and both heads' logits",
     "temporary": "temporary",
 }
+_KINDS = {
+    "cache": " (from a cache)",
+    "base": " (the student, adapters off)",
+    "ema": " (the student's average, fp32)",
+}
 _PHASES = {
     "teacher": "teacher, forward",
     "student": "student, forward",
@@ -42,6 +47,11 @@ def assumptions(plan: RunPlan) -> list[str]:
         f"every sequence has {plan.sequence} tokens, and every token is valid",
         "a microbatch does what it does in a run, followed on the meta device; attention keeps no S x S scores",
     ]
+    if specialists := [each for each in plan.teachers if each.datasets]:
+        said.append(
+            f"FLOPs and times take a microbatch's rows in equal shares for the {len(specialists)} teachers, memory the "
+            "worst case, in which one of them has all; a teacher without a row runs on one that does not count"
+        )
     if plan.missing_tokenizer:
         said.append(f"the tokenizer fits the models: {', '.join(plan.missing_tokenizer)} is not there to be checked")
     if settings.compile:
@@ -58,7 +68,7 @@ def assumptions(plan: RunPlan) -> list[str]:
             f"an operation reaches {ACHIEVED_FLOPS:.0%} of the device's dense {settings.dtype} peak or "
             f"{ACHIEVED_BANDWIDTH:.0%} of its memory bandwidth, and takes {SECONDS_PER_OPERATION * 1e6:.0f} us at least"
         )
-    if plan.teacher_head is not None and plan.devices and settings.dtype == "bf16":
+    if any(each.float8_head for each in plan.teachers) and plan.devices and settings.dtype == "bf16":
         without = [device.name for device in plan.devices if not device.float8]
         said.append(
             f"the product of the teacher's head in 8-bit floats takes {FLOAT8_TIME:g} of the time of one in bf16, as "
@@ -90,6 +100,8 @@ def as_dict(plan: RunPlan) -> dict[str, Any]:
         "dtype": settings.dtype,
         "device_memory": room,
         "parameters": asdict(plan.parameters),
+        "teachers": [asdict(each) for each in plan.teachers],
+        "ensemble": plan.ensemble,
         "torchtune_kd": {
             "memory": {
                 "total": memory.total,
@@ -122,9 +134,10 @@ def as_text(plan: RunPlan) -> str:
         f"{plan.sequence} tokens a microbatch, {settings.gradient_accumulation_steps} a step, "
         f"{plan.tokens_per_step:,} tokens a step in all",
         "",
-        f"parameters: teacher {counts.teacher:,}, student {counts.student:,}, of which {counts.trained:,} are trained"
-        + (f" ({counts.adapters:,} in adapters)" if counts.adapters else ""),
+        f"parameters: teacher{'s' * (len(plan.teachers) > 1)} {counts.teacher:,}, student {counts.student:,}, of which "
+        f"{counts.trained:,} are trained" + (f" ({counts.adapters:,} in adapters)" if counts.adapters else ""),
         "",
+        *_teacher_lines(plan),
         *_memory_lines(plan),
         "",
         *_flops_lines(plan.flops),
@@ -140,10 +153,24 @@ def as_text(plan: RunPlan) -> str:
     return "\n".join([*lines, "", "Assumed:", *(f"- {said}" for said in assumptions(plan))])
 
 
+def _teacher_lines(plan: RunPlan) -> list[str]:
+    """Name each teacher, where there are several or the student is one."""
+    if len(plan.teachers) < 2 and all(each.kind in ("live", "cache") for each in plan.teachers):
+        return []
+    shared = all(each.share is not None for each in plan.teachers)
+    rows = []
+    for each in plan.teachers:
+        said = f"{each.share:.3g}" if each.share is not None else ", ".join(map(str, each.datasets))
+        rows.append((each.name + _KINDS.get(each.kind, ""), [said, f"  {each.parameters:,}", _gib(each.bytes)]))
+    title = "teachers" if plan.ensemble is None else f"teachers, mean of {plan.ensemble}"
+    return [*_table(title, rows, "share" if shared else "datasets", "parameters", "GiB"), ""]
+
+
 def _memory_lines(plan: RunPlan) -> list[str]:
     memory, most = plan.memory, _most(plan.memory)
+    several = {"loss": "loss and all heads' logits"} if len(plan.teachers) > 1 else {}
     rows = []
-    for part, label in _PARTS.items():
+    for part, label in (_PARTS | several).items():
         cells = [_gib(most.get(part)), _gib(memory.at_peak.get(part, 0))]
         if any(cell not in ("0.00", "") for cell in cells):
             rows.append((label, cells))

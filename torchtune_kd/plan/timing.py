@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 
 from torchtune_kd.config.settings import Settings
 from torchtune_kd.plan.communication import Communication, Layout
 from torchtune_kd.plan.devices import Device
+from torchtune_kd.plan.meta_models import Models
 from torchtune_kd.plan.optimizer_cost import OptimizerCost
 from torchtune_kd.plan.tracker import Operation, tensor_bytes
 
@@ -40,12 +42,27 @@ class StepTime:
         return sum(self.phases.values()) + self.exposed
 
 
-def flops_by_phase(operations: Iterable[Operation], microbatches: int) -> dict[str, int]:
-    """FLOPs of one optimizer step on one device: a multiplication and an addition are two."""
+def flops_by_phase(operations: Iterable[Operation], microbatches: int | Fraction) -> dict[str, int]:
+    """Count the FLOPs of one optimizer step on one device: a multiplication and an addition are two.
+
+    Args:
+        operations (Iterable[Operation]): of a microbatch, or of several.
+        microbatches (int | Fraction): how often they are done in a step: of several, part of them.
+    """
     counts: Counter[str] = Counter()
     for operation in operations:
-        counts[operation.phase] += operation.flops * microbatches
-    return dict(counts)
+        counts[operation.phase] += operation.flops
+    return {phase: int(count * microbatches) for phase, count in counts.items()}
+
+
+def average_traffic(models: Models) -> float:
+    """Return the bytes of each trained weight that a step moves to let an average of them follow; 0 without one.
+
+    The average is read and written in fp32 and the weight read; of another dtype it is converted before.
+    """
+    steps = [each.entry.every_n_steps for each in models.teachers if each.entry is not None and each.own == "ema"]
+    size = models.trainable[0].itemsize
+    return sum((3 * 4 if size == 4 else size + 4 * 4) / every for every in steps)
 
 
 def why_times_cannot(settings: Settings) -> str | None:
@@ -62,7 +79,7 @@ def why_times_cannot(settings: Settings) -> str | None:
 
 def step_time(
     operations: Iterable[Operation],
-    microbatches: int,
+    microbatches: int | Fraction,
     trainable: list[nn.Parameter],
     optimizer: OptimizerCost | None,
     layout: Layout,
@@ -70,6 +87,7 @@ def step_time(
     device: Device,
     dtype: str,
     network: float,
+    average: float = 0.0,
 ) -> StepTime:
     """Estimate the time of one optimizer step.
 
@@ -77,8 +95,8 @@ def step_time(
     are gathered layer by layer, and gradients, travel behind the computation; embedding, norm and head before it.
 
     Args:
-        operations (Iterable[Operation]): of one microbatch.
-        microbatches (int): of one step.
+        operations (Iterable[Operation]): of a microbatch, or of several.
+        microbatches (int | Fraction): how often they are done in a step, see :func:`flops_by_phase`.
         trainable (list[nn.Parameter]): what the optimizer updates, whole.
         optimizer (OptimizerCost | None): of its state; without it the state is left out.
         layout (Layout): the processes.
@@ -86,16 +104,17 @@ def step_time(
         device (Device): its peaks.
         dtype (str): fp32 or bf16.
         network (float): GB/s in one direction between nodes, per device.
+        average (float): bytes of each trained weight that an average of them moves, see :func:`average_traffic`.
     """
     flops, bandwidth = device.tflops[dtype] * 1e12 * ACHIEVED_FLOPS, device.bandwidth * 1e9 * ACHIEVED_BANDWIDTH
     phases: Counter[str] = Counter()
     for phase, count, moved, float8 in operations:
         seconds = count / flops * (_float8_time(device) if float8 else 1.0)
-        phases[phase] += microbatches * max(seconds, moved / bandwidth, SECONDS_PER_OPERATION)
+        phases[phase] += float(microbatches) * max(seconds, moved / bandwidth, SECONDS_PER_OPERATION)
     elements = sum(parameter.numel() for parameter in trainable) / layout.shards
     state = 0.0 if optimizer is None else optimizer.state
     # weights, gradients and state are read, weights and state written
-    moved = 3 * sum(map(tensor_bytes, trainable)) / layout.shards + 2 * state * elements
+    moved = 3 * sum(map(tensor_bytes, trainable)) / layout.shards + (2 * state + average) * elements
     phases["optimizer"] = moved / bandwidth
     if not travels.total:
         return StepTime(dict(phases), 0.0, 0.0)

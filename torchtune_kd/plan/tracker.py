@@ -36,7 +36,7 @@ class Tracker(TorchDispatchMode):
         phase (str): where the step is; set from outside.
         live (Counter[str]): bytes alive now, by category.
         peaks (dict[str, int]): highest number of bytes alive, all together, by phase.
-        at_peak (dict[str, int]): the categories at the highest point of all.
+        at_peaks (dict[str, dict[str, int]]): the categories at the highest point of each phase.
         operations (list[Operation]): in order.
     """
 
@@ -46,7 +46,7 @@ class Tracker(TorchDispatchMode):
         self.phase = ""
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
+        self.at_peaks: dict[str, dict[str, int]] = {}
         self.operations: list[Operation] = []
         self._storages: dict[int, tuple[str, int, Any]] = {}
         self._total = 0
@@ -110,8 +110,7 @@ class Tracker(TorchDispatchMode):
 
     def _look(self) -> None:
         if self._total > self.peaks.get(self.phase, 0):
-            if self._total > max(self.peaks.values(), default=0):
-                self.at_peak = dict(self.live)
+            self.at_peaks[self.phase] = dict(self.live)
             self.peaks[self.phase] = self._total
 
 
