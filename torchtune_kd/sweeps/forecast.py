@@ -27,18 +27,16 @@ TIMED_STEPS = 4  # of which the first is left out: it is the slowest
 class Flops:
     """Count FLOPs per token of teacher and student, by the plan of a run; each cell is planned once.
 
-    A run with several ``teachers``, which the plan does not know, counts none. They are those of tokens that count,
-    in whole rows: what padding and masked prompts take comes on top.
+    They are those of tokens that count, in whole rows: what padding and masked prompts take comes on top. Of teachers
+    with ``datasets`` each has as many rows.
     """
 
     def __init__(self, devices: int) -> None:
         self._devices = devices
         self._known: dict[str, tuple[float, float]] = {}
 
-    def per_token(self, run: Run) -> tuple[float, float] | None:
-        """Return the FLOPs of the teacher, and of student, loss and update, for each token; None if not known."""
-        if run.written.get("teachers") is not None:
-            return None
+    def per_token(self, run: Run) -> tuple[float, float]:
+        """Return the FLOPs of all teachers' forwards, and of student, loss and update, for each token."""
         if run.cell.name not in self._known:
             written = copy.deepcopy(run.written)
             written.devices = self._devices
@@ -50,8 +48,7 @@ class Flops:
 
     def lines(self, run: Run, tokens: float) -> Iterator[Result]:
         """Yield the FLOPs of a run on so many tokens, on all devices, as results."""
-        found = self.per_token(run)
-        for name, each in zip(("teacher_flops", "student_flops"), found, strict=True) if found is not None else ():
+        for name, each in zip(("teacher_flops", "student_flops"), self.per_token(run), strict=True):
             yield run.result("training", name, each * tokens)
 
 
@@ -67,7 +64,7 @@ def forecast(request: Request) -> str:
     steps, tokens = _length(request, first[0])
     seconds, start_up = _timed(request, first[0])
     flops = Flops(request.keys.devices_per_run)
-    per_cell = {run.cell.name: flops.per_token(run) or (0.0, 0.0) for run in first}
+    per_cell = {run.cell.name: flops.per_token(run) for run in first}
     shares = [(points + len(later)) * tokens * sum(per_cell[cell.name]) for cell in request.cells]
     teacher = sum((points + len(later)) * tokens * per_cell[cell.name][0] for cell in request.cells)
     open_runs = sum(not run.is_trained for run in first) + sum(
