@@ -39,8 +39,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
 	@touch $@
 
+# ARGS: options of the demo, such as --cached
 demo: install
-	$(BIN)/python -m torchtune_kd.demo
+	$(BIN)/python -m torchtune_kd.demo $(ARGS)
 
 # Lint, types, and what can be tested within this process in half a minute: no compiler, other process or recipe runs, and of
 # the kernels' tests not the grids.

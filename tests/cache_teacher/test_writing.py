@@ -1,6 +1,7 @@
 """The writer: what it stores, how it goes on, and what it refuses."""
 
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,7 +221,9 @@ def test_mistakes_in_the_keys(tmp_path, keys, sentence):
 
 def test_configs_without_a_teacher_to_write(tmp_path):
     cfg = make_config(tmp_path)
-    with pytest.raises(UserError, match=r"Expected a section `cache` with a `folder`"):
+    with pytest.raises(UserError, match=r"Expected a section `cache` with a `folder`, got 'x'"):
+        read_request(OmegaConf.merge(cfg, {"cache": "x"}))
+    with pytest.raises(UserError, match=r"Expected `cache\.folder` in the config, but it is missing"):
         read_request(cfg)
     with pytest.raises(UserError, match=r"Expected `cache\.folder` in the config, but it is missing"):
         read_request(cache_config(cfg, None))
@@ -229,8 +232,18 @@ def test_configs_without_a_teacher_to_write(tmp_path):
     several = OmegaConf.merge(cfg, {"teacher_model": None, "teacher_checkpointer": None, "teachers": [{"self": "ema"}]})
     with pytest.raises(UserError, match="A cache is of one teacher, but the config has `teachers`"):
         read_request(cache_config(several, tmp_path / "cache"))
-    with pytest.raises(UserError, match="but it has `teacher_cache`: delete that key here"):
-        read_request(cache_config(OmegaConf.merge(cfg, {"teacher_cache": "x"}), tmp_path / "cache"))
+
+
+def test_the_config_of_a_run_from_a_cache_says_where_to_write(tmp_path):
+    cfg = OmegaConf.merge(make_config(tmp_path), {"teacher_cache": "x", "teacher_tail": None})
+    request = read_request(cfg)
+    assert (request.folder, request.config.teacher_cache) == (Path("x"), None)
+    assert read_request(OmegaConf.merge(cfg, {"cache": {"dtype": "int8"}})).keys.dtype == "int8"
+    assert read_request(cache_config(cfg, "x/")).folder == Path("x")
+    with pytest.raises(
+        UserError, match=r"`cache\.folder` to be what the config's run reads, `teacher_cache: x`, got y"
+    ):
+        read_request(cache_config(cfg, "y"))
 
 
 @pytest.mark.parametrize("size, number", [("1", 1), (7, 7), ("1.5KiB", 1536), ("2 GB", 2 * 10**9)])

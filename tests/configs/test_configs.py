@@ -1,6 +1,5 @@
 """Every config under configs/, at any depth: it reads, builds, fits its header, and hides no key that nothing reads."""
 
-import dataclasses
 import inspect
 import json
 import os
@@ -24,7 +23,7 @@ from torchtune.training import ModelType
 
 import torchtune_kd.losses
 from torchtune_kd.config.sections import section_of
-from torchtune_kd.config.settings import COMPONENTS, Settings
+from torchtune_kd.config.settings import KEYS, Settings
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.nf4 import check_nf4_shapes
 from torchtune_kd.training import UserError, World, read_config
@@ -35,7 +34,6 @@ CONFIGS = CHECKOUT / "configs"
 FOUND = sorted(Path(folder) / name for folder, _, names in os.walk(CONFIGS) for name in names if name.endswith("yaml"))
 SWEEPS = [path for path in FOUND if path.stem.startswith("sweep")]  # tests/configs/test_sweeps.py
 FILES = [path for path in FOUND if path not in SWEEPS]
-SETTING_NAMES = {field.name for field in dataclasses.fields(Settings)}
 
 # What `tune download` fetches: number of *.safetensors files, and the published config.json.
 MODELS = {
@@ -44,7 +42,15 @@ MODELS = {
     "Qwen/Qwen2.5-0.5B-Instruct": {"files": 1, "vocab": 151936, "layers": 24, "width": 896, "tied": True},
     "Qwen/Qwen2.5-1.5B-Instruct": {"files": 1, "vocab": 151936, "layers": 28, "width": 1536, "tied": True},
     "Qwen/Qwen2.5-7B-Instruct": {"files": 4, "vocab": 152064, "layers": 28, "width": 3584, "tied": False},
+    "Qwen/Qwen2.5-Coder-7B-Instruct": {"files": 4, "vocab": 152064, "layers": 28, "width": 3584, "tied": False},
     "HuggingFaceTB/SmolLM2-135M-Instruct": {"files": 1, "vocab": 49152, "layers": 30, "width": 576, "tied": True},
+}
+
+# 1.5: the temperature that the demo's experiment log settled on
+TEMPERATURES = {
+    "135M_to_15L_KD_full_single_device": 1.5,
+    "15L_to_15L_KD_born_again_full_single_device": 1.0,
+    "1B_KD_self_base_lora_single_device": 1.0,
 }
 
 each_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
@@ -70,6 +76,13 @@ def sections(node: Any, path: str = "") -> list[tuple[str, dict]]:
     return found + [s for key, child in children for s in sections(child, f"{path}.{key}".lstrip("."))]
 
 
+def teachers(plain: dict) -> list[tuple[dict, dict]]:
+    """Model and checkpointer of every teacher that has any; the student's own past has none."""
+    if "teachers" in plain:
+        return [(entry["model"], entry["checkpointer"]) for entry in plain["teachers"] if "self" not in entry]
+    return [(plain["teacher_model"], plain["teacher_checkpointer"])]
+
+
 @cache
 def meta_model(section: str) -> TransformerDecoder:
     """A model on the meta device from its section as JSON, so that files with equal sections build it once."""
@@ -77,7 +90,7 @@ def meta_model(section: str) -> TransformerDecoder:
     return on_meta(section_of("model", json.loads(section)), settings, World(torch.device("cpu")))
 
 
-def model_of(cfg: DictConfig, name: str) -> TransformerDecoder:
+def model_of(cfg: DictConfig, name: str = "model") -> TransformerDecoder:
     return meta_model(json.dumps(OmegaConf.to_container(cfg[name], resolve=True)))
 
 
@@ -94,24 +107,25 @@ def test_everything_a_config_names_can_be_built(path):
     cfg = load(path)
     plain = OmegaConf.to_container(cfg, resolve=True)
     found = dict(sections(plain))
-    assert {"model", "teacher_model", "checkpointer", "teacher_checkpointer", "dataset", "kd_loss"} <= found.keys()
+    assert {"model", "checkpointer", "dataset", "kd_loss"} <= found.keys()
     for where, section in found.items():
         takes = inspect.signature(_get_component_from_path(section["_component_"])).parameters
         if "load_dataset_kwargs" in takes:  # handed on to the reader of local files
             takes = takes | inspect.signature(datasets.load_dataset).parameters
         assert section.keys() - {"_component_"} <= takes.keys(), where
-    for name in ("checkpointer", "teacher_checkpointer"):
-        assert hasattr(ModelType, found[name]["model_type"])
+    for checkpointer in (found["checkpointer"], *(files for _, files in teachers(plain))):
+        assert hasattr(ModelType, checkpointer["model_type"])
 
     config = read_config(cfg, distributed=is_distributed(path))
     settings = config.settings
     assert (settings.dtype, settings.resume_from_checkpoint, "loss" in cfg) == ("bf16", False, False)
-    student, teacher = model_of(cfg, "model"), model_of(cfg, "teacher_model")
-    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
-    assert check_vocabularies(student, teacher) == min(m.tok_embeddings.num_embeddings for m in (student, teacher))
+    student = model_of(cfg)
+    for teacher in (meta_model(json.dumps(model)) for model, _ in teachers(plain)):
+        larger = sum(p.numel() for p in teacher.parameters()) - sum(p.numel() for p in student.parameters())
+        assert larger == 0 if "born_again" in path.stem else larger > 0
+        assert check_vocabularies(student, teacher) == min(m.tok_embeddings.num_embeddings for m in (student, teacher))
 
-    # the demo's config: the temperature its experiment log settled on
-    assert config.kd_loss.build().temperature == (1.5 if path.stem == "135M_to_15L_KD_full_single_device" else 2.0)
+    assert config.kd_loss.build().temperature == TEMPERATURES.get(path.stem, 2.0)
     optimizer = config.optimizer.build([nn.Parameter(torch.zeros(2))])
     assert build_lr_scheduler(config.lr_scheduler, optimizer, total_steps=200).last_epoch == 0
     assert build_profiler(config.profiler, torch.device("cpu")) is not None
@@ -129,11 +143,16 @@ def test_header_says_how_to_run_the_file_it_stands_in(path):
         at = words.index("--config")
         assert words[at + 1] in stock
         if words[at - 1].startswith("torchtune_kd/"):
-            ours.append(words[at - 1 : at + 2])
+            ours.append((words[at - 1], words[at + 1]))
             assert ("--nproc_per_node" in words) == is_distributed(path)
             overridden = OmegaConf.merge(load(path), OmegaConf.from_dotlist(words[at + 2 :]))
             read_config(overridden, distributed=is_distributed(path))
-    assert len(ours) == 2 and all(words == [f"torchtune_kd/{recipe}", "--config", name] for words in ours)
+    first = []  # what has to be there before
+    if "teacher_cache" in load(path):
+        first.append(("torchtune_kd/cache_teacher", name))
+    if "born_again" in path.stem:
+        first.append(("torchtune_kd/kd_single_device", "torchtune_kd/smollm2/135M_to_15L_KD_full_single_device"))
+    assert ours == [*first, *[(f"torchtune_kd/{recipe}", name)] * 2]
     assert load(path).output_dir.startswith("/tmp/torchtune_kd/")
 
 
@@ -142,29 +161,25 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
     cfg = load(path)
     folders = dict(re.findall(r"tune download (\S+) --output-dir (\S+)", header(path)))
     seen = set()
-    for name, model in (("checkpointer", "model"), ("teacher_checkpointer", "teacher_model")):
-        repo = next((repo for repo, folder in folders.items() if folder == cfg[name].checkpoint_dir), None)
-        if repo is None:  # a pruned student, which no hub has
-            assert (path.parent.name, name) == ("smollm2", "checkpointer")
-            from torchtune_kd.tools.prune import _parse as prune_arguments
-
-            (prune,) = re.findall(r"^#   python -m torchtune_kd\.tools\.prune (.*)$", header(path), re.MULTILINE)
-            (options,) = re.findall(r"^#   (--strategy influence .*)$", header(path), re.MULTILINE)
-            args = prune_arguments(shlex.split(prune))
-            assert args.strategy == "even"
-            assert (str(args.checkpoint_dir), str(args.output_dir)) == (cfg.teacher_dir, cfg[name].checkpoint_dir)
-            args = prune_arguments(shlex.split(prune.replace("--strategy even", options)))
-            assert args.strategy == "influence"
-            assert args.num_layers == len(model_of(cfg, model).layers) == 15
-            assert args.model == cfg.teacher_model._component_ and args.tokenizer == cfg.tokenizer._component_
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    for at, (section, checkpointer) in enumerate([(plain["model"], plain["checkpointer"]), *teachers(plain)]):
+        decoder = meta_model(json.dumps(section))
+        repo = next((repo for repo, folder in folders.items() if folder == checkpointer["checkpoint_dir"]), None)
+        if repo is None and at == 0:  # a pruned student, which no hub has
+            assert path.parent.name == "smollm2"
+            seen.add(check_pruning(path, cfg, folders))
+            assert len(decoder.layers) == 15
+            continue
+        if repo is None:  # the epoch of the generation before
+            before = load(CONFIGS / "smollm2" / "135M_to_15L_KD_full_single_device.yaml")
+            assert checkpointer["checkpoint_dir"] == f"{before.output_dir}/epoch_0" and section == plain["model"]
             continue
         seen.add(repo)
-        facts, files = MODELS[repo], cfg[name].checkpoint_files
+        facts, files = MODELS[repo], checkpointer["checkpoint_files"]
         n = facts["files"]
-        assert list(files) == (
+        assert files == (
             ["model.safetensors"] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
         )
-        decoder = model_of(cfg, model)
         built = {
             "files": n,
             "vocab": decoder.tok_embeddings.num_embeddings,
@@ -178,23 +193,40 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
     assert all(any(file.startswith(f"{folder}/") for folder in folders.values()) for file in tokenizer_files)
 
 
+def check_pruning(path: Path, cfg: DictConfig, folders: dict[str, str]) -> str:
+    """See that the head's commands make the student, and return the repository of what is pruned."""
+    from torchtune_kd.tools.prune import _parse as prune_arguments
+
+    (prune,) = re.findall(r"^#   python -m torchtune_kd\.tools\.prune (.*)$", header(path), re.MULTILINE)
+    (options,) = re.findall(r"^#   (--strategy influence .*)$", header(path), re.MULTILINE)
+    args = prune_arguments(shlex.split(prune))
+    assert (args.strategy, args.num_layers, str(args.output_dir)) == ("even", 15, cfg.checkpointer.checkpoint_dir)
+    (repo,) = [repo for repo, folder in folders.items() if folder == str(args.checkpoint_dir)]
+    args = prune_arguments(shlex.split(prune.replace("--strategy even", options)))
+    assert args.strategy == "influence"
+    assert args.model == cfg.teacher_model._component_ and args.tokenizer == cfg.tokenizer._component_
+    return repo
+
+
 @pytest.mark.heavy  # a second each
 @each_config
 def test_misspelt_keys_are_found_wherever_they_stand(path):
     plain = yaml.safe_load(path.read_text())
-    folders = [key for key in plain if key not in SETTING_NAMES and key not in COMPONENTS]
+    folders = [key for key in plain if key not in KEYS]
     assert all(f"${{{key}}}" in path.read_text() for key in folders)
     for key in plain.keys() - set(folders):
         refused(path, plain | {key + key[-1]: plain[key]}, key + key[-1], key)
     for where, section in sections(plain):
         takes = inspect.signature(_get_component_from_path(section["_component_"])).parameters
+        where = re.sub(r"\.(\d+)", r"[\1]", where)
         for key in section.keys() - {"_component_"}:
             if key in takes:  # else load_dataset is to find it, see below
-                wrong = plain | {where: section | {key + key[-1]: section[key]}}
+                wrong = OmegaConf.create(plain)
+                OmegaConf.update(wrong, f"{where}.{key + key[-1]}", section[key], force_add=True)
                 refused(path, wrong, f"{where}.{key + key[-1]}", key)
 
 
-def refused(path: Path, content: dict, wrong: str, meant: str) -> None:
+def refused(path: Path, content: dict | DictConfig, wrong: str, meant: str) -> None:
     with pytest.raises(UserError) as caught:
         read_config(OmegaConf.create(content), distributed=is_distributed(path))
     assert f"`{wrong}`" in str(caught.value) and f"did you mean `{meant}`?" in str(caught.value)

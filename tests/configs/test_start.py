@@ -5,18 +5,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from helpers.assets import llama3_tokenizer, qwen2_5_tokenizer, smollm2_folder
 from helpers.forked import ForkedRun, needs_fsdp2_on_a_cpu
 from helpers.tiny import read_log
+from torchtune_kd import cache_teacher
 from torchtune_kd.config.checks import check_tokenizer
 from torchtune_kd.data.batches import check_ids
+from torchtune_kd.distributed.world import World
 from torchtune_kd.plan import as_dict, plan_run, read_request
 from torchtune_kd.training import UserError
+from torchtune_kd.training.signals import StopRequests
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*_KD_*.yaml"))  # sweeps are no runs
@@ -34,38 +39,43 @@ ROWS = [
 ]
 
 
-def overrides(path: Path, folder: Path) -> list[str]:
-    """``key=value`` that make the config at ``path`` small, local and random, and leave the rest as it is shipped."""
+def overrides(path: Path, folder: Path) -> dict[str, Any]:
+    """Make the config at ``path`` small, local and random: values by dotted key; the rest is as it is shipped."""
     cfg = OmegaConf.load(path)
     values = {
         "output_dir": folder / "out",
         "device": "cpu",
         "random_weights": True,
-        "checkpointer": "null",
-        "teacher_checkpointer": "null",
+        "checkpointer": None,
         "epochs": 1,
         "max_steps_per_epoch": 2,
         "batch_size": 2,
         "gradient_accumulation_steps": 1,
         "metric_logger.filename": "log.txt",
     }
+    teachers = {"teacher_model": "teacher_checkpointer"} if "teacher_model" in cfg else {}
+    for index, entry in enumerate(cfg.get("teachers", ())):
+        teachers |= {f"teachers[{index}].model": f"teachers[{index}].checkpointer"} if "model" in entry else {}
+    values |= dict.fromkeys(teachers.values())
+    if "teacher_cache" in cfg:
+        values["teacher_cache"] = folder / "cache"
     rows = folder / "train.jsonl"
     if path.parent.name == "smollm2":
         for name in ("train", "val"):
             (folder / f"{name}.jsonl").write_text(
                 "".join(json.dumps({"text": row["output"]}) + "\n" for row in ROWS * 4)
             )
-        values |= {"teacher_dir": smollm2_folder(), "data_dir": folder}
-        values |= {"model.num_layers": 1, "teacher_model.num_layers": 2}
-        return [f"{key}={value}" for key, value in values.items()]
+        values |= {"tokenizer_dir" if "tokenizer_dir" in cfg else "teacher_dir": smollm2_folder(), "data_dir": folder}
+        return values | {"model.num_layers": 1, "teacher_model.num_layers": 2}
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     values |= {"dataset.source": "json", "dataset.data_files": rows}
     if path.parent.name == "llama3_2":
         values["tokenizer.path"] = llama3_tokenizer()
     else:
         values["tokenizer.path"], values["tokenizer.merges_file"] = qwen2_5_tokenizer(folder)
-    for name, layers in (("model", 1), ("teacher_model", 2)):
-        module, _, builder = cfg[name]._component_.removeprefix("torchtune.models.").partition(".")
+    for name in ("model", *teachers):
+        written = OmegaConf.select(cfg, name)._component_
+        module, _, builder = written.removeprefix("torchtune.models.").partition(".")
         component, sizes = BUILDERS[module]
         if "_7b_" in builder:
             sizes = {"vocab_size": 152064}
@@ -74,14 +84,18 @@ def overrides(path: Path, folder: Path) -> list[str]:
         component = component.format("lora_" if "lora" in builder else "")
         if builder.startswith("qlora"):
             sizes = sizes | {"quantize_base": True}
+        layers = 1 if name == "model" else 2
         for key, value in ({"_component_": component, "num_layers": layers} | SMALL | sizes).items():
             values[f"{name}.{key}"] = value
-    return [f"{key}={value}" for key, value in values.items()]
+    return values
 
 
 def small(path: Path, folder: Path) -> DictConfig:
-    cfg = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides(path, folder)))
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "student_dir"])  # which no key reads any more
+    cfg = OmegaConf.load(path)
+    for key, value in overrides(path, folder).items():
+        OmegaConf.update(cfg, key, str(value) if isinstance(value, Path) else value, force_add=True)
+    unread = {"student_dir"} | ({"teacher_dir"} if "tokenizer_dir" in cfg else set())  # by any key
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key not in unread])
 
 
 @pytest.mark.heavy
@@ -89,6 +103,8 @@ def small(path: Path, folder: Path) -> DictConfig:
 def test_a_shipped_config_trains_two_steps_with_its_tokenizer(path, tmp_path):
     cfg = small(path, tmp_path)
     size = 2 if path.stem.endswith("_distributed") else 1
+    if "teacher_cache" in cfg:
+        cache_teacher.write_cache(cache_teacher.read_request(cfg), World(torch.device("cpu")), StopRequests())
     ForkedRun(cfg, size).finish()
     steps = [step for step in read_log(cfg.output_dir) if "loss" in step]
     assert [step["step"] for step in steps] == [1, 2]
@@ -104,7 +120,9 @@ def test_tune_run_starts_llama_with_its_tokenizer(recipe, tmp_path):
     if recipe == "kd_distributed":
         needs_fsdp2_on_a_cpu()
         processes = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    tune, small_and_local = Path(sys.executable).parent / "tune", overrides(CONFIGS / f"{name}.yaml", tmp_path)
+    tune = Path(sys.executable).parent / "tune"
+    written = overrides(CONFIGS / f"{name}.yaml", tmp_path).items()
+    small_and_local = [f"{key}={'null' if value is None else value}" for key, value in written]
     done = subprocess.run(
         [tune, "run", *processes, f"torchtune_kd/{recipe}", "--config", f"torchtune_kd/{name}", *small_and_local],
         capture_output=True,

@@ -84,6 +84,19 @@ def test_a_plan_is_one_however_late_it_is(plan):
     assert late.minutes > 0 and late.validation_rows >= 2 and late.validate_every >= 1
 
 
+@pytest.mark.parametrize("slowness, rows", [(0.1, 250), (1, 250), (3, 107), (1000, 2)])
+def test_the_teacher_reads_what_its_share_of_the_time_allows(clock, slowness, rows):
+    deadline = Deadline()
+    clock.now += 30
+    found = budget.cached_rows(deadline, slowness * PACE, rows=250, row_tokens=255)
+    assert found == rows
+    assert found <= 2 or found * 255 * slowness * PACE < 0.3 * deadline.left()
+
+
+def test_steps_from_a_cache_are_quicker(plan):
+    assert plan(elapsed=30, slowness=1, cached=True).validate_every > plan(elapsed=0, slowness=1).validate_every
+
+
 def pretend_demo(clock, slowness):
     """The demo's phases on a machine that is ``slowness`` times as slow as two quiet cores: seconds, steps, share."""
     deadline, start = Deadline(), clock.now

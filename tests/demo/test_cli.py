@@ -100,6 +100,8 @@ def test_a_folder_of_ones_own_needs_no_gguf_reader(tmp_path, monkeypatch, ran, s
         (["tokenizer.max_seq_len=long"], "tokenizer.max_seq_len"),
         (["lr_scheduler.num_warmup_steps=ten"], "lr_scheduler"),
         (["epochs=2"], "epochs"),
+        (["teacher_cache=/tmp/x"], "--cached"),
+        (["--cached", "cache.dtype=int8"], "cache.dtype"),
         (["max_minutes=3"], "--steps"),
         (["lr_scheduler={_component_: torch.optim.lr_scheduler.LinearLR}"], "lr_scheduler"),
         (["seed=${nope}"], "nope"),
@@ -123,6 +125,7 @@ def test_values_that_cannot_be_are_refused_before_anything_is_lost(tmp_path, cap
     [
         ["--temperature", "0.001"],
         ["--temperature", "1000"],
+        ["--cached", "--temperature", "1"],
         ["batch_size=1", "optimizer.lr=1.2e-3"],
         ["optimizer._component_=torch.optim.AdamW", "--strategy", "influence"],
         ["kd_loss._component_=torchtune_kd.losses.JSDLoss", "kd_loss.beta=0.3", "lr_scheduler=null"],

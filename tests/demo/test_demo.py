@@ -17,10 +17,11 @@ def texts(file):
 
 
 @pytest.mark.slow
-def test_two_steps_from_beginning_to_end(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--cached"]], ids=["live", "cached"])
+def test_two_steps_from_beginning_to_end(tmp_path, options):
     (tmp_path / "own.txt").write_text(reference_text()[:60_000], encoding="utf-8")
     command = [sys.executable, "-m", "torchtune_kd.demo", "--output-dir", "out", "--steps", "2", "--text", "own.txt"]
-    command += ["--strategy", "influence"]  # one forward pass; the measures have tests of their own
+    command += ["--strategy", "influence", *options]  # one forward pass; the measures have tests of their own
     overrides = [
         "tokenizer.max_seq_len=64",
         "batch_size=1",
@@ -34,8 +35,10 @@ def test_two_steps_from_beginning_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
 
-    for stage in ("1/5 teacher", "2/5 text", "3/5 student", "4/5 training", "5/5 measuring"):
-        assert stage in done.stdout
+    stages = ["teacher", "text", "student", *(["cache"] if options else []), "training", "measuring"]
+    for number, stage in enumerate(stages, start=1):
+        assert f"{number}/{len(stages)} {stage}" in done.stdout
+    assert ("teacher_cache=" in " ".join(results["command"])) == ("cache" in results) == bool(options)
     assert "2/2 [" in done.stdout  # the recipe's progress bar
     assert "did not fall" in done.stdout or "fell from" in done.stdout
 

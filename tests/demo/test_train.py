@@ -20,7 +20,7 @@ def python(code):
 @pytest.mark.heavy
 def test_progress_is_shown_and_everything_is_kept(tmp_path, capsys):
     code = r"import sys; print('the config'); sys.stderr.write('\r 50%'); sys.stderr.write('\r100%\nstep 2\n')"
-    train.run_training(python(code), tmp_path / "run" / "tune.log")
+    train.run_recipe(python(code), tmp_path / "run" / "tune.log")
     assert capsys.readouterr().out == "\r 50%\r100%\nstep 2\n"
     assert (tmp_path / "run" / "tune.log").read_bytes() == b"the config\n\r 50%\r100%\nstep 2\n"
 
@@ -29,7 +29,7 @@ def test_progress_is_shown_and_everything_is_kept(tmp_path, capsys):
 def test_a_failure_is_one_sentence_with_its_exit_code(tmp_path):
     code = "import sys; print('error: Unknown key `lrr`: did you mean `lr`?', file=sys.stderr); sys.exit(7)"
     with pytest.raises(DemoError, match=r"exit code 7 \(error: Unknown key `lrr`: did you mean `lr`\?\)") as error:
-        train.run_training(python(code), tmp_path / "tune.log")
+        train.run_recipe(python(code), tmp_path / "tune.log")
     assert error.value.exit_code == 7
     assert "\n" not in str(error.value)
 
@@ -40,7 +40,7 @@ def test_ctrl_c_ends_the_training_process_too(tmp_path):
         # a shell that starts the tests in the background lets them ignore SIGINT, and children inherit that
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from torchtune_kd.demo import train; "
-        "train.run_training([sys.executable, '-c', "
+        "train.run_recipe([sys.executable, '-c', "
         "'import os, time; print(os.getpid(), chr(13), flush=True); time.sleep(100)'], Path('tune.log'))"
     )
     process = subprocess.Popen(python(script), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -80,7 +80,7 @@ def test_the_config_is_the_shipped_one_with_overrides():
 
 @pytest.mark.slow
 def test_the_command_is_tune_of_this_environment():
-    command = train.tune_command(["batch_size=1"])
-    assert command[-5:] == ["run", train.RECIPE, "--config", train.CONFIG, "batch_size=1"]
+    command = train.tune_command(train.TRAINING, ["batch_size=1"])
+    assert command[-5:] == ["run", train.TRAINING, "--config", train.CONFIG, "batch_size=1"]
     listing = subprocess.run([*command[:-5], "ls"], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert train.RECIPE in listing and train.CONFIG in listing
+    assert all(name in listing for name in (train.TRAINING, train.CACHING, train.CONFIG))

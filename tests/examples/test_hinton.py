@@ -220,12 +220,29 @@ def test_the_specialist_of_the_likeliest_class_is_asked(monkeypatch):
     answers = torch.randn(16, 9, 41).log_softmax(-1)  # as logits, of S·P networks
     special = networks.Networks(16, (64, 41))
     monkeypatch.setattr(special, "predict", lambda images: answers)
-    q = specialists.with_specialists(p, special, groups, torch.rand(2, 9, 64))
+    answer, own = specialists.answers(p, special, groups, torch.rand(2, 9, 64))
     for seed in range(2):
         for image in range(9):
             s = groups[seed, p[seed, image].argmax()]
-            answer = answers[8 * seed + s, image].exp()
-            torch.testing.assert_close(q[seed, image], specialists.combined(p[seed, image], answer, groups[seed] == s))
+            torch.testing.assert_close(answer[seed, image], answers[8 * seed + s, image].exp())
+            assert torch.equal(own[seed, image], groups[seed] == s)
+
+
+def test_a_student_of_generalist_and_specialist_ends_where_both_are_combined():
+    """There the gradient by its logits is 0, which it is not where the generalist alone would lead."""
+    p, own = torch.randn(2, 9, 6).double().softmax(-1), torch.rand(2, 9, 6) < 0.5
+    own[..., 0], own[..., 1] = True, False
+    answer = torch.randn(2, 9, 7).double()
+    answer[..., :-1][~own] = -math.inf
+    answer = answer.softmax(-1)
+    rows, labels = torch.arange(9).expand(2, -1), torch.zeros(2, 9, dtype=torch.long)
+    targets = specialists.SpecialistTargets(labels, p.log(), answer=answer, own=own)
+    gradients = []
+    for q in (specialists.combined(p, answer, own), p):
+        logits = q.log().requires_grad_()
+        targets.loss(logits, rows).backward()
+        gradients.append(logits.grad.abs().max().item())
+    assert gradients[0] < 1e-12 < 1e-3 < gradients[1]
 
 
 def test_classes_that_are_predicted_together_share_a_specialist():

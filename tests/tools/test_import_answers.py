@@ -21,6 +21,7 @@ from helpers.foreign import (
 from helpers.tiny import read_log, run_in_process
 from torchtune_kd.caches.layout import CacheManifest
 from torchtune_kd.models.smollm2 import smollm2_tokenizer
+from torchtune_kd.tools.importing.axolotl import read_axolotl
 from torchtune_kd.tools.importing.messages import TokenIds, conversation
 
 K = 8
@@ -162,6 +163,24 @@ def test_rows_that_axolotl_prepared(folder, tmp_path, said, first):
     cache = imported(config(folder, tmp_path), "axolotl", source, tmp_path / "cache")
     manifest = CacheManifest.read(cache)
     assert manifest.temperatures == [] and manifest.tokens == CacheManifest.read(folder / "cache").tokens
+
+
+def test_all_rows_of_axolotl_decide_which_tokens_are_meant(tmp_path):
+    """By itself the second row would be taken to speak of its first token, which is the likelier one."""
+    rows = [([1, 2, 3, 4, 5, 6, 7], [{4: -0.1}, {5: -0.2}, {6: -0.3}, {7: -0.1}]), ([8, 8, 8, 9], [{8: -0.1, 9: -2.5}])]
+    source = write_lines(
+        tmp_path / "rows.jsonl",
+        [
+            {
+                "input_ids": tokens,
+                "logprobs": [[{"token": f"token_id:{i}", "logprob": x} for i, x in each.items()] for each in listed],
+            }
+            for tokens, listed in rows
+        ],
+    )
+    first, second = read_axolotl(source, None)
+    assert first.positions.tolist() == [2, 3, 4, 5]
+    assert second.positions.tolist() == [2]
 
 
 def test_conversations_of_axolotl(folder, tmp_path):

@@ -13,6 +13,7 @@ from torchtune_kd.config.reading import Config, read_run_config
 from torchtune_kd.config.settings import typed
 from torchtune_kd.errors import UserError, nearest
 
+OF_A_CACHED_RUN = ("teacher_cache", "teacher_tail")  # keys of the run that will read what is written
 _OF_KIND = {"dtype": "hidden", "k": "top_k", "temperatures": "top_k", "samples": "sampled"}
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -21,7 +22,7 @@ _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10
 class CacheKeys:
     """Say what is written where; see docs/teachers.md."""
 
-    folder: str
+    folder: str  # where the config has none, its `teacher_cache`
     kind: str = "hidden"
     dtype: str = "bf16"  # of hidden states
     k: int = 64  # of top_k: likeliest ids
@@ -67,22 +68,17 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
     Raises:
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.
     """
-    config = read_run_config(written, ("cache",), distributed=distributed)
+    config = read_run_config(written, ("cache", *OF_A_CACHED_RUN), distributed=distributed)
     if config.teachers:
         raise UserError(
             "A cache is of one teacher, but the config has `teachers`: name one under `teacher_model` and "
             "`teacher_checkpointer`."
         )
-    if config.teacher_cache is not None:
-        raise UserError(
-            "Expected the config of a run whose teacher is to be written to disk, but it has `teacher_cache`: delete "
-            "that key here."
-        )
     if not config.settings.uses_teacher:
         raise UserError("`kd_ratio: 0` runs no teacher, so there is nothing to write: set it above 0.")
-    section = written.get("cache")
+    section = written.get("cache") or OmegaConf.create({})
     if not isinstance(section, DictConfig):
-        raise UserError("Expected a section `cache` with a `folder`, but there is none: add cache.folder=FOLDER.")
+        raise UserError(f"Expected a section `cache` with a `folder`, got {section!r}: write cache.folder=FOLDER.")
     known = {field.name: field for field in fields(CacheKeys)}
     values: dict[str, Any] = {}
     for key in section:
@@ -95,8 +91,7 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
             )
         if key != "temperatures":
             values[str(key)] = typed(f"cache.{key}", section[key], known[str(key)].type)
-    if values.get("folder") is None:
-        raise UserError("Expected `cache.folder` in the config, but it is missing: add cache.folder=FOLDER.")
+    values["folder"] = _folder(values.get("folder"), written.get("teacher_cache"))
     keys = CacheKeys(**values)
     for name, choices in (("kind", KINDS), ("dtype", DTYPES), ("positions", POSITIONS)):
         if getattr(keys, name) not in choices:
@@ -111,6 +106,20 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
         raise UserError(f"Expected `cache.samples` to be from 1 to 255, got {keys.samples}: change it.")
     temperatures = _temperatures(section.get("temperatures"), config) if keys.kind == "top_k" else ()
     return Request(config, keys, _size(keys.shard_size), temperatures)
+
+
+def _folder(folder: str | None, read_by_the_run: Any) -> str:
+    """Return where to write: `cache.folder`, or where the run of the same config will read."""
+    if folder is None and read_by_the_run is None:
+        raise UserError("Expected `cache.folder` in the config, but it is missing: add cache.folder=FOLDER.")
+    if folder is None:
+        return typed("teacher_cache", read_by_the_run, str)
+    if read_by_the_run is not None and Path(folder) != Path(str(read_by_the_run)):
+        raise UserError(
+            f"Expected `cache.folder` to be what the config's run reads, `teacher_cache: {read_by_the_run}`, got "
+            f"{folder}: leave it out, or change `teacher_cache` too."
+        )
+    return folder
 
 
 def _temperatures(given: Any, config: Config) -> tuple[float, ...]:

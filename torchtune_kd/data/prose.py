@@ -142,6 +142,33 @@ def training_passages(
     return rows[:num_rows]
 
 
+def repeated_passages(
+    tokenizer: ModelTokenizer,
+    documents: Mapping[str, str],
+    num_tokens: int,
+    num_rows: int,
+    different: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Draw ``num_rows`` passages in as many passes as that takes, each over the same passages in another order.
+
+    Args:
+        tokenizer (ModelTokenizer): counts tokens.
+        documents (Mapping[str, str]): to cut.
+        num_tokens (int): most that a passage has.
+        num_rows (int): passages to return.
+        different (int | None): keep so many of those that one pass has; None keeps all.
+        seed (int): of the order.
+    """
+    one_pass = passages(tokenizer, joined(documents), num_tokens)
+    random.Random(seed).shuffle(one_pass)
+    one_pass = one_pass[:different]
+    rows: list[str] = []
+    for number in range(-(-num_rows // len(one_pass))):
+        rows += random.Random(seed + number).sample(one_pass, len(one_pass))
+    return rows[:num_rows]
+
+
 def held_out_prompts(documents: Documents, count: int) -> list[str]:
     """Choose beginnings of prose: one of each document, longest first, then more of them, then of any words."""
     firsts, others = [], []

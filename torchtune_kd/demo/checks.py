@@ -11,6 +11,7 @@ _SET_BY_THE_DEMO = {
     "data_dir": "name the folder by --output-dir, and your text by --text",
     "student_dir": "name the folder by --output-dir",
     "teacher_dir": "name the folder by --teacher-dir",
+    "teacher_cache": "pass --cached",
     "epochs": "leave it out, since the demo writes as much text as it trains on",
     "max_minutes": "leave it out, since the demo ends by its own clock, or set --steps",
     "model.num_layers": "leave it out, since the demo makes a student of 15 layers",
@@ -30,6 +31,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         key, equals, _ = override.partition("=")
         if not (key and equals):
             raise DemoError(f"Expected key=value, but got {override!r}: write for example optimizer.lr=1e-3.")
+        if key.startswith("cache."):
+            raise DemoError(
+                f"Expected no {override}, because the demo trains from exact states: leave it out, or run "
+                "torchtune_kd/cache_teacher yourself."
+            )
         if key in _SET_BY_THE_DEMO:
             raise DemoError(f"Expected no {override}, because the demo sets {key}: {_SET_BY_THE_DEMO[key]}.")
     needed = ["matplotlib", "rich"]

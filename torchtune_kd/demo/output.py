@@ -18,7 +18,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.train_text, self.held_out_text = path / "train.jsonl", path / "val.jsonl"
-        self.untrained, self.run = path / "student-untrained", path / "run"
+        self.untrained, self.run, self.cache = path / "student-untrained", path / "run", path / "cache"
         self.trained = self.run / "epoch_0"
         self.curves, self.results = path / "curves.png", path / "results.json"
         self._unfinished = path / ".unfinished"
@@ -58,7 +58,7 @@ class OutputFolder:
             self._unfinished.touch()
             for path in (self.train_text, self.held_out_text, self.curves, self.results):
                 path.unlink(missing_ok=True)
-            for path in (self.untrained, self.run):
+            for path in (self.untrained, self.run, self.cache):
                 if path.exists():
                     shutil.rmtree(path)
         except OSError as error:

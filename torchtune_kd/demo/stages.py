@@ -7,22 +7,23 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torchtune
 from omegaconf import DictConfig
 from rich.console import Console
-from torchtune.modules import TransformerDecoder
 
 import torchtune_kd
+from torchtune_kd.caches.layout import CacheManifest
 from torchtune_kd.data import prose
 from torchtune_kd.demo import budget, machine, report, teacher, train
+from torchtune_kd.demo.completions import completions
 from torchtune_kd.demo.output import DemoError, OutputFolder
 from torchtune_kd.evaluation import speed
 from torchtune_kd.evaluation.distance import Distance, closing
-from torchtune_kd.generation.engine import greedy, with_caches
+from torchtune_kd.generation.engine import with_caches
 from torchtune_kd.models.smollm2 import SmolLM2Tokenizer, smollm2_tokenizer
 from torchtune_kd.reports.curves import write_curves
 from torchtune_kd.reports.logs import read_log
@@ -56,13 +57,15 @@ class Demo:
         self.results: dict[str, Any] = {"seconds": {}, "cut_short": []}
 
     def run(self) -> None:
-        stages = (
+        stages = [
             ("teacher", "getting SmolLM2-135M-Instruct", self.get_teacher),
             ("text", "choosing documents to train on and documents held out", self.split_text),
             ("student", f"choosing {STUDENT_LAYERS} of the teacher's {TEACHER_LAYERS} layers", self.make_student),
             ("training", "distilling with tune run; the first line is the untrained student", self.train),
             ("measuring", "letting teacher and students write, and timing them", self.measure),
-        )
+        ]
+        if self.args.cached:
+            stages.insert(3, ("cache", "running the teacher once, with tune run, and keeping its states", self.cache))
         for number, (name, what, stage) in enumerate(stages, start=1):
             begin = time.perf_counter()
             line = f"[bold]{self._clock()}  {number}/{len(stages)} {name}[/]: {what}"
@@ -83,6 +86,7 @@ class Demo:
         self.config: DictConfig = train.read_config(self.overrides)
         self.dtype = torch.float32 if self.config.dtype == "fp32" else torch.bfloat16
         self.row_length = self.config.tokenizer.max_seq_len - 1  # torchtune's text datasets cut there
+        self.rows_per_step = self.config.batch_size * self.config.gradient_accumulation_steps
         self._detail(f"in {self.teacher_dir}")
 
     def split_text(self) -> None:
@@ -129,15 +133,29 @@ class Demo:
         }
         self._detail(f"kept {' '.join(map(str, layers))} ({_STRATEGIES[strategy]})")
 
-    def train(self) -> None:
-        rows_per_step = self.config.batch_size * self.config.gradient_accumulation_steps
-        most = self.args.steps or budget.MOST_STEPS
-        rows = prose.training_passages(self.tokenizer, self.split.train, self.row_length, most * rows_per_step)
-        prose.write_rows(self.output.train_text, rows)
-        overrides = self._timing(rows_per_step * self.row_length)
-        command = train.tune_command([*overrides, *self.overrides])
+    def cache(self) -> None:
+        self._write_texts()
+        states = "fp32" if self.dtype == torch.float32 else "bf16"  # as the teacher gives them
+        keys = [f"cache.folder={self.output.cache}", f"cache.dtype={states}"]
+        command = train.tune_command(train.CACHING, [*keys, *self.overrides])
         self._detail(shlex.join(command))
-        train.run_training(command, self.output.run / "tune.log")
+        train.run_recipe(command, self.output.run / "cache.log")
+        manifest = CacheManifest.read(self.output.cache)
+        self.results["cache"] = {"tokens": manifest.tokens, "bytes": manifest.tokens * manifest.bytes_per_token}
+        self._detail(
+            f"{manifest.tokens:,} tokens, {self.results['cache']['bytes'] / 1e6:.0f} MB in {self.output.cache}"
+        )
+
+    def train(self) -> None:
+        rows_per_step = self.rows_per_step
+        if not self.args.cached:
+            self._write_texts()
+        overrides = self._timing()
+        if self.args.cached:
+            overrides.append(f"teacher_cache={self.output.cache}")
+        command = train.tune_command(train.TRAINING, [*overrides, *self.overrides])
+        self._detail(shlex.join(command))
+        train.run_recipe(command, self.output.run / "tune.log")
         steps, validations = read_log(self.output.run / "logs")
         before, after = (Distance.from_validation(validations[index]) for index in (0, -1))
         tokens = len(steps) * rows_per_step * self.row_length
@@ -178,7 +196,12 @@ class Demo:
             with_caches(model, max(map(len, encoded)) + max(NEW_TOKENS, TIMED_TOKENS))
 
         seconds = max(self.deadline.left(), LEAST_MEASURING) / 2  # for the texts, and as much for the speeds
-        self.results["completions"] = self._completions(models, dict(zip(prompts, encoded, strict=True)), seconds)
+        texts, ended_early = completions(
+            models, self.tokenizer, dict(zip(prompts, encoded, strict=True)), NEW_TOKENS, self.deadline, seconds
+        )
+        if ended_early:
+            self._cut(f"{ended_early} of {len(models) * len(prompts)} texts end early")
+        self.results["completions"] = texts
         names = ("teacher", "trained")
         speeds = speed.tokens_per_second(
             [models[name] for name in names], encoded[0], TIMED_TOKENS, REPEATS, max(self.deadline.left(), seconds)
@@ -199,25 +222,6 @@ class Demo:
                 "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
                 "tokens_per_second": per_second,
             }
-
-    def _completions(
-        self, models: Mapping[str, TransformerDecoder], prompts: Mapping[str, list[int]], seconds: float
-    ) -> list[dict[str, str]]:
-        """Let each model go on with each prompt; every text has its share of the ``seconds`` that are left."""
-        end, texts = self.deadline.elapsed() + seconds, len(models) * len(prompts)
-        completions, cut = [], 0
-        for prompt, ids in prompts.items():
-            completions.append({"prompt": prompt})
-            for name, model in models.items():
-                share = (end - self.deadline.elapsed()) / texts
-                begin = self.deadline.elapsed()
-                tokens = greedy(model, ids, NEW_TOKENS, self.tokenizer.stop_tokens, share)
-                cut += len(tokens) < NEW_TOKENS and self.deadline.elapsed() - begin >= share
-                texts -= 1
-                completions[-1][name] = self.tokenizer.decode(tokens)
-        if cut:
-            self._cut(f"{cut} of {len(models) * len(prompts)} texts end early")
-        return completions
 
     def finish(self) -> None:
         results, config = self.results, self.config
@@ -267,29 +271,50 @@ class Demo:
             overrides["kd_loss.temperature"] = self.args.temperature
         return [*(f"{key}={value}" for key, value in overrides.items()), *self.args.overrides]
 
-    def _timing(self, step_tokens: int) -> list[str]:
-        """Write the held-out text, and return how long to train and how often to validate on it, as overrides."""
-        rows, overrides, every = self.held_out_rows, [], math.ceil((self.args.steps or 0) / VALIDATIONS)
+    def _write_texts(self) -> None:
+        """Write the passages to train on, and as many held-out ones as there is time to validate on."""
+        number = (self.args.steps or budget.MOST_STEPS) * self.rows_per_step
+        if self.args.cached:
+            one_pass = len(prose.passages(self.tokenizer, prose.joined(self.split.train), self.row_length))
+            different = one_pass
+            if self.args.steps is None:
+                different = budget.cached_rows(self.deadline, self.pace, rows=one_pass, row_tokens=self.row_length)
+            if different < one_pass:
+                self._cut(f"the teacher reads {different} of {one_pass} passages")
+            rows = prose.repeated_passages(self.tokenizer, self.split.train, self.row_length, number, different)
+        else:
+            rows = prose.training_passages(self.tokenizer, self.split.train, self.row_length, number)
+        prose.write_rows(self.output.train_text, rows)
+
+        rows = self.held_out_rows
+        kept = len(rows) if self.args.steps is not None else self._plan().validation_rows
+        if kept < len(rows):
+            self._cut(f"held-out text is {kept} of {len(rows)} passages")
+            rows = [rows[index * len(rows) // kept] for index in range(kept)]
+        prose.write_rows(self.output.held_out_text, rows)
+        self.results["text"]["held_out"]["validated"] = sum(self._num_tokens(row) for row in rows)
+
+    def _plan(self) -> budget.TrainingPlan:
+        return budget.plan_training(
+            self.deadline,
+            self.pace,
+            step_tokens=self.rows_per_step * self.row_length,
+            rows=len(self.held_out_rows),
+            row_tokens=self.row_length,
+            validations=VALIDATIONS,
+            cached=self.args.cached,
+        )
+
+    def _timing(self) -> list[str]:
+        """Return how long to train and how often to validate, as overrides."""
+        overrides, every = [], math.ceil((self.args.steps or 0) / VALIDATIONS)
         if self.args.steps is None:
-            plan = budget.plan_training(
-                self.deadline,
-                self.pace,
-                step_tokens=step_tokens,
-                rows=len(rows),
-                row_tokens=self.row_length,
-                validations=VALIDATIONS,
-            )
+            plan = self._plan()
             every = plan.validate_every
-            kept = min(plan.validation_rows, len(rows))
-            if kept < len(rows):
-                self._cut(f"held-out text is {kept} of {len(rows)} passages")
-                rows = [rows[index * len(rows) // kept] for index in range(kept)]
             overrides.append(f"max_minutes={plan.minutes:.2f}")
             if not any(override.startswith("lr_scheduler") for override in self.args.overrides):
                 overrides.append(f"lr_scheduler.num_warmup_steps={round(budget.WARM_UP * budget.MOST_STEPS)}")
             self._detail(f"as many steps as end within {plan.minutes:.1f} minutes (--steps sets a number)")
-        prose.write_rows(self.output.held_out_text, rows)
-        self.results["text"]["held_out"]["validated"] = sum(self._num_tokens(row) for row in rows)
         return [*overrides, f"run_val_every_n_steps={every}"]
 
     def _cut(self, what: str) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchtune_kd.demo.output import DemoError
 
-RECIPE = "torchtune_kd/kd_single_device"
+TRAINING, CACHING = "torchtune_kd/kd_single_device", "torchtune_kd/cache_teacher"
 CONFIG = "torchtune_kd/smollm2/135M_to_15L_KD_full_single_device"
 
 _ERASED = re.compile(rb"\x1b\[[0-9;]*[A-Za-z]")  # terminal control sequences
@@ -29,15 +29,15 @@ def read_config(overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
 
 
-def tune_command(overrides: Sequence[str]) -> list[str]:
+def tune_command(recipe: str, overrides: Sequence[str]) -> list[str]:
     """Return the command line of ``tune run`` in the environment that this interpreter belongs to."""
     tune = shutil.which("tune", path=str(Path(sys.executable).parent))
     door = [tune] if tune else [sys.executable, "-m", "torchtune_kd"]  # the same command line
-    return [*door, "run", RECIPE, "--config", CONFIG, *overrides]
+    return [*door, "run", recipe, "--config", CONFIG, *overrides]
 
 
-def run_training(command: Sequence[str], log: Path) -> None:
-    """Run the command; show its progress bar, and keep all that it says in ``log``.
+def run_recipe(command: Sequence[str], log: Path) -> None:
+    """Run a command of :func:`tune_command`; show its progress bar, and keep all that it says in ``log``.
 
     Raises:
         DemoError: with the command's exit code if it fails.
@@ -68,7 +68,7 @@ def run_training(command: Sequence[str], log: Path) -> None:
             raise
     if code:
         last = next((line for line in reversed(_lines(log)) if line.strip()), "it said nothing")
-        raise DemoError(f"Training ended with exit code {code} ({last.strip()}); see {log} for all it said.", abs(code))
+        raise DemoError(f"tune run ended with exit code {code} ({last.strip()}); see {log} for all it said.", abs(code))
 
 
 def _show_progress(process: subprocess.Popen, file) -> None:

@@ -8,15 +8,15 @@ positions, of which each lists ids with log-probabilities at T = 1, in one of th
     target_logprobs   the same as axolotl prepares it: normalised over these ids, so that the rest is not known
 
 Which tokens are meant is a matter of axolotl's version, and of what its chat template puts behind an answer: position t
-of T says which token t, t + 1, or one from about L - T on is likely. So the document decides: the place is taken at
-which its tokens are among the listed ids.
+of T says which token t, t + 1, or one from about L - T on is likely. So the documents decide, all of them together: the
+place is taken at which the most tokens are among the listed ids.
 
 Shapes: L tokens of a document, T positions of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,47 @@ def read_axolotl(
     Raises:
         UserError: for a row without these fields, or whose document's tokens are not among the ids.
     """
-    for where, row in read_rows(source_files(source, (*JSON, *PARQUET))):
+    files = source_files(source, (*JSON, *PARQUET))
+    fields = tokenizer, logprobs_field, messages_field
+    place = _most_likely_place(_documents(files, *fields))
+    for document in _documents(files, *fields):
+        begin = place.first_token(document)
+        if _hits(document, begin)[0] < _AMONG * sum(map(bool, document.listed)):
+            raise UserError(
+                f"Expected the document's tokens among the ids of their positions, but at {document.where} they are "
+                "not, wherever axolotl may have put them: name the teacher's tokenizer and template, or leave that row "
+                "out."
+            )
+        entries = {
+            begin + at - 1: each
+            for at, each in enumerate(document.listed)
+            if each and 0 < begin + at < len(document.tokens)
+        }
+        yield told(document.where, (document.tokens,), entries)
+
+
+class _Document(NamedTuple):
+    where: str
+    tokens: np.ndarray
+    listed: list[Entries]  # of each position
+
+
+class _Place(NamedTuple):
+    """Say which token the first position of a row is about."""
+
+    from_the_end: bool  # counted from token L - T instead of the first one
+    offset: int
+
+    def first_token(self, document: _Document) -> int:
+        start = len(document.tokens) - len(document.listed) if self.from_the_end else 0
+        return max(0, start + self.offset)
+
+
+_PLACES = (_Place(False, 0), _Place(False, 1), *(_Place(True, offset) for offset in range(-_BEHIND, 2)))
+
+
+def _documents(files: Sequence[Path], tokenizer: Any, logprobs_field: str, messages_field: str) -> Iterator[_Document]:
+    for where, row in read_rows(files):
         if row.get("input_ids") is not None:
             tokens = token_ids(row, "input_ids", where)
         else:
@@ -56,9 +96,27 @@ def read_axolotl(
         listed = [_likely(each) for each in _listed(row, logprobs_field, where)]
         if not any(listed):
             raise UserError(f"Expected log-probabilities, but {where} has none: leave that row out.")
-        begin = _begin(tokens, listed, where)
-        entries = {begin + at - 1: each for at, each in enumerate(listed) if each and 0 < begin + at < len(tokens)}
-        yield told(where, (tokens,), entries)
+        yield _Document(where, tokens, listed)
+
+
+def _most_likely_place(documents: Iterable[_Document]) -> _Place:
+    """Return the place with the most tokens, then mass, among the listed ids, over all documents."""
+    found = dict.fromkeys(_PLACES, (0, 0.0))
+    for document in documents:
+        for place, (hits, mass) in found.items():
+            more, heavier = _hits(document, place.first_token(document))
+            found[place] = hits + more, mass + heavier
+    return max(found, key=lambda place: found[place])
+
+
+def _hits(document: _Document, begin: int) -> tuple[int, float]:
+    """Return how many tokens are among the ids of their positions, and their mass, if the first is about `begin`."""
+    hits, mass = 0, 0.0
+    for token, entries in zip(document.tokens[begin:].tolist(), document.listed, strict=False):
+        found = dict(entries).get(token)
+        if found is not None:
+            hits, mass = hits + 1, mass + float(np.exp(min(found, 0.0)))
+    return hits, mass
 
 
 def _listed(row: Row, logprobs_field: str, where: str) -> list[Entries]:
@@ -96,26 +154,3 @@ def _pair(entry: Any) -> tuple[int, float]:
 def _likely(entries: Entries) -> Entries:
     """Leave out what pads."""
     return [(index, value) for index, value in entries if not value <= UNLIKELY]
-
-
-def _begin(tokens: np.ndarray, listed: Sequence[Entries], where: str) -> int:
-    """Return the token that the first position says: the place with the most tokens, then mass, among the ids."""
-    most = (0, 0.0, 0)
-    length, given = len(tokens), len(listed)
-    each = [dict(entries) for entries in listed]
-    places = {0, 1, *range(max(0, length - given - _BEHIND), length - given + 2)}
-    for begin in sorted(places):
-        hits, mass, count = 0, 0.0, 0
-        for token, entries in zip(tokens[begin:].tolist(), each, strict=False):
-            found = entries.get(token)
-            count += bool(entries)
-            hits += found is not None
-            mass += 0.0 if found is None else float(np.exp(min(found, 0.0)))
-        if hits >= _AMONG * count:
-            most = max(most, (hits, mass, begin))
-    if not most[0]:
-        raise UserError(
-            f"Expected the document's tokens among the ids of their positions, but at {where} they are not, wherever "
-            "axolotl may have put them: name the teacher's tokenizer and template, or leave that row out."
-        )
-    return most[2]
