@@ -1,7 +1,7 @@
 """Teacher and student on the meta device, ready for a dry step, and what they consist of."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.float8_head import replace_head
 from torchtune_kd.models.output_head import output_head
-from torchtune_kd.models.quantised_body import quantise_body
+from torchtune_kd.models.quantised_body import Int8Linear, quantise_body
 from torchtune_kd.plan.tracker import tensor_bytes
 
 
@@ -153,7 +153,7 @@ def head_tensors(models: Models) -> list[Tensor]:
 
 def count_parameters(models: Models) -> Parameters:
     return Parameters(
-        teacher=_count(models.teacher.parameters()) if models.teacher is not None else 0,
+        teacher=_count(_numbers(models.teacher)) if models.teacher is not None else 0,
         student=_count(models.student.parameters()),
         adapters=_count(get_adapter_params(models.student).values()),
         trained=_count(models.trainable),
@@ -168,6 +168,15 @@ def weight_bytes(model: nn.Module) -> int:
 def table_bytes(model: nn.Module) -> int:
     """Rotary tables, each once: buffers that every process holds whole."""
     return sum(map(tensor_bytes, {id(buffer): buffer for buffer in model.buffers()}.values()))
+
+
+def _numbers(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all parameters, of 8-bit layers what they stand for."""
+    in_8_bits = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    as_held = {id(part) for layer in in_8_bits for part in (layer.weight, layer.scale)}
+    yield from (parameter for parameter in model.parameters() if id(parameter) not in as_held)
+    for layer in in_8_bits:
+        yield from layer.quantised()
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
