@@ -54,7 +54,7 @@ def test_the_teacher_computes_with_what_its_weights_round_to(tmp_path, kind, dty
 
 
 def test_one_dtype_holds_all_parameters_of_an_8_bit_layer():
-    """FSDP2 of PyTorch before 2.8 refuses to gather others together; their bytes are those of w and s."""
+    """FSDP2 of PyTorch 2.6 to 2.11 refuses integers, and of 2.6 several dtypes; the bytes are those of w and s."""
     linear = Int8Linear(8, 6, bias=True, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in linear.parameters()} == {torch.bfloat16}
     assert linear.weight.nbytes == 6 * 8 and linear.scale.nbytes == 6 * 4

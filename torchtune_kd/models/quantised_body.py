@@ -22,8 +22,9 @@ KINDS = ("nf4", "int8")
 class Int8Linear(nn.Module):
     """A frozen linear layer y = x (s w)^T + b with 8-bit weights.
 
-    FSDP2 of PyTorch before 2.8 gathers parameters of one floating dtype alone. So the bytes of w and s are held as
-    numbers of ``dtype``, which mean nothing as such, and seen as what they are in each call.
+    FSDP2 holds no integer parameters (PyTorch 2.6 to 2.11 at least), and gathers one dtype alone (2.6 and 2.7). So
+    the bytes of w and s are held as numbers of ``dtype``, which mean nothing as such, and seen as what they are in
+    each call.
 
     Args:
         in_dim (int): of x.
