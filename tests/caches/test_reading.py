@@ -1,5 +1,8 @@
 """Shards, index and reader: what was written comes back, and what was changed is named."""
 
+import threading
+from concurrent.futures import CancelledError
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,7 @@ D = 6
 
 def entry(number, positions, seed=0):
     generator = torch.Generator().manual_seed(100 * number + seed)
-    states = torch.randn(len(positions), D, generator=generator).bfloat16()
+    states = torch.randint(-127, 128, (len(positions), D), generator=generator, dtype=torch.int8)
     scale = torch.randn(len(positions), generator=generator).half()
     return Entry(bytes([number]) * 16, np.array(positions), {"states": states, "scale": scale})
 
@@ -44,7 +47,7 @@ def cache(tmp_path):
     files[HEAD] = file_facts(tmp_path / HEAD)
     CacheManifest(
         "hidden",
-        "bf16",
+        "int8",
         None,
         [],
         None,
@@ -180,3 +183,84 @@ def test_no_shard(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(Damaged):
         read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("change", [1, ord("I") ^ ord("U")])
+def test_a_changed_byte_of_a_shards_header_is_named_or_changes_nothing(cache, change):
+    """Checksums are of rows alone; a header says where they lie, and what they are."""
+    written = ENTRIES[1][0]
+    file = shard_with(cache, written)
+    content, named = file.read_bytes(), 0
+    for at in range(8 + int.from_bytes(content[:8], "little")):
+        file.write_bytes(content[:at] + bytes([content[at] ^ change]) + content[at + 1 :])
+        try:
+            columns = CacheReader(cache).read([document(written)]).columns()
+        except RunError as error:
+            assert file.name in str(error) and written.key.hex() in str(error)
+            named += 1
+        else:
+            assert columns.keys() == written.columns.keys(), at
+            assert all(torch.equal(column, written.columns[name]) for name, column in columns.items()), at
+    assert named > 300
+
+
+def cut(file):
+    """Leave a shard's header, and nothing of what it describes."""
+    content = file.read_bytes()
+    file.write_bytes(content[: 8 + int.from_bytes(content[:8], "little")])
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (lambda file: file.unlink(), "No such file or directory"),
+        (cut, r"the file .* has \d+ bytes instead of \d+"),
+        (lambda file: file.write_bytes(b""), "cannot be read as a shard"),
+        (lambda file: (file.unlink(), file.mkdir()), "Is a directory"),
+    ],
+    ids=["gone", "cut short", "empty", "a folder"],
+)
+@pytest.mark.parametrize("seen", [False, True], ids=["not yet read", "read before"])
+def test_a_shard_that_is_lost_while_it_is_used_is_named_with_the_document(cache, harm, why, seen):
+    written = ENTRIES[1][1]  # the last of its shard
+    file, reader = shard_with(cache, written), CacheReader(cache)
+    if seen:
+        assert reader.read([document(written)]).columns()
+        why = f"{why}|it ends .* bytes too early"
+    harm(file)
+    with pytest.raises(
+        RunError, match=rf"The document {written.key.hex()} in {file} cannot be read, .*({why})"
+    ) as ended:
+        reader.read([document(written)]).columns()
+    assert "see that its disk is there, or delete that file and run" in str(ended.value)
+
+
+def test_what_no_thread_has_begun_to_read_is_given_up_at_the_end(cache, monkeypatch):
+    """So that a process that ends with an error does not wait for all that it had announced."""
+    monkeypatch.setattr("torchtune_kd.caches.reader.THREADS", 1)
+    begun, go_on, read = threading.Event(), threading.Event(), []
+
+    def slow(descriptor, memory, offset):
+        begun.set()
+        assert go_on.wait(60)
+        read.append(offset)
+
+    monkeypatch.setattr("torchtune_kd.caches.reader._read_whole", slow)
+    reader = CacheReader(cache)
+    first, second = (reader.read([document(written)]) for written in ENTRIES[0])
+    assert begun.wait(60)
+    reader.close()
+    go_on.set()
+    with pytest.raises(CancelledError):
+        second.columns()
+    with pytest.raises(RunError, match="its checksum differs"):  # nothing was read into its memory
+        first.columns()
+    assert len(read) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_no_missing_cache(tmp_path):
+    """A name that leads to itself, which root cannot follow either."""
+    folder = tmp_path / "cache"
+    folder.symlink_to(folder)
+    with pytest.raises(UserError, match=rf"The cache in {folder} cannot be read \(.*: see that its disk is there"):
+        CacheReader(folder)

@@ -8,7 +8,7 @@ from helpers.cached import cached, write
 from helpers.forked import ForkedRun
 from helpers.tiny import make_config, read_log, run_in_process
 from torchtune_kd.errors import UserError
-from torchtune_kd.models.quantised_body import Int8Linear, quantise_rows
+from torchtune_kd.models.quantised_body import Int8Linear, Int8Weights, quantise_rows
 
 
 def test_rows_are_within_half_a_step():
@@ -45,9 +45,24 @@ def test_the_teacher_computes_with_what_its_weights_round_to(tmp_path, kind, dty
     for ours, theirs in zip(read_log(cfg.output_dir), read_log(by_hand.output_dir), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if dtype == "fp32" else 1e-2)
     layers = quantised.teacher.teacher.decoder.layers
-    weights = [module.weight for layer in layers for module in layer.modules() if "Linear" in type(module).__name__]
-    assert len(weights) == 2 * 7
-    assert all(isinstance(weight, NF4Tensor) if kind == "nf4" else weight.dtype == torch.int8 for weight in weights)
+    linears = [module for layer in layers for module in layer.modules() if "Linear" in type(module).__name__]
+    assert len(linears) == 2 * 7
+    if kind == "nf4":
+        assert all(isinstance(linear.weight, NF4Tensor) for linear in linears)
+    else:
+        assert {linear.quantised()[0].dtype for linear in linears} == {torch.int8}
+
+
+def test_one_dtype_holds_all_parameters_of_an_8_bit_layer():
+    """FSDP2 of PyTorch 2.6 to 2.11 refuses integers, and of 2.6 several dtypes; the bytes are those of w and s."""
+    linear = Int8Linear(8, 6, bias=True, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in linear.parameters()} == {torch.bfloat16}
+    assert linear.weight.nbytes == 6 * 8 and linear.scale.nbytes == 6 * 4
+    weight = torch.randn(6, 8)
+    model = torch.nn.ModuleDict({"linear": linear})
+    model.load_state_dict(dict(Int8Weights({"linear.weight": weight, "linear.bias": torch.zeros(6)}, model)))
+    expected = quantise_rows(weight)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(linear.quantised(), expected, strict=True))
 
 
 @pytest.mark.slow
@@ -74,7 +89,8 @@ def test_random_weights_of_an_unquantised_teacher_are_quantised(tmp_path):
     cfg.merge_with({"checkpointer": None, "teacher_checkpointer": None, "random_weights": True})
     teacher = run_in_process(cfg).teacher.teacher.decoder
     layer = next(module for module in teacher.modules() if isinstance(module, Int8Linear))
-    values = (layer.weight * layer.scale).std()
+    weight, scale = layer.quantised()
+    values = (weight * scale).std()
     assert values == pytest.approx(0.02, rel=0.1)
 
 
@@ -87,6 +103,10 @@ def test_random_weights_of_an_unquantised_teacher_are_quantised(tmp_path):
             "is for a teacher that runs, but there is",
         ),
         ({"teacher_weights": "nf4", "teacher_model__intermediate_dim": 500}, "does not fit the teacher, int8 does"),
+        (
+            {"teacher_weights": "int8", "teacher_model__intermediate_dim": 510},
+            r"rows of a multiple of 4 weights, but layers\.0\.mlp\.w2\.weight of the teacher is \[256, 510\]",
+        ),
     ],
 )
 def test_mistakes(tmp_path, more, sentence):

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from torchtune_kd.caches.finish import write_manifest
+from torchtune_kd.caches.finish import wait_for_files, write_manifest
 from torchtune_kd.caches.index import Index, whole_shards
-from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest
+from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest, shards_of
 from torchtune_kd.caches.shards import read_header
 from torchtune_kd.checkpoints.folders import check_one_folder
 from torchtune_kd.distributed.world import World
@@ -54,8 +54,7 @@ def check_shards(folder: Path, facts: Mapping[str, Any], world: World) -> Index:
     Raises:
         UserError: for a shard or a head of another cache, one that cannot be read, or 8-bit states without their head.
     """
-    names = world.gather(whole_shards(folder))[0]
-    stale = world.gather(_head_facts(folder))[0]
+    names, stale = world.gather((whole_shards(folder), _head_facts(folder)) if world.is_rank_zero else None)[0]
     if stale is not None and not names and stale != json.loads(json.dumps(facts)):
         if world.is_rank_zero:
             (folder / HEAD).unlink(missing_ok=True)
@@ -105,7 +104,7 @@ def check_room(folder: Path, needed: int, kind: str, world: World) -> int:
     Raises:
         UserError: on every process.
     """
-    free = world.gather(shutil.disk_usage(folder).free)[0]
+    free, needed = world.gather((shutil.disk_usage(folder).free, needed))[0]
     if needed > free:
         raise UserError(
             f"Expected {size(needed)} of room in {folder}, but {size(free)} are free: make room, name another "
@@ -126,6 +125,9 @@ def finish(
 ) -> CacheManifest:
     """Write the index and, last, the manifest; all processes call this together.
 
+    On a network file system a process may see late what another has written. So the shards' names come from those that
+    wrote them, rank 0's listing counts for what was there before, and what is to be read is waited for.
+
     Args:
         folder (Path): the cache's.
         facts (Mapping[str, Any]): what each shard says of the cache.
@@ -136,19 +138,22 @@ def finish(
         verify (bool): read all files, and compare.
 
     Raises:
-        RunError: on every process, if a shard is not what was written.
+        RunError: on every process, if a shard is not what was written, or cannot be seen or read.
     """
-    before = _manifest_before(folder)
+    seen = (_manifest_before(folder), whole_shards(folder)) if world.is_rank_zero else None
+    before, listed = world.gather(seen)[0]
     known = dict(before.files) if before is not None else {}
     for of_rank in world.gather(dict(written)):
         known |= {f"{SHARDS}/{name}": file for name, file in of_rank.items()}
-    names = [f"{SHARDS}/{name}" for name in whole_shards(folder)]
+    names = [f"{SHARDS}/{name}" for name in sorted({*listed, *shards_of(known)})]
     files = {name: known[name] for name in names if name in known}
     if before is not None and not new_head:
         files[HEAD] = before.files[HEAD]
     read = [*names, HEAD] if verify else [name for name in names if name not in files]
     found: dict[str, dict[str, Any]] = {}
-    for of_rank in world.gather({name: file_facts(folder / name) for name in read[world.rank :: world.size]}):
+    for of_rank, problem in world.gather(_facts_of(folder, read[world.rank :: world.size])):
+        if problem is not None:
+            raise RunError(problem)
         found |= of_rank
     changed = [name for name, file in found.items() if files.get(name, file) != file]
     if changed:
@@ -160,17 +165,35 @@ def finish(
     if HEAD not in files:
         files[HEAD] = world.gather(file_facts(folder / HEAD) if world.is_rank_zero else None)[0]
     same = before is not None and before.files == {**files, before.index: before.files[before.index]}
-    if world.is_rank_zero and not same:
-        with safe_open(folder / HEAD, "pt") as head:
-            error = json.loads(head.metadata()["error"])
+    problem, manifest = None, None
+    if world.is_rank_zero:
         try:
-            write_manifest(folder, {**facts, "positions": positions, "error": error}, files)
+            if not same:
+                with safe_open(folder / HEAD, "pt") as head:
+                    error = json.loads(head.metadata()["error"])
+                write_manifest(folder, {**facts, "positions": positions, "error": error}, files)
+            manifest = CacheManifest.read(folder)
         except OSError as cause:
-            raise RunError(
+            problem = (
                 f"The manifest could not be written into {folder} ({first_line(cause)}): make room and start again."
-            ) from cause
-    world.barrier()
-    return CacheManifest.read(folder)
+            )
+        except (RunError, UserError) as cause:
+            problem = str(cause)
+    problem, manifest = world.gather((problem, manifest))[0]
+    if problem is not None:
+        raise RunError(problem)
+    return manifest
+
+
+def _facts_of(folder: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Return ``bytes`` and ``sha256`` of files by name, and what went wrong, if anything did."""
+    try:
+        wait_for_files(folder, names)
+        return {name: file_facts(folder / name) for name in names}, None
+    except RunError as error:
+        return {}, str(error)
+    except OSError as error:
+        return {}, f"The cache in {folder} cannot be read ({first_line(error)}): start again with the same command."
 
 
 def _manifest_before(folder: Path) -> CacheManifest | None:

@@ -161,7 +161,8 @@ def _coding(
             _write_head(request, facts, teacher, torch.cat(states), torch.cat(labels).to(world.device))
         world.barrier()
     if keys.kind == "hidden":
-        return HiddenStates(keys.dtype, load_file(file)["channel_rms"].to(world.device))
+        rms = load_file(file)["channel_rms"].clone() if world.is_rank_zero else None  # others may see the file late
+        return HiddenStates(keys.dtype, world.gather(rms)[0].to(world.device))
 
     def head() -> Head:
         return Head(*output_head(teacher.decoder))

@@ -8,12 +8,16 @@
 Shapes: V vocabulary, D hidden width of the teacher.
 """
 
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchtune_kd.caches import log_probs, states
-from torchtune_kd.errors import UserError
+from torchtune_kd.errors import UserError, first_line
 from torchtune_kd.storage.atomic import write_text
 from torchtune_kd.storage.manifest import NAME, Damaged, check_size, manifest_text, read_manifest
 
@@ -81,23 +85,48 @@ class CacheManifest:
         """Read the manifest in ``folder``, and look at the sizes of all files that it names.
 
         Raises:
-            UserError: for a folder that is no cache, is unfinished, or lacks a file or a part of one.
+            UserError: for a folder that is no cache, cannot be read, is unfinished, or lacks a file or a part of one.
         """
         again = "run `tune run torchtune_kd/cache_teacher` with the same config again, which writes what is missing"
-        if not folder.is_dir():
-            raise UserError(
-                f"Expected `teacher_cache` to be a folder that torchtune_kd/cache_teacher wrote, but {folder} is none: "
-                "correct the path, or write the cache first."
-            )
-        if (folder / SHARDS).is_dir() and not (folder / NAME).is_file():
-            raise UserError(f"The cache in {folder} is unfinished, it has no {NAME}: {again}.")
         try:
+            names = os.listdir(folder)
+            if SHARDS in names and NAME not in names:
+                raise UserError(f"The cache in {folder} is unfinished, it has no {NAME}: {again}.")
             manifest = cls(**read_manifest(folder, {each.name for each in fields(cls)}, FORMAT))
             for name, expected in manifest.files.items():
                 check_size(folder, name, expected)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"Expected `teacher_cache` to be a folder that torchtune_kd/cache_teacher wrote, but {folder} is none: "
+                "correct the path, or write the cache first."
+            ) from error
         except Damaged as error:
             raise UserError(f"The cache in {folder} cannot be used, {error}: {again}.") from error
+        except OSError as error:
+            raise UserError(
+                f"The cache in {folder} cannot be read ({first_line(error)}): see that its disk is there, and that "
+                "this user may read it."
+            ) from error
         return manifest
+
+    @property
+    def shards(self) -> list[str]:
+        """Return the names of the shards, in the order in which the index numbers them."""
+        return shards_of(self.files)
+
+    @property
+    def columns(self) -> dict[str, tuple[torch.dtype, int | None]]:
+        """Return dtype and width of each column of a shard, None for one number a token; of ids the largest width."""
+        wide, entropy = (self.k or 0) + 1, {"entropy": (torch.float32, None)}
+        if self.kind == "sampled":
+            return {"ids": (torch.int32, self.samples), "counts": (torch.uint8, self.samples), **entropy}
+        if self.kind == "top_k":
+            tail = (torch.float32, len(self.temperatures))
+            found = {"ids": (torch.int32, wide), "log_probs": (torch.float16, wide), "tail": tail}
+            return {**found, **entropy} if self.has_entropy else found
+        if self.dtype == "int8":
+            return {"states": (torch.int8, self.width), "scale": (torch.float16, None)}
+        return {"states": (states.FLOATS[str(self.dtype)], self.width)}
 
     @property
     def as_teacher(self) -> dict[str, Any]:
@@ -129,6 +158,11 @@ class CacheManifest:
         if self.kind == "hidden":
             return states.bytes_per_token(str(self.dtype), self.width)
         return log_probs.bytes_per_token(self.kind, self.k, self.temperatures, self.samples)
+
+
+def shards_of(files: Iterable[str]) -> list[str]:
+    """Return the names of the shards among a cache's files, in the order in which an index numbers them."""
+    return sorted(Path(name).name for name in files if Path(name).parent.name == SHARDS)
 
 
 def to_be_written(head: tuple[int, int], *, has_bias: bool) -> CacheManifest:

@@ -4,7 +4,7 @@ Shapes: n tokens, V vocabulary, D hidden width of the teacher.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,8 +62,7 @@ class CacheReader:
         self.manifest = CacheManifest.read(folder)
         self._check(self.manifest.index)
         self.index = Index.read(folder / self.manifest.index)
-        # in the order in which the index numbers them
-        self._shards = sorted(Path(name).name for name in self.manifest.files if Path(name).parent.name == SHARDS)
+        self._shards = self.manifest.shards
         self._columns: dict[int, dict[str, Column]] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
 
@@ -76,26 +75,34 @@ class CacheReader:
         self._check(HEAD)
         return load_file(self.folder / HEAD)
 
+    def close(self) -> None:
+        """Give up what no thread has begun to read; a process that ends waits for the rest."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _check(self, name: str) -> None:
         """Read one of the files whole, and compare it with the manifest; shards are checked document by document."""
         try:
             check_content(self.folder, name, self.manifest.files[name])
-        except (Damaged, OSError) as error:
+        except Damaged as error:
+            raise UserError(f"The cache in {self.folder} is damaged, {error}: {self.manifest.remedy}.") from error
+        except OSError as error:
             raise UserError(
-                f"The cache in {self.folder} is damaged, {first_line(error)}: {self.manifest.remedy}."
+                f"The file {self.folder / name} cannot be read ({error.strerror}): see that its disk is there, and "
+                f"that this user may read it, or {self.manifest.remedy}."
             ) from error
 
     def read(self, documents: Sequence[Document]) -> Reading:
         """Begin to read the labelled tokens of documents, in their order.
 
         Raises:
-            RunError: for a document that is not in the cache, or lacks one of its positions.
+            RunError: for a document that is not in the cache, or lacks one of its positions, and for a shard that
+                cannot be read any more.
         """
         places = [self._place(document) for document in documents]
         total = sum(len(document.positions) for document in documents)
         columns = {
             name: torch.empty(total, *column.shape, dtype=column.dtype, pin_memory=self._pinned)
-            for name, column in self._widest([place.shard for place in places]).items()
+            for name, column in self._widest(places, documents).items()
         }
         parts, begin = [], 0
         for document, place in zip(documents, places, strict=True):
@@ -114,28 +121,37 @@ class CacheReader:
             )
         return place
 
-    def _columns_of(self, shard: int) -> dict[str, Column]:
+    def _columns_of(self, place: Place, document: Document) -> dict[str, Column]:
+        """Return where the columns of a document's shard lie; a shard is checked when its first document is read."""
+        shard = place.shard
         if shard not in self._columns:
-            file = self.folder / SHARDS / self._shards[shard]
             try:
-                columns, _ = read_header(file)
+                columns, _ = read_header(self.folder / SHARDS / self._shards[shard])
+                found = {name: column for name, column in columns.items() if name not in TABLE}
+                _check_columns(self._shards[shard], found, self.manifest)
             except Damaged as error:
-                raise RunError(f"The cache in {self.folder} is damaged, {error}: {self.manifest.remedy}.") from error
-            self._columns[shard] = {name: column for name, column in columns.items() if name not in TABLE}
+                raise self._unreadable(place, document, str(error)) from error
+            self._columns[shard] = found
         return self._columns[shard]
 
-    def _widest(self, shards: Sequence[int]) -> dict[str, Column]:
-        """Return the columns into which the rows of all these shards go: of drawn ids each shard has its own width."""
+    def _unreadable(self, place: Place, document: Document, why: str) -> RunError:
+        return RunError(
+            f"The document {document.key.hex()} in {self.folder / SHARDS / self._shards[place.shard]} cannot be read, "
+            f"{why}: see that its disk is there, or {self.manifest.remedy}."
+        )
+
+    def _widest(self, places: Sequence[Place], documents: Sequence[Document]) -> dict[str, Column]:
+        """Return the columns into which the rows of all documents go: of drawn ids each shard has its own width."""
         widest: dict[str, Column] = {}
-        for shard in set(shards):
-            for name, column in self._columns_of(shard).items():
+        for place, document in zip(places, documents, strict=True):
+            for name, column in self._columns_of(place, document).items():
                 if name not in widest or column.shape > widest[name].shape:
                     widest[name] = column
         return widest
 
     def _read_one(self, place: Place, document: Document, into: dict[str, Tensor]) -> None:
         """Read all rows of a document, check them, and keep those that are asked for."""
-        columns = self._columns_of(place.shard)
+        columns = self._columns_of(place, document)
         file = self.folder / SHARDS / self._shards[place.shard]
         whole = len(place.positions) == len(document.positions)  # then they are the same ones
         whole = whole and all(into[name].shape[1:] == column.shape for name, column in columns.items())
@@ -153,7 +169,7 @@ class CacheReader:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise RunError(f"The file {file} cannot be read ({first_line(error)}): {self.manifest.remedy}.") from error
+            raise self._unreadable(place, document, error.strerror or first_line(error)) from error
         if checksum({name: as_bytes(tensor) for name, tensor in rows.items()}) != place.crc32:
             raise RunError(
                 f"The document {document.key.hex()} in {file} is not what was written, its checksum differs: "
@@ -166,6 +182,22 @@ class CacheReader:
                     into[name].fill_(NONE if name == "ids" else 0)[:, : tensor.shape[1]] = tensor[kept]
                 else:
                     into[name].copy_(tensor[kept])
+
+
+def _check_columns(shard: str, found: Mapping[str, Column], manifest: CacheManifest) -> None:
+    """Refuse columns that are not those of the manifest's kind: checksums are of the rows, not of a shard's header.
+
+    Raises:
+        Damaged: naming the shard.
+    """
+    expected = manifest.columns
+    good = found.keys() == expected.keys()
+    for name, column in found.items() if good else ():
+        dtype, width = expected[name]
+        good &= column.dtype == dtype and len(column.shape) == (0 if width is None else 1)
+        good &= manifest.kind != "hidden" or column.shape in ((), (width,))
+    if not good:
+        raise Damaged(f"the file {shard} does not hold {manifest.stored}")
 
 
 def _read_whole(descriptor: int, memory: memoryview, offset: int) -> None:

@@ -12,6 +12,8 @@ so that the index of a whole cache can be put together from the shards alone.
 
 import hashlib
 import json
+import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,24 +148,30 @@ def read_header(file: Path) -> tuple[dict[str, Column], dict[str, Any]]:
     """
     try:
         with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
             length = int.from_bytes(opened.read(8), "little")
-            if not 0 < length < file.stat().st_size:
-                raise Damaged(f"the file {file.name} is cut short")
-            header = json.loads(opened.read(length))
+            text = opened.read(length) if length < size else b""
+    except OSError as error:
+        raise Damaged(f"the file {file.name} cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(text)
         facts = json.loads(header.pop("__metadata__")["cache"])
-    except (OSError, ValueError, KeyError) as error:
+        columns = {name: _column(entry, 8 + length) for name, entry in header.items()}
+        end = max(8 + length + entry["data_offsets"][1] for entry in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"the file {file.name} cannot be read as a shard") from error
-    columns, end = {}, 8 + length
-    for name, entry in header.items():
-        rows, *shape = entry["shape"]
-        begin, stop = entry["data_offsets"]
-        columns[name] = Column(
-            TORCH[entry["dtype"]], tuple(shape), 8 + length + begin, (stop - begin) // rows if rows else 0
-        )
-        end = max(end, 8 + length + stop)
-    if file.stat().st_size != end:
-        raise Damaged(f"the file {file.name} has {file.stat().st_size} bytes instead of {end}")
+    if size != end:
+        raise Damaged(f"the file {file.name} has {size} bytes instead of {end}")
     return columns, facts
+
+
+def _column(entry: Mapping[str, Any], begins: int) -> Column:
+    """Return the column that a header describes; ValueError where its numbers contradict each other."""
+    dtype, (rows, *shape), (begin, stop) = TORCH[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    row_bytes = math.prod(shape) * dtype.itemsize
+    if stop - begin != rows * row_bytes:
+        raise ValueError(f"{stop - begin} bytes for {rows} rows of {row_bytes}")
+    return Column(dtype, tuple(shape), begins + begin, row_bytes)
 
 
 def read_table(file: Path) -> Table:

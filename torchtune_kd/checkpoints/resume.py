@@ -162,9 +162,16 @@ def restore_state(
 
 
 def restore_teacher(found: FoundCheckpoint, kept: Mapping[str, Tensor], world: World) -> None:
-    """Read what a teacher keeps into its own tensors; a checkpoint of a run without such a teacher changes nothing."""
-    if kept and any(name.startswith("teacher.") for name in layout(found.folder)):
+    """Read what a teacher keeps into its own tensors; with a checkpoint of a run without such a teacher, say so."""
+    if not kept:
+        return
+    if any(name.startswith("teacher.") for name in layout(found.folder)):
         read_state(found.folder, {"teacher": dict(kept)}, world)
+    elif world.is_rank_zero:
+        say(
+            f"warning: the checkpoint {found.folder} holds no average of the student's weights, since its run kept "
+            "none: the teacher begins as the student of that step."
+        )
 
 
 def trained_weights(decoder: nn.Module) -> dict[str, Any]:

@@ -22,22 +22,32 @@ KINDS = ("nf4", "int8")
 class Int8Linear(nn.Module):
     """A frozen linear layer y = x (s w)^T + b with 8-bit weights.
 
+    FSDP2 holds no integer parameters (PyTorch 2.6 to 2.11 at least), and gathers one dtype alone (2.6 and 2.7). So
+    the bytes of w and s are held as numbers of ``dtype``, which mean nothing as such, and seen as what they are in
+    each call.
+
     Args:
         in_dim (int): of x.
         out_dim (int): of y.
         bias (bool): whether there is b.
-        dtype (torch.dtype): of b and of the products.
+        dtype (torch.dtype): of b and of the products; a row of w has to be whole numbers of it.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(out_dim, 1, dtype=torch.float32), requires_grad=False)
+        weight, scale = torch.empty(out_dim, in_dim, dtype=torch.int8), torch.empty(out_dim, 1, dtype=torch.float32)
+        self.weight = nn.Parameter(weight.view(dtype), requires_grad=False)
+        self.scale = nn.Parameter(scale.view(dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_dim, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y [..., out_dim] of x [..., in_dim], in x's dtype."""
-        return F.linear(x, (self.weight * self.scale).to(x.dtype), self.bias)
+        weight, scale = self.quantised()
+        return F.linear(x, (weight * scale).to(x.dtype), self.bias)
+
+    def quantised(self) -> tuple[Tensor, Tensor]:
+        """Return w [out, in] int8 and s [out, 1] fp32."""
+        return self.weight.view(torch.int8), self.scale.view(torch.float32)
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +66,15 @@ def quantise_body(decoder: TransformerDecoder, kind: str, shards: int) -> None:
         shards (int): processes that share the weights.
 
     Raises:
-        UserError: for a weight that NF4 cannot hold.
+        UserError: for a weight that NF4 cannot hold, or one of which int8 cannot hold a row.
     """
     found = list(_linears(decoder))
+    for name, linear in found if kind == "int8" else ():
+        if linear.in_features % linear.weight.dtype.itemsize:
+            raise UserError(
+                f"`teacher_weights: int8` needs rows of a multiple of {linear.weight.dtype.itemsize} weights, but "
+                f"{name}.weight of the teacher is {list(linear.weight.shape)}: delete that key."
+            )
     if kind == "nf4":
         try:
             check_nf4_shapes([(f"{name}.weight", linear.weight.shape) for name, linear in found], shards)
@@ -91,14 +107,18 @@ class Int8Weights(Mapping[str, Tensor]):
 
     def __init__(self, weights: Mapping[str, Tensor], decoder: nn.Module) -> None:
         self._weights = weights
-        names = [name for name, module in decoder.named_modules() if isinstance(module, Int8Linear)]
-        self._of = {f"{name}.{part}": (f"{name}.weight", at) for name in names for at, part in enumerate(_PARTS)}
+        layers = {name: module for name, module in decoder.named_modules() if isinstance(module, Int8Linear)}
+        self._of = {
+            f"{name}.{part}": (f"{name}.weight", at, layer.weight.dtype)
+            for name, layer in layers.items()
+            for at, part in enumerate(_PARTS)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._of:
             return self._weights[name]
-        source, part = self._of[name]
-        return quantise_rows(self._weights[source])[part]
+        source, part, held_as = self._of[name]
+        return quantise_rows(self._weights[source])[part].view(held_as)
 
     def __iter__(self) -> Iterator[str]:
         return iter({**dict.fromkeys(self._weights), **dict.fromkeys(self._of)})

@@ -96,15 +96,13 @@ class _DryReader:
         if manifest.kind == "hidden":
             rms = torch.empty(manifest.width, device="meta")
             return Reading(encode(rms.new_empty(tokens, manifest.width), str(manifest.dtype), rms), [])
-        columns = {
-            "sampled": {"ids": (manifest.samples, torch.int32), "counts": (manifest.samples, torch.uint8)},
-            "top_k": {
-                "ids": ((manifest.k or 0) + 1, torch.int32),
-                "log_probs": ((manifest.k or 0) + 1, torch.float16),
-                "tail": (len(manifest.temperatures), torch.float32),
-            },
-        }[manifest.kind]
-        found = {
-            name: torch.empty(tokens, width, dtype=dtype, device="meta") for name, (width, dtype) in columns.items()
+        sizes = {
+            name: ((tokens,) if width is None else (tokens, width), dtype)
+            for name, (dtype, width) in manifest.columns.items()
         }
-        return Reading(found | {"entropy": torch.empty(tokens, device="meta")}, [])
+        return Reading(
+            {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}, []
+        )
+
+    def close(self) -> None:
+        """Read nothing, as before."""

@@ -22,7 +22,7 @@ from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.float8_head import replace_head
 from torchtune_kd.models.output_head import output_head
-from torchtune_kd.models.quantised_body import quantise_body
+from torchtune_kd.models.quantised_body import Int8Linear, quantise_body
 from torchtune_kd.plan.tracker import tensor_bytes
 from torchtune_kd.training.teachers import check_joint_cache, check_own
 
@@ -221,7 +221,7 @@ def _with_head(teacher: MetaTeacher, head_dtype: str | None) -> MetaTeacher:
 def teacher_parameters(models: Models) -> tuple[int, ...]:
     """Return the number of weights that each teacher has beside the student's: an average has its trained ones."""
     own = {"base": 0, "ema": _count(models.trainable)}
-    return tuple(own[each.own] if each.own is not None else _count(each.model.parameters()) for each in models.teachers)
+    return tuple(own[each.own] if each.own is not None else _count(_numbers(each.model)) for each in models.teachers)
 
 
 def count_parameters(models: Models) -> Parameters:
@@ -241,6 +241,15 @@ def weight_bytes(model: nn.Module) -> int:
 def table_bytes(model: nn.Module) -> int:
     """Rotary tables, each once: buffers that every process holds whole."""
     return sum(map(tensor_bytes, {id(buffer): buffer for buffer in model.buffers()}.values()))
+
+
+def _numbers(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all parameters, of 8-bit layers what they stand for."""
+    in_8_bits = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    as_held = {id(part) for layer in in_8_bits for part in (layer.weight, layer.scale)}
+    yield from (parameter for parameter in model.parameters() if id(parameter) not in as_held)
+    for layer in in_8_bits:
+        yield from layer.quantised()
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -32,6 +32,10 @@ class Teacher(Protocol):
         """Return what changes while the student trains, for its checkpoints; they are read into the same tensors."""
         ...
 
+    def close(self) -> None:
+        """End what goes on beside the run, which asks for no further signal."""
+        ...
+
 
 class Unchanging:
     """Do what a teacher does that no step of the student changes."""
@@ -48,6 +52,9 @@ class Unchanging:
     def kept_state(self) -> Mapping[str, Tensor]:
         """Return nothing."""
         return {}
+
+    def close(self) -> None:
+        """End nothing."""
 
 
 class NoTeacher(Unchanging):

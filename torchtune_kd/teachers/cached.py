@@ -72,6 +72,10 @@ class CachedTeacher(Unchanging, nn.Module):
         """Give the gathered head back."""
         reshard(self)
 
+    def close(self) -> None:
+        """Let the threads read nothing more."""
+        self._ahead.close()
+
 
 def build_cached_teacher(
     config: Config, kd_loss: KDLoss, reader: CacheReader, world: World
@@ -96,11 +100,12 @@ def build_cached_teacher(
         )
     with loading("teacher", world.device):
         files = reader.head()
-        rms = files.pop("channel_rms").to(world.device)
+        rms = files.pop("channel_rms").to(world.device, copy=True)
         in_8_bits = config.teacher_head is not None
         sharded = world.sharded and not in_8_bits
         where = torch.device("meta") if sharded else world.device
-        whole = {name: tensor.to(where, settings.torch_dtype) for name, tensor in files.items()}
+        # a copy also where nothing changes: a run reads no file that is mapped, and may be cut short, as it goes on
+        whole = {name: tensor.to(where, settings.torch_dtype, copy=True) for name, tensor in files.items()}
         weight = float8_weight(whole["weight"]) if in_8_bits else whole["weight"]
         teacher = CachedTeacher(
             reader,

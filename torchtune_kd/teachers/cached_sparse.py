@@ -67,6 +67,10 @@ class SparseTeacher(Unchanging):
             entropy = columns.get("entropy")
             return Sparse(columns["ids"], columns["log_probs"].float(), tail, tail_at_1, entropy, sampled=False)
 
+    def close(self) -> None:
+        """Let the threads read nothing more."""
+        self._ahead.close()
+
 
 def tail_at(manifest: CacheManifest, temperature: float) -> int | None:
     """Return which of the stored tails is that at a temperature; None if none is."""

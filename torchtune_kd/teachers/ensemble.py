@@ -33,6 +33,11 @@ class Several:
         """Return what changes while the student trains: of one member at most."""
         return {name: tensor for member in self.members for name, tensor in member.kept_state().items()}
 
+    def close(self) -> None:
+        """Close each."""
+        for member in self.members:
+            member.close()
+
 
 class Ensemble(Several):
     """Join the signals of several teachers.

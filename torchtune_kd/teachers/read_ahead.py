@@ -21,6 +21,10 @@ class Reader(Protocol):
         """Return their rows, which threads are reading."""
         ...
 
+    def close(self) -> None:
+        """Give up what no thread has begun to read."""
+        ...
+
 
 class _Expected(NamedTuple):
     labels: Tensor  # of the batch, by which it is known: they stay on the host
@@ -66,3 +70,8 @@ class ReadAhead:
         _, places, reading = self._expected.pop(0)
         columns = {name: column.to(self._device, non_blocking=True) for name, column in reading.columns().items()}
         return places.to(self._device, non_blocking=True), columns
+
+    def close(self) -> None:
+        """Forget what was announced; nothing is read any more."""
+        self._expected.clear()
+        self._reader.close()

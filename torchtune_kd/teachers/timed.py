@@ -53,6 +53,10 @@ class TimedTeacher:
         """Return what the teacher keeps."""
         return self.teacher.kept_state()
 
+    def close(self) -> None:
+        """Close the teacher."""
+        self.teacher.close()
+
     def seconds(self) -> float:
         """Return what the signals took since :meth:`restart`; waits for the last of them."""
         if self._on_cuda and self._spans:

@@ -78,7 +78,8 @@ class Run:
         self.events.on(event, listener)
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish what is being written, and read nothing more."""
+        self.teacher.close()
         self.saver.close()
         self.log.close()
 

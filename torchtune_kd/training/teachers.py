@@ -179,6 +179,8 @@ def teachers_identity(config: Config, sources: Sequence[Source]) -> dict[str, An
             traits["teacher_tail"] = each.teacher_tail
         found |= {f"{key}{name}": value for key, value in traits.items()}
     for entry in config.teachers:
+        if len(config.teachers) > 1:  # sums depend on the order of what is summed
+            found[f"{entry.path}.name"] = entry.name
         if entry.datasets:
             found[f"{entry.path}.datasets"] = list(entry.datasets)
         elif len(config.teachers) > 1:
