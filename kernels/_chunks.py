@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ._float8 import Float8Product, padded
-from ._meta import account
 from ._plan import chunk_size, row_blocks
 from ._teachers import LOGITS, Cells, Mixture, Teacher, TeacherHead, bytes_per_logit, mixed_dtype
 
@@ -168,7 +167,6 @@ class ProbabilityMixture:
         for at, (member, share) in enumerate(zip(self._members, self._shares, strict=True)):
             member.fill(pick)
             self._chunk = self._memory[: len(member.chunk), : self._vocab]
-            account(2 * member.chunk.nbytes + 2 * self._chunk.nbytes)
             for rows in row_blocks(len(self._chunk), self._vocab, self._chunk.device):
                 log_probs = member.chunk[rows].to(self._chunk.dtype, copy=True)
                 log_probs.sub_(log_probs.logsumexp(-1, keepdim=True)).add_(math.log(share))
