@@ -9,7 +9,7 @@ Shapes: V vocabulary, D hidden width of the teacher.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class CacheManifest:
         return shards_of(self.files)
 
     @property
-    def columns(self) -> dict[str, tuple[torch.dtype, int | None]]:
+    def columns(self) -> Mapping[str, tuple[torch.dtype, int | None]]:
         """Return dtype and width of each column of a shard, None for one number a token; of ids the largest width."""
         wide, entropy = (self.k or 0) + 1, {"entropy": (torch.float32, None)}
         if self.kind == "sampled":
