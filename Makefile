@@ -14,13 +14,17 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 pyth
 # step takes ten times as long; PASSIVE lets them sleep. It has to be set before PyTorch is loaded.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# The tests' matrices are small: more threads than one would only wait for each other, more processes do not.
-JOBS ?= 2
+# The tests' matrices are small: more threads than one would only wait for each other, more processes do not. Many of the slow
+# tests wait for processes of their own.
+ifeq ($(origin JOBS),undefined)
+JOBS := 2
+test test-nightly: JOBS := 3
+endif
 check test test-nightly test-fast test-oldest: export OMP_NUM_THREADS ?= 1
 CHECKED := $(wildcard tests/test_*.py) $(addprefix tests/,checkpoints config configs data demo \
 	distributed docs evaluation launch losses models plan reports storage sweeps tools training) $(addsuffix .py,$(addprefix tests/kernels/test_, \
 	linear_cost meta properties softmax_autograd workspaces))
-PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist worksteal --durations 25
 # PyTorch 2.6 and what was new when it was: what pyproject.toml promises to work with
 OLDEST := .venv-oldest
 # transformers and peft, in which the tests load what a run exports; peft refuses the torchao that torchtune needs

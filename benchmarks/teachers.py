@@ -11,6 +11,9 @@ during training.
 Reading is measured apart: all batches by ``CacheReader``, once after the kernel was asked to drop the files from its
 page cache (``posix_fadvise``) and once more, in wall and in CPU time; its share is of the CPU time of a training
 step.
+
+What a lighter teacher says is compared with what the same one says in fp32: a live one in bf16, one whose layers are
+held in 8 or 4 bits, and one in bf16 whose states were stored in int8.
 """
 
 import argparse
@@ -26,15 +29,22 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from torchtune_kd.cache_teacher import read_request, write_cache
+from torchtune_kd.cache_teacher.error import error_of
 from torchtune_kd.caches.layout import SHARDS
 from torchtune_kd.caches.reader import CacheReader
+from torchtune_kd.caches.states import channel_rms, decode, encode
 from torchtune_kd.config.reading import read_config
+from torchtune_kd.config.settings import TEACHER_WEIGHTS
 from torchtune_kd.data.datasets import build_dataset
 from torchtune_kd.data.documents import documents_in_sample
 from torchtune_kd.distributed.world import World
 from torchtune_kd.errors import exit_with_message
+from torchtune_kd.losses.signals import Head
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.teachers.live import build_teacher
 from torchtune_kd.tools import fetch_smollm2, prune_checkpoint, select_layers
 from torchtune_kd.training.signals import StopRequests
 
@@ -51,6 +61,7 @@ STUDENTS = {
     "all weights": {"_component_": "torchtune_kd.models.smollm2.smollm2_135m", "num_layers": 15},
     "LoRA": None,  # as make_config has it
 }
+CPU = World(torch.device("cpu"))
 GIB = 2**30
 
 
@@ -58,19 +69,43 @@ def write(name: str, cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Write a cache by the recipe's own writer; return its bytes and seconds."""
     request = read_request(OmegaConf.merge(cfg, {"cache": {"folder": str(folder / name), **CACHES[name]}}))
     begin = time.perf_counter()
-    manifest = write_cache(request, World(torch.device("cpu")), StopRequests())
+    manifest = write_cache(request, CPU, StopRequests())
     seconds = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in (folder / name / SHARDS).iterdir())
     return {"tokens": manifest.tokens, "bytes": size, "seconds": seconds, "error": manifest.error}
 
 
+def samples(cfg: DictConfig) -> list[Any]:
+    """The rows of the run's data."""
+    config = read_config(cfg)
+    dataset = build_dataset(config.dataset, "dataset", config.tokenizer.build(), 10**6, 10**6, CPU)
+    return [dataset[row] for row in range(len(dataset))]
+
+
 def batches(cfg: DictConfig) -> list[list[Any]]:
     """The documents of each batch of the run."""
-    config = read_config(cfg)
-    world = World(torch.device("cpu"))
-    dataset = build_dataset(config.dataset, "dataset", config.tokenizer.build(), 10**6, 10**6, world)
-    rows = [documents_in_sample(dataset[row]) for row in range(len(dataset))]
+    rows = [documents_in_sample(sample) for sample in samples(cfg)]
     return [list(itertools.chain(*rows[begin : begin + BATCH])) for begin in range(0, len(rows), BATCH)]
+
+
+def states(cfg: DictConfig, tokens: Tensor, **keys: str) -> tuple[Tensor, Head]:
+    """The last hidden states [n, D] of the config's teacher with other keys, and its head."""
+    teacher = build_teacher(read_config(OmegaConf.merge(cfg, keys)), CPU)
+    found = torch.cat([teacher(rows) for rows in tokens.split(BATCH)])
+    return found[:, :-1].flatten(0, 1), Head(*output_head(teacher.decoder))
+
+
+def errors(cfg: DictConfig) -> Iterator[tuple[str, dict[str, float]]]:
+    """Compare lighter teachers with the same one in fp32, on all tokens that have a next one."""
+    tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples(cfg)])
+    labels = tokens[:, 1:].flatten()
+    exact, head = states(cfg, tokens, dtype="fp32")
+    in_bf16, _ = states(cfg, tokens)
+    rms = channel_rms(in_bf16)
+    yield "bf16", error_of(exact, in_bf16, labels, head)
+    yield "int8 cache", error_of(exact, decode(encode(in_bf16, "int8", rms), torch.bfloat16, rms), labels, head)
+    for weights in TEACHER_WEIGHTS:
+        yield f"{weights} weights", error_of(exact, states(cfg, tokens, teacher_weights=weights)[0], labels, head)
 
 
 def reading(folder: Path, documents: Sequence[list[Any]]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -126,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         write_rows(folder / "rows.jsonl", BATCH * args.steps)
         cfg = make_config("ours", folder, teacher, folder / "student", args.steps)
         documents = batches(cfg)
+        report["errors"] = dict(errors(cfg))
         for name in CACHES:
             report["written"][name] = write(name, cfg, folder)
             report["reading"][name] = dict(reading(folder / name, documents))
@@ -143,6 +179,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the tables."""
+    print(f"\n{'teacher':14}{'KL to fp32, nats':>18}{'largest':>10}{'other top id':>14}{'gradient off by':>17}")
+    for name, error in report["errors"].items():
+        kl, most, other, gradient = (error[key] for key in ("kl_mean", "kl_max", "top1_changed", "gradient_error"))
+        print(f"{name:14}{kl:18.2g}{most:10.2g}{other:14.2%}{gradient:17.2%}")
     print(f"\n{'cache':14}{'B a token':>11}{'written/s':>11}{'read, ms a batch: cold':>24}{'warm':>8}{'CPU':>8}")
     for name, written in report["written"].items():
         cold, warm = (report["reading"][name][state] for state in ("cold", "warm"))
