@@ -109,6 +109,17 @@ def test_distances_need_one_tokenizer(cfg, tmp_path):
         evaluate(read_request(cfg))
 
 
+def test_several_teachers_have_their_names(cfg):
+    general = {"name": "general", "model": cfg.teacher_model, "checkpointer": cfg.teacher_checkpointer, "share": 0.5}
+    cfg = OmegaConf.merge(cfg, {"teachers": [general, general | {"name": "coder"}]})
+    cfg.teacher_model = cfg.teacher_checkpointer = None
+    request = read_request(cfg)
+    assert [source.name for source in request.sources] == ["untrained", "general", "coder"]
+    assert request.reference is None
+    cfg.reference = "coder"
+    assert read_request(cfg).reference.name == "coder"
+
+
 def test_an_export_of_an_adapter_alone_is_no_student(cfg):
     """The other models can be evaluated all the same."""
     _made(f"{cfg.output_dir}/epoch_0", "adapter_config.json").write_text("{}")

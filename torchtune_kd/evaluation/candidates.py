@@ -74,7 +74,7 @@ def sources_of(config: Config) -> dict[str, Source]:
     """Find the models of a training run's config.
 
     ``teacher`` is its teacher, ``untrained`` the student that it starts from, and ``student`` the newest
-    ``epoch_<n>`` in ``output_dir``, where there is one.
+    ``epoch_<n>`` in ``output_dir``, where there is one. Of ``teachers`` those that run have their own names.
     """
     found = {}
     if config.checkpointer is not None:
@@ -86,6 +86,9 @@ def sources_of(config: Config) -> dict[str, Source]:
             found["student"] = Source("student", model, exported)
     if config.teacher_model is not None and config.teacher_checkpointer is not None:
         found["teacher"] = Source("teacher", config.teacher_model, config.teacher_checkpointer)
+    for entry in config.teachers:
+        if entry.model is not None and entry.checkpointer is not None:
+            found.setdefault(entry.name, Source(entry.name, entry.model, entry.checkpointer))
     return found
 
 
