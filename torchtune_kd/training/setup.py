@@ -29,7 +29,6 @@ from torchtune_kd.models.build import build_student, check_sharded_layers, on_me
 from torchtune_kd.models.loading import load_weights
 from torchtune_kd.teachers.timed import TimedTeacher
 from torchtune_kd.training.events import Events
-from torchtune_kd.training.host_memory import keep_freed_memory
 from torchtune_kd.training.log import TrainingLog
 from torchtune_kd.training.optim import build_lr_scheduler, build_profiler, check_optimizer
 from torchtune_kd.training.run import Run, steps_left_in_epoch
@@ -97,8 +96,6 @@ def set_up(config: Config, world: World) -> Run:
         UserError: for whatever in config, files or data cannot work.
     """
     began = TimeLimit.clock()
-    if world.device.type == "cpu":
-        keep_freed_memory()
     settings, output = config.settings, output_folder(config)
     check_shared_folder(output, settings, world)
     found = find_checkpoint(output, settings, world)
