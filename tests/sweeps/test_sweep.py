@@ -168,6 +168,7 @@ def small(files, name):
     return cfg
 
 
+@pytest.mark.nightly  # half a minute; tests/recipes stop runs in the same way
 def test_asked_to_stop_it_says_how_to_go_on(files):
     cfg = small(files, "stopped")
     process = start(cfg)
