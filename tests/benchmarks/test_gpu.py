@@ -24,6 +24,7 @@ Outcome = runner.Outcome
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # a minute and a half; to be typed before a GPU is asked for
 def test_the_rehearsal_finds_nothing_wrong(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "9", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=600)

@@ -116,7 +116,7 @@ def test_a_shipped_config_trains_two_steps_with_its_tokenizer(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["kd_single_device", "kd_distributed"])
+@pytest.mark.parametrize("recipe", ["kd_single_device", pytest.param("kd_distributed", marks=pytest.mark.nightly)])
 def test_tune_run_starts_llama_with_its_tokenizer(recipe, tmp_path):
     """The command of the README, typed with the overrides that make it small."""
     name = f"llama3_2/8B_to_1B_KD_lora_{recipe.removeprefix('kd_')}"

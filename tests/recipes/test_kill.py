@@ -33,7 +33,7 @@ def short_config(folder, name, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.nightly), 2])
 @pytest.mark.parametrize(
-    "part", [slice(6), pytest.param(slice(6, None), marks=pytest.mark.nightly)], ids=["six", "fourteen more"]
+    "part", [slice(3), pytest.param(slice(3, None), marks=pytest.mark.nightly)], ids=["three", "seventeen more"]
 )
 def test_killed_at_random_moments_and_resumed_each_time(tmp_path, part, size):
     """In a step, in a validation, in a save, before it gets its name, in an export, at the border of epochs."""
