@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from helpers.tiny import dataset_section, make_config, read_log, run_in_process
+from torchtune_kd.storage.manifest import Manifest
 
 CLOCK = {"tokens_per_second_per_gpu", "teacher_time_share"}  # all that may differ
 
@@ -46,6 +48,39 @@ def assert_same_run(cfg, expected):
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name]), name
+
+
+def is_whole(folder) -> bool:
+    """Compare all files of a checkpoint with its manifest."""
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, manifest.files)
+    return True
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a test wants the moment exactly; test_kill.py sends the real one."""
+
+
+def at_steps(actions):
+    """Call ``actions[n]`` once step n is done and its checkpoint is written."""
+    return {"between steps": lambda run: actions.get(run.progress.global_step, lambda: None)()}
+
+
+def killed_run(cfg, step, actions=None):
+    """Run ``cfg`` until the update, validation and checkpoint of this step are done, and no further."""
+
+    def die():
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_in_process(cfg, on=at_steps({**(actions or {}), step: die}))
+
+
+def resume(cfg, **overrides):
+    """Go on with a run to its end, with other options if need be; return its config."""
+    again = OmegaConf.merge(cfg, {"resume_from_checkpoint": True}, overrides)
+    run_in_process(again)
+    return again
 
 
 def interrupted_and_resumed(cfg, step=7):

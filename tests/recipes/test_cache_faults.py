@@ -9,19 +9,14 @@ from omegaconf import OmegaConf
 
 from helpers.cached import cached, doctored, shard_of, write
 from helpers.forked import ForkedRun
-from helpers.resumable import assert_same_run, resumable_config, weights_of
+from helpers.resumable import assert_same_run, at_steps, is_whole, killed_run, resumable_config, weights_of
 from helpers.tiny import ROWS, make_config, read_log, run_in_process, write_rows
 from torchtune_kd.caches.layout import SHARDS, CacheManifest
 from torchtune_kd.caches.shards import read_header
 from torchtune_kd.checkpoints.folders import step_folders
 from torchtune_kd.errors import RunError, UserError
-from torchtune_kd.storage.manifest import Manifest
 
 EACH = {"tokens_per_batch": 1, "shard_size": 1}  # a shard for every document
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL where a test wants the moment exactly."""
 
 
 def config(folder, name, **more):
@@ -29,28 +24,8 @@ def config(folder, name, **more):
     return cached(cfg, folder / "cache")
 
 
-def after(actions):
-    """Call ``actions[n]`` once step n is done and its checkpoint is written."""
-    return {"between steps": lambda run: actions.get(run.progress.global_step, lambda: None)()}
-
-
-def die():
-    raise Killed
-
-
-def killed_after(step, cfg, actions=None):
-    with pytest.raises(Killed):
-        run_in_process(cfg, on=after({**(actions or {}), step: die}))
-
-
 def resumed(cfg, **more):
     return OmegaConf.merge(cfg, {"resume_from_checkpoint": True}, more)
-
-
-def is_whole(folder) -> bool:
-    manifest = Manifest.read(folder)
-    manifest.check_files(folder, manifest.files)
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +73,7 @@ def test_a_shard_that_is_harmed_ends_the_run_and_once_it_is_mended_nothing_is_lo
     shards = sorted((folder / "cache" / SHARDS).iterdir())
     cfg = config(folder, "harmed")
     with pytest.raises(RunError) as ended:
-        run_in_process(cfg, on=after({5: lambda: [harm(shard) for shard in shards]}))
+        run_in_process(cfg, on=at_steps({5: lambda: [harm(shard) for shard in shards]}))
     named = re.search(r"The document [0-9a-f]{32} in (\S+) " + HARM[harm], str(ended.value))
     assert named and named[1] in map(str, shards), ended.value
     assert str(ended.value).endswith(
@@ -156,7 +131,7 @@ def test_when_one_of_two_processes_meets_it_both_end(folder):
 def test_a_cache_that_cannot_be_read_at_resume_is_waited_for_by_the_checkpoint(folder):
     """A folder that leads to itself cannot be read by anybody; nor can one on a disk that is gone."""
     cfg = config(folder, "killed")
-    killed_after(5, cfg)
+    killed_run(cfg, 5)
     moved = (folder / "cache").rename(folder / "moved")
     with pytest.raises(UserError, match=rf"to be a folder that .*cache_teacher wrote, but {folder}/cache is none"):
         run_in_process(resumed(cfg))
@@ -177,7 +152,7 @@ def test_a_cache_may_grow_while_a_run_reads_it_and_before_it_is_resumed(folder):
         cfg.dataset.data_files = str(write_rows(folder / f"more{number}.jsonl", rows))
     before = CacheManifest.read(folder / "cache")
     cfg = config(folder, "killed")
-    killed_after(7, cfg, {3: lambda: write(more[0], folder / "cache", **EACH)})
+    killed_run(cfg, 7, {3: lambda: write(more[0], folder / "cache", **EACH)})
     write(more[1], folder / "cache", **EACH)
     run_in_process(resumed(cfg))
     assert CacheManifest.read(folder / "cache").documents == before.documents + 2
@@ -198,7 +173,7 @@ def test_a_cache_may_grow_while_a_run_reads_it_and_before_it_is_resumed(folder):
 )
 def test_another_cache_in_its_place_is_refused_by_name(folder, other, said):
     cfg = config(folder, "killed")
-    killed_after(4, cfg)
+    killed_run(cfg, 4)
     shutil.rmtree(folder / "cache")
     writer = resumable_config(folder)
     if other == "teacher":
