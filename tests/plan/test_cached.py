@@ -33,7 +33,7 @@ def test_the_memory_is_what_a_run_takes(tmp_path, kind, stored):
     cfg = cached(cfg, tmp_path / "cache")
     config = read_config(cfg)
     config = replace(config, signal=signal_of(config, manifest))
-    planned, dry = plan_memory(config, as_run(config, build_models(config)), Layout(), sequence=128)
+    planned, dry = plan_memory(config, as_run(build_models(config)), Layout(), sequence=128)
     measured, run = measured_step(cfg, KDRecipe)
     assert planned.teacher + planned.student == weight_bytes(run)
     assert planned.total == pytest.approx(measured, rel=0.1)

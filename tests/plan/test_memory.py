@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 def plan(cfg, layout=None, **more):
     config = read_config(cfg, distributed=layout is not None)
     layout = layout or Layout()
-    return plan_memory(config, as_run(config, build_models(config, layout.shards)), layout, **more)[0]
+    return plan_memory(config, as_run(build_models(config, layout.shards)), layout, **more)[0]
 
 
 def check(tmp_path, size, kind, **overrides):
@@ -191,9 +191,9 @@ def test_fsdp_cpu_offload_leaves_the_shares_to_the_host():
 def test_a_head_in_8_bits_is_half_as_large_and_whole_on_every_process(shards):
     cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")
     config = read_config(cfg, distributed=True)
-    models, layout = build_models(config), Layout(shards, 1, True)
+    layout = Layout(shards, 1, True)
     with_head = config.with_keys({"teacher_head": "float8"})
-    plain, float8 = (plan_memory(c, as_run(c, models), layout, 64)[0] for c in (config, with_head))
+    plain, float8 = (plan_memory(c, as_run(build_models(c)), layout, 64)[0] for c in (config, with_head))
     vocab, width = 128256, 4096  # Llama 3.1 8B's own head
     in_8_bits, in_bf16 = vocab * width + 4 * vocab, 2 * vocab * width
     assert float8.teacher - plain.teacher == pytest.approx(in_8_bits - in_bf16 // shards, abs=1)

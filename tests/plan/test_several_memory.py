@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
 
 def check(cfg):
     config = read_config(cfg)
-    planned = plan_memory(config, as_run(config, build_models(config)), Layout(), sequence=128)[0]
+    planned = plan_memory(config, as_run(build_models(config)), Layout(), sequence=128)[0]
     measured, run = measured_step(cfg, KDRecipe)
     print(
         f"planned {planned.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, highest in {planned.peak_phase}"

@@ -130,10 +130,9 @@ def test_a_head_in_8_bits_is_one_product_of_as_many_flops(tmp_path, dtype):
     cfg = sized_config(tmp_path, 12, "lora", dtype=dtype)
     cfg.device = "cuda"
     config = read_config(cfg, distributed=False)
-    models = build_models(config)
     *_, width, _, vocab = SIZES[12]
     with_head = config.with_keys({"teacher_head": "float8"})
-    plain, float8 = (dry_step(c, as_run(c, models), B, S).operations for c in (config, with_head))
+    plain, float8 = (dry_step(c, as_run(build_models(c)), B, S).operations for c in (config, with_head))
     assert flops_by_phase(float8, 1) == flops_by_phase(plain, 1)
     flops = [operation.flops for operation in float8 if operation.float8]
     assert sum(flops) == (2 * B * S * vocab * width if dtype == "bf16" else 0)
