@@ -14,7 +14,7 @@ from torchtune.modules import loss as stock_losses
 from helpers.checkout import benchmarks
 from helpers.measured import SIZES, allocated, measured_step, sized_config, weight_bytes
 from helpers.tiny import make_config
-from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
+from torchtune_kd.plan import Layout, build_models, count_parameters, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
 from torchtune_kd.plan.meta_models import as_run
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
@@ -147,6 +147,18 @@ def test_nf4_is_counted_with_its_scales():
     weight = to_nf4(torch.zeros(512, 512, dtype=torch.bfloat16))
     # 4 bits a weight, 8 a block of 64, 16 a scaler block of 256 such, then 16 code values and a mean in bf16
     assert tensor_bytes(weight) == 512 * 512 * (4 + 8 / 64 + 16 / (64 * 256)) / 8 + 2 * (16 + 1)
+
+
+def test_a_quantised_teacher_has_as_many_weights(tmp_path):
+    """Scales are no weights: they count as bytes alone."""
+    plain, int8, nf4 = (
+        build_models(read_config(sized_config(tmp_path, 12, "lora", teacher_weights=kind), distributed=False))
+        for kind in (None, "int8", "nf4")
+    )
+    counts = [count_parameters(models).teacher for models in (plain, int8, nf4)]
+    assert counts == [sum(weight.numel() for weight in plain.teachers[0].model.parameters())] * 3
+    plain, int8, nf4 = (planned_weights(models.teachers[0].model) for models in (plain, int8, nf4))
+    assert nf4 < int8 < plain
 
 
 @pytest.mark.slow

@@ -248,12 +248,12 @@ def table_bytes(model: nn.Module) -> int:
 
 
 def _numbers(model: nn.Module) -> Iterator[Tensor]:
-    """Yield all parameters, of 8-bit layers what they stand for."""
+    """Yield all parameters, of 8-bit layers the weights that they stand for, without the rows' scales."""
     in_8_bits = [module for module in model.modules() if isinstance(module, Int8Linear)]
     as_held = {id(part) for layer in in_8_bits for part in (layer.weight, layer.scale)}
     yield from (parameter for parameter in model.parameters() if id(parameter) not in as_held)
     for layer in in_8_bits:
-        yield from layer.quantised()
+        yield layer.quantised()[0]
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
