@@ -1,8 +1,5 @@
 """The plan's memory is what a run takes: measured on the CPU, and on a GPU where there is one."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,8 @@ from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.modules import loss as stock_losses
 
 from helpers.checkout import benchmarks
-from helpers.measured import SIZES, allocated, measured_step, sized_config, weight_bytes
+from helpers.measured import SIZES, allocated, sized_config, weight_bytes
+from helpers.planned import check_memory, check_two_processes, plan
 from helpers.tiny import make_config
 from torchtune_kd.plan import Layout, build_models, count_parameters, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
@@ -24,26 +22,6 @@ from torchtune_kd.training import read_config
 
 stock_step = benchmarks("_stock_step")
 CHECKOUT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
-
-
-def plan(cfg, layout=None, **more):
-    config = read_config(cfg, distributed=layout is not None)
-    layout = layout or Layout()
-    return plan_memory(config, as_run(build_models(config, layout.shards)), layout, **more)[0]
-
-
-def check(tmp_path, size, kind, **overrides):
-    cfg = sized_config(tmp_path, size, kind, **overrides)
-    planned = plan(cfg, sequence=128)
-    measured, run = measured_step(cfg, KDRecipe)
-    print(f"{size} M, {kind}: planned {planned.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
-    assert planned.teacher + planned.student == weight_bytes(run)
-    state = [v for values in run.optimizer.state.values() for v in values.values() if v.numel() > 1]
-    assert planned.optimizer == sum(map(tensor_bytes, state))
-    assert planned.gradients == sum(map(tensor_bytes, run.trainable))
-    assert planned.total == pytest.approx(measured, rel=0.1)
-    assert sum(planned.at_peak.values()) == planned.total == max(planned.phases.values())
 
 
 @pytest.mark.heavy
@@ -65,30 +43,20 @@ def check(tmp_path, size, kind, **overrides):
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
 def test_plan_is_what_a_small_run_takes(tmp_path, kind, overrides):
-    check(tmp_path, 1, kind, **overrides)
+    check_memory(sized_config(tmp_path, 1, kind, **overrides))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("size", [size for size in SIZES if size > 1])
 def test_plan_is_what_a_run_takes(tmp_path, size, kind):
-    check(tmp_path, size, kind, batch_size=1 if size == max(SIZES) else 2)
+    check_memory(sized_config(tmp_path, size, kind, batch_size=1 if size == max(SIZES) else 2))
 
 
 @pytest.mark.slow
 def test_plan_is_what_two_processes_take(tmp_path):
     """FSDP2 over gloo: shares, gathered layers, gradients whole until a step's last microbatch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run([*command, str(WORKER), str(tmp_path), "one"], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 2 * 3
-    for line in lines:
-        print(line)
-        # each shard of an NF4 weight has the code values and a mean of its own
-        assert line["planned weights"] == pytest.approx(line["measured weights"], rel=1e-4)
-        # gloo's threads let go of buffers when they get round to it
-        assert line["planned"] == pytest.approx(line["measured"], rel=0.12)
+    check_two_processes(tmp_path, "one", cases=3)
 
 
 @pytest.mark.slow
