@@ -9,7 +9,9 @@ from helpers.cached import cached, write
 from helpers.measured import SIZES, sized_config
 from helpers.several import NARROW, members, with_teachers
 from torchtune_kd.errors import UserError
-from torchtune_kd.plan import as_dict, as_text, plan_run, read_request
+from torchtune_kd.plan import as_dict, as_text, build_models, plan_run, read_request
+from torchtune_kd.plan.communication import sharded_weights
+from torchtune_kd.plan.meta_models import as_run
 
 B, S, STEPS = 4, 128, 2  # of sized_config: rows and tokens of a microbatch, microbatches of a step
 SIZE = 12
@@ -91,7 +93,7 @@ def test_a_list_of_one_cache_is_the_teacher_cache(config, tmp_path, kind):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
-    """Of layers one member's at a time are gathered, of embeddings and heads all."""
+    """Gathered are the embeddings and heads of all members, and the layers of one at a time, at most the largest."""
     cfg = config("lora")
     write(cfg, tmp_path / "cache")
     wide, narrow = (members(cfg)[name] for name in ("wide", "narrow"))
@@ -104,8 +106,13 @@ def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
     travels = [each.communication for each in alone]
     assert together.communication.teacher_layers == sum(each.teacher_layers for each in travels)
     without = planned(cfg, kd_ratio=0.0, devices=devices)
-    gathered = [each.memory.gathered - without.memory.gathered for each in alone]
-    assert max(gathered) <= together.memory.gathered - without.memory.gathered <= sum(gathered)
+    settings, layout = together.settings, together.layout
+    config = read_request(OmegaConf.merge(with_teachers(cfg, *entries), {"devices": devices}))[1]
+    models = as_run(build_models(config, layout.shards))
+    parts = [sharded_weights(teacher.model, settings, layout) for teacher in models.teachers]
+    gathered = sum(part.rest for part in parts) + max(part.layers for part in parts)
+    assert together.memory.gathered - without.memory.gathered == gathered
+    assert (gathered > 0) == (devices > 1)
     kinds = [(each.kind, each.float8_head, each.cache_bytes_per_token) for each in together.teachers]
     assert kinds == [("live", False, None), ("live", True, None), ("cache", False, 4 * cfg.teacher_model.embed_dim)]
     assert together.stored_bytes == 4 * cfg.teacher_model.embed_dim
