@@ -1,6 +1,7 @@
 """The plan of several teachers against the plans of each, and of a student that teaches itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -118,6 +119,21 @@ def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
     assert together.stored_bytes == 4 * cfg.teacher_model.embed_dim
     page = as_text(together)
     assert "teachers, mean of probabilities" in page and "stored (from a cache)" in page
+    assert ("teachers' layers, gathered" in page) == (devices > 1)
+    assert f"from the cache: {together.stored_bytes:,} bytes" in page
+    stored = together.teachers[-1]
+    assert f"from caches: {2 * stored.cache_bytes_per_token:,} bytes" in as_text(
+        replace(together, teachers=[stored] * 2)
+    )
+
+
+@pytest.mark.parametrize("parameters", [10**6, 8_030_261_248, 70_553_706_496])
+def test_columns_are_as_wide_as_their_numbers(config, parameters):
+    plan = planned(config("lora"), members(config("lora"))["base"])
+    (only,) = plan.teachers
+    page = as_text(replace(plan, teachers=[replace(only, parameters=parameters)]))
+    (table,) = (part.splitlines() for part in page.split("\n\n") if part.startswith("teachers"))
+    assert f"  {parameters:,}  " in table[-1] and len({len(line) for line in table}) == 1
 
 
 def test_the_base_adds_no_weights_and_a_forward_without_adapters(config):
