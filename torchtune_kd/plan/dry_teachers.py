@@ -33,7 +33,7 @@ class Deals(NamedTuple):
     """Say which dataset each row of a microbatch is from, for several microbatches.
 
     Attributes:
-        equal (list[list[int]]): together with as many rows for each teacher.
+        equal (list[list[int]]): microbatches in which, taken together, each teacher has equally many rows.
         uneven (list[list[int]]): others, of which memory is looked at as well.
     """
 
