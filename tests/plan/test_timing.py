@@ -153,7 +153,7 @@ def test_the_optimizer_moves_weights_gradients_and_state():
 
 @pytest.mark.parametrize(("dtype", "size"), [("bf16", 18), ("fp32", 12)])
 def test_an_average_is_read_and_written_in_fp32_after_every_nth_step(tmp_path, dtype, size):
-    """Of bf16 also the weight is read, converted into fp32, and read there."""
+    """Also move a weight of bf16 on its way into fp32: it is read, written, and read again."""
     cfg = sized_config(tmp_path, 1, "lora", dtype=dtype)
     known = members(cfg)
     traffic = {}
