@@ -41,7 +41,7 @@ def test_the_memory_is_what_a_run_takes(tmp_path, kind, stored):
 
 
 def planned(cfg, **more):
-    return plan_run(*read_request(OmegaConf.merge(cfg, {"device": "cuda", "dtype": "bf16", "gpu": "H100"} | more)))
+    return plan_run(*read_request(OmegaConf.merge(cfg, {"device": "cuda", "dtype": "bf16"} | more)))
 
 
 def test_one_that_is_yet_to_be_written_is_planned_from_the_teacher(tmp_path):
@@ -58,7 +58,7 @@ def test_one_that_is_yet_to_be_written_is_planned_from_the_teacher(tmp_path):
 
 
 def test_one_that_is_there_says_what_it_holds(tmp_path):
-    cfg = sized_config(tmp_path, 50, "full")
+    cfg = sized_config(tmp_path, 12, "full")
     write(cfg, tmp_path / "cache", dtype="int8")
     plan = planned(cached(cfg, tmp_path / "cache"))
     assert plan.stored_bytes == cfg.teacher_model.embed_dim + 2

@@ -67,6 +67,7 @@ def test_the_mean_of_probabilities_takes_a_chunk_in_fp32(config):
     assert chunk <= loss["probabilities"] - loss["logits"] <= chunk + 2 * block
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("entry", "flat"),
     [({}, {}), ({"weights": "nf4", "head": "float8"}, {"teacher_weights": "nf4", "teacher_head": "float8"})],
@@ -83,6 +84,7 @@ def test_a_list_of_one_is_the_teacher_of_the_flat_keys(config, entry, flat, devi
     assert found == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_a_list_of_one_cache_is_the_teacher_cache(config, tmp_path, kind):
     cfg = config("lora")
@@ -92,6 +94,7 @@ def test_a_list_of_one_cache_is_the_teacher_cache(config, tmp_path, kind):
     assert as_text(one) == as_text(listed) and one.memory == listed.memory and one.flops == listed.flops
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
     """Gathered are the embeddings and heads of all members, and the layers of one at a time, at most the largest."""
@@ -127,13 +130,13 @@ def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
     )
 
 
-@pytest.mark.parametrize("parameters", [10**6, 8_030_261_248, 70_553_706_496])
-def test_columns_are_as_wide_as_their_numbers(config, parameters):
+def test_columns_are_as_wide_as_their_numbers(config):
     plan = planned(config("lora"), members(config("lora"))["base"])
     (only,) = plan.teachers
-    page = as_text(replace(plan, teachers=[replace(only, parameters=parameters)]))
-    (table,) = (part.splitlines() for part in page.split("\n\n") if part.startswith("teachers"))
-    assert f"  {parameters:,}  " in table[-1] and len({len(line) for line in table}) == 1
+    for parameters in (10**6, 8_030_261_248, 70_553_706_496):
+        page = as_text(replace(plan, teachers=[replace(only, parameters=parameters)]))
+        (table,) = (part.splitlines() for part in page.split("\n\n") if part.startswith("teachers"))
+        assert f"  {parameters:,}  " in table[-1] and len({len(line) for line in table}) == 1
 
 
 def test_the_base_adds_no_weights_and_a_forward_without_adapters(config):
@@ -144,6 +147,7 @@ def test_the_base_adds_no_weights_and_a_forward_without_adapters(config):
     assert "base (the student, adapters off)" in as_text(base)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_an_average_takes_four_bytes_of_each_trained_weight_and_a_forward(config, kind, devices):
@@ -161,6 +165,7 @@ def test_an_average_takes_four_bytes_of_each_trained_weight_and_a_forward(config
     assert "ema (the student's average, fp32)" in as_text(plan)
 
 
+@pytest.mark.heavy
 def test_what_a_student_that_teaches_itself_gathers(config):
     """Both gather the layers once more; an average has to be gathered apart from the student, with its head."""
     cfg = config("lora", gradient_accumulation_steps=3)
@@ -182,6 +187,7 @@ def specialists(cfg):
     return entries, [entry | {"datasets": [at]} for at, entry in enumerate(entries)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_specialists_share_the_rows_equally_in_time(config, batch_size):
     """One without a row runs on one: both teachers do so in every batch of one."""
@@ -198,6 +204,7 @@ def test_specialists_share_the_rows_equally_in_time(config, batch_size):
     assert plan.ensemble is None and [each.datasets for each in plan.teachers] == [(0,), (1,)]
 
 
+@pytest.mark.heavy
 def test_specialists_need_the_memory_of_the_larger_one_with_all_rows(config):
     cfg = config()
     entries, taught = specialists(cfg)
@@ -209,6 +216,7 @@ def test_specialists_need_the_memory_of_the_larger_one_with_all_rows(config):
         assert max(needed) <= plan.memory.phases[phase] <= 1.3 * max(needed)
 
 
+@pytest.mark.heavy
 def test_the_largest_batch_has_room_for_all_teachers(tmp_path):
     cfg = sized_config(tmp_path, 1, "lora")
     wide, narrow = (members(cfg)[name] for name in ("wide", "narrow"))
