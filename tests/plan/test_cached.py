@@ -66,6 +66,7 @@ def test_one_that_is_there_says_what_it_holds(tmp_path):
         planned(cached(cfg, tmp_path / "elsewhere"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("head", [None, "float8"])
 def test_the_head_alone_is_gathered(tmp_path, head):
     cfg = sized_config(tmp_path, 50, "full", teacher_head=head)

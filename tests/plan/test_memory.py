@@ -167,6 +167,7 @@ def test_fsdp_cpu_offload_leaves_the_shares_to_the_host():
     assert memory.teacher < 0.1 * GIB and memory.optimizer == 0 and memory.gathered > 2 * GIB
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shards", [1, 8])
 def test_a_head_in_8_bits_is_half_as_large_and_whole_on_every_process(shards):
     cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")

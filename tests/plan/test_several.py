@@ -34,6 +34,7 @@ def head(width):
     return STEPS * 2 * B * S * VOCAB * width
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mix", ["probabilities", "logits"])
 def test_an_ensemble_takes_the_flops_of_its_members(config, mix):
     """To the unit: the student's once, each member's forward, and one product more with a head."""
@@ -59,6 +60,7 @@ def test_an_ensemble_takes_the_flops_of_its_members(config, mix):
     assert sum(each["bytes"] for each in listed) == both.memory.teacher
 
 
+@pytest.mark.heavy
 def test_the_mean_of_probabilities_takes_a_chunk_in_fp32(config):
     cfg = config()
     entries = [members(cfg)[name] for name in ("wide", "narrow")]

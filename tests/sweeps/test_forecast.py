@@ -14,6 +14,7 @@ SIZE = 1
 WIDTHS = {"wide": WIDTH, "narrow": NARROW["embed_dim"], "ema": WIDTH}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("names", [("wide", "narrow"), ("base",), ("ema", "wide")], ids="+".join)
 def test_the_flops_of_all_teachers_count(tmp_path, names, devices):
