@@ -47,8 +47,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m torchtune_kd.demo $(ARGS)
 
-# Lint, types, and what can be tested within this process in half a minute: no compiler, other process or recipe runs, and of
-# the kernels' tests not the grids.
+# Lint, types, and what can be tested within this process in half a minute: no compiler, other process or recipe runs, few runs
+# are planned, and of the kernels' tests the grids are left out.
 check: lint types
 	$(PYTEST) -m 'not slow and not heavy' $(CHECKED)
 

@@ -22,7 +22,7 @@ DROPOUT = 0.5
 IMPOSSIBLE = -1e9  # a bias with which a class has probability 0, and no gradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpecialistTargets(Targets):
     """Learn of a generalist, and of a specialist that knows its own classes and all others as one dustbin.
 
@@ -34,8 +34,8 @@ class SpecialistTargets(Targets):
         own (Tensor): whether a class is one of the specialist's, ``[M, N, C]``.
     """
 
-    answer: Tensor = None
-    own: Tensor = None
+    answer: Tensor
+    own: Tensor
 
     def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Return the sum over networks of each one's mean of both parts."""

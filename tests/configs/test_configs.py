@@ -22,10 +22,20 @@ from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import ModelType
 
 import torchtune_kd.losses
+from torchtune_kd.cache_teacher.error import SAMPLE, error_of
+from torchtune_kd.cache_teacher.request import CacheKeys
 from torchtune_kd.config.sections import section_of
 from torchtune_kd.config.settings import KEYS, Settings
+from torchtune_kd.losses.signals import Head
 from torchtune_kd.models.build import check_vocabularies, on_meta
 from torchtune_kd.models.nf4 import check_nf4_shapes
+from torchtune_kd.models.output_head import output_head
+from torchtune_kd.plan import build_models, fits, read_request
+from torchtune_kd.plan.communication import sharded_weights
+from torchtune_kd.plan.memory import GIB
+from torchtune_kd.plan.meta_models import table_bytes, weight_bytes
+from torchtune_kd.plan.tracker import Tracker
+from torchtune_kd.teachers.live import LiveTeacher
 from torchtune_kd.training import UserError, World, read_config
 from torchtune_kd.training.optim import build_lr_scheduler, build_profiler
 
@@ -173,6 +183,7 @@ def test_downloads_of_the_header_are_the_checkpoints_of_the_config(path):
         if repo is None:  # the epoch of the generation before
             before = load(CONFIGS / "smollm2" / "135M_to_15L_KD_full_single_device.yaml")
             assert checkpointer["checkpoint_dir"] == f"{before.output_dir}/epoch_0" and section == plain["model"]
+            assert checkpointer["checkpoint_files"] == ["model-00001-of-00001.safetensors"]  # as a run exports it
             continue
         seen.add(repo)
         facts, files = MODELS[repo], checkpointer["checkpoint_files"]
@@ -262,6 +273,43 @@ def test_comment_names_every_other_divergence(path):
         cfg = load(path)
         cfg.kd_loss._component_ = f"torchtune_kd.losses.{name}"
         assert type(section_of("kd_loss", cfg.kd_loss).build()).__name__ == name
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "cached" in path.stem], ids=lambda path: path.stem)
+def test_header_says_what_the_writing_of_a_cache_takes(path):
+    """A teacher, and beside it a forward, or at the beginning a measurement of what is lost, whichever takes more."""
+    cfg = load(path)
+    cfg.teacher_cache = None
+    _, config, layout = read_request(cfg)
+    decoder = build_models(config, layout.shards).teachers[0].model
+    weights = sharded_weights(decoder, config.settings, layout)
+    held = weights.share + table_bytes(decoder) if layout.sharded else weight_bytes(decoder)
+    head = output_head(decoder)
+
+    def beside(run):
+        tracker = Tracker()
+        tracker.phase = "beside"
+        tracker.hold("teacher", (*decoder.parameters(), *decoder.buffers()))
+        with tracker:
+            run()
+        return tracker.peaks["beside"] - weight_bytes(decoder)
+
+    def measure():
+        states, labels = (
+            head[0].new_empty(SAMPLE, head[0].shape[1]),
+            torch.empty(SAMPLE, dtype=torch.long, device="meta"),
+        )
+        with pytest.raises(RuntimeError, match="meta tensors"):  # its results have no values
+            error_of(states, states, labels, Head(*head))
+
+    tokens = torch.zeros(1, CacheKeys("").tokens_per_batch, dtype=torch.long, device="meta")
+    forward = weights.rest + weights.layers + beside(lambda: LiveTeacher(decoder)(tokens))
+    total = held + max(forward, weights.rest + beside(measure))
+    room = next(f"{gb} GB" for gb in (12, 16, 24, 32) if fits(total, gb * GIB))
+    said = header(path).replace("\n# ", " ")
+    processes = f"{layout.processes} process{'es' * (layout.processes > 1)}"
+    assert f"{total / GIB:.1f} GiB per device (computed, not measured; {processes}, 16,384 tokens a forward)" in said
+    assert f"one {room} GPU" in said and f"{weight_bytes(decoder) / GIB:.1f} GiB of host memory" in said
 
 
 def test_nf4_fits_the_numbers_of_processes_that_the_header_names():

@@ -25,7 +25,15 @@ from torchtune_kd.training.signals import StopRequests
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*_KD_*.yaml"))  # sweeps are no runs
-AT_NIGHT = ("/1.5B_to_0.5B", "/7B_to_1.5B", "qlora_single", "KD_full_single")  # others are much like them
+AT_NIGHT = (  # others are much like them
+    "/1.5B_to_0.5B",
+    "/7B_to_1.5B_KD_full",
+    "/7B_to_1.5B_KD_lora_distributed",
+    "llama3_2/8B_to_1B_KD_full_single",
+    "qlora_single",
+    "cached_lora_single",
+    "born_again",
+)
 EACH = [
     pytest.param(path, marks=pytest.mark.nightly) if any(each in str(path) for each in AT_NIGHT) else path
     for path in FILES

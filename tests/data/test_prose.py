@@ -95,13 +95,13 @@ def test_training_passages_repeat_no_cut(reference, tokenizer):
 
 def test_repeated_passages_are_the_same_in_every_pass(reference, tokenizer):
     documents = {"raise": reference.train["raise"]}
-    one_pass = set(prose.passages(tokenizer, prose.joined(documents), 64))
+    one_pass = prose.passages(tokenizer, prose.joined(documents), 64)
     size = len(one_pass)
-    rows = prose.repeated_passages(tokenizer, documents, 64, 2 * size + 1)
-    assert len(rows) == 2 * size + 1 and set(rows[:size]) == set(rows[size:-1]) == one_pass
+    rows = prose.repeated_passages(one_pass, 2 * size + 1, size)
+    assert len(rows) == 2 * size + 1 and set(rows[:size]) == set(rows[size:-1]) == set(one_pass)
     assert rows[:size] != rows[size:-1]
-    few = prose.repeated_passages(tokenizer, documents, 64, 9, different=4)
-    assert len(few) == 9 and set(few[:4]) == set(few[4:8]) == set(few) < one_pass
+    few = prose.repeated_passages(one_pass, 9, different=4)
+    assert len(few) == 9 and set(few[:4]) == set(few[4:8]) == set(few) < set(one_pass)
 
 
 def test_a_file_is_cut_at_blank_lines(tmp_path):

@@ -97,27 +97,38 @@ def test_steps_from_a_cache_are_quicker(plan):
     assert plan(elapsed=30, slowness=1, cached=True).validate_every > plan(elapsed=0, slowness=1).validate_every
 
 
-def pretend_demo(clock, slowness):
+def pretend_demo(clock, slowness, *, cached=False):
     """The demo's phases on a machine that is ``slowness`` times as slow as two quiet cores: seconds, steps, share."""
+    pace, row_tokens = slowness * PACE, 255
     deadline, start = Deadline(), clock.now
     clock.now += 8 * slowness  # imports, teacher, text
     for _ in deadline.within(budget.CHOOSING, range(8)):
         clock.now += 1.3 * slowness
-    plan = budget.plan_training(deadline, slowness * PACE, step_tokens=510, rows=19, row_tokens=255, validations=3)
+
+    def plan_training():
+        sizes = {"step_tokens": 2 * row_tokens, "rows": 19, "row_tokens": row_tokens, "validations": 3}
+        return budget.plan_training(deadline, pace, **sizes, cached=cached)
+
+    validation_rows = plan_training().validation_rows
+    if cached:
+        rows = budget.cached_rows(deadline, pace, rows=340, row_tokens=row_tokens)
+        clock.now += 9 * slowness  # imports of the caching process, the teacher, data
+        clock.now += 1.3 * pace * row_tokens * (rows + validation_rows)
+    plan = plan_training()
     clock.now += 6 * slowness  # imports of the training process
     limit, step = TimeLimit(plan.minutes * 60, began=clock.now), 0
     clock.now += 3 * slowness  # models and data
 
     def validate():
         limit.begin_validation()
-        clock.now += slowness * 0.5 * plan.validation_rows
+        clock.now += slowness * 0.5 * validation_rows
         limit.end_validation()
 
     validate()
     planned = budget.MOST_STEPS
     while step < planned:
         limit.begin_step()
-        clock.now += 2 * slowness
+        clock.now += (1.5 if cached else 2) * slowness
         step += 1
         planned = limit.plan(step, budget.MOST_STEPS)[1]
         if step == planned or step % plan.validate_every == 0:
@@ -135,6 +146,15 @@ def test_the_whole_demo_ends_in_time_with_its_schedule_at_its_end(clock, slownes
     assert seconds < 60 * minutes
     assert steps >= LEAST_STEPS and schedule == 1
     assert math.isclose(steps, 600 if slowness == 0.1 else 220 / (2 * slowness), rel_tol=0.35)
+
+
+@pytest.mark.parametrize("slowness, minutes", [(0.1, 6), (0.5, 6), (1, 6), (1.5, 6), (2, 6), (3, 8), (6, 8)])
+def test_a_demo_with_a_cache_ends_in_the_same_time(clock, slowness, minutes):
+    """The caching run alone has no time limit: it is given what its share of the time allows."""
+    seconds, steps, schedule = pretend_demo(clock, slowness, cached=True)
+    assert seconds < 60 * minutes
+    assert steps >= LEAST_STEPS and schedule == 1
+    assert slowness > 1 or steps > 0.7 * pretend_demo(clock, slowness)[1]
 
 
 def test_a_machine_twelve_times_as_slow_still_trains(clock):

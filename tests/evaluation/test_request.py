@@ -118,6 +118,20 @@ def test_several_teachers_have_their_names(cfg):
     assert request.reference is None
     cfg.reference = "coder"
     assert read_request(cfg).reference.name == "coder"
+    cfg.reference, cfg.teachers[1].name = None, "teacher"
+    assert read_request(cfg).reference is None  # null measures none
+    del cfg["reference"]
+    assert read_request(cfg).reference.name == "teacher"
+
+
+@pytest.mark.parametrize("name", ["untrained", "student"])
+def test_no_teacher_has_the_students_name(cfg, name):
+    """Not even before there is a trained student, which would take the teacher's place later."""
+    teacher = {"name": name, "model": cfg.teacher_model, "checkpointer": cfg.teacher_checkpointer}
+    cfg = OmegaConf.merge(cfg, {"teachers": [teacher]})
+    cfg.teacher_model = cfg.teacher_checkpointer = None
+    with pytest.raises(UserError, match=rf"`teachers\[0\]` is called `{name}`, as the student .* another `name`\.$"):
+        read_request(cfg)
 
 
 def test_an_export_of_an_adapter_alone_is_no_student(cfg):

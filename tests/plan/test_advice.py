@@ -78,6 +78,7 @@ def test_a_validation_is_planned_without_gradients(tmp_path):
     assert "activation" not in said and "gradient_accumulation_steps" not in said
 
 
+@pytest.mark.heavy
 def test_a_run_with_several_teachers_is_advised(tmp_path):
     cfg = sized_config(tmp_path, 12, "full")
     case = case_of(with_teachers(cfg, *(members(cfg)[name] for name in ("wide", "ema"))))

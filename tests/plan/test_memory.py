@@ -1,8 +1,5 @@
 """The plan's memory is what a run takes: measured on the CPU, and on a GPU where there is one."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,10 @@ from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.modules import loss as stock_losses
 
 from helpers.checkout import benchmarks
-from helpers.measured import SIZES, allocated, measured_step, sized_config, weight_bytes
+from helpers.measured import SIZES, allocated, sized_config, weight_bytes
+from helpers.planned import check_memory, check_two_processes, plan
 from helpers.tiny import make_config
-from torchtune_kd.plan import Layout, build_models, fits, largest_batch, plan_memory
+from torchtune_kd.plan import Layout, build_models, count_parameters, fits, largest_batch, plan_memory
 from torchtune_kd.plan.memory import GIB
 from torchtune_kd.plan.meta_models import as_run
 from torchtune_kd.plan.meta_models import weight_bytes as planned_weights
@@ -24,26 +22,6 @@ from torchtune_kd.training import read_config
 
 stock_step = benchmarks("_stock_step")
 CHECKOUT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("fsdp_memory_worker.py")
-
-
-def plan(cfg, layout=None, **more):
-    config = read_config(cfg, distributed=layout is not None)
-    layout = layout or Layout()
-    return plan_memory(config, as_run(config, build_models(config, layout.shards)), layout, **more)[0]
-
-
-def check(tmp_path, size, kind, **overrides):
-    cfg = sized_config(tmp_path, size, kind, **overrides)
-    planned = plan(cfg, sequence=128)
-    measured, run = measured_step(cfg, KDRecipe)
-    print(f"{size} M, {kind}: planned {planned.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
-    assert planned.teacher + planned.student == weight_bytes(run)
-    state = [v for values in run.optimizer.state.values() for v in values.values() if v.numel() > 1]
-    assert planned.optimizer == sum(map(tensor_bytes, state))
-    assert planned.gradients == sum(map(tensor_bytes, run.trainable))
-    assert planned.total == pytest.approx(measured, rel=0.1)
-    assert sum(planned.at_peak.values()) == planned.total == max(planned.phases.values())
 
 
 @pytest.mark.heavy
@@ -65,30 +43,20 @@ def check(tmp_path, size, kind, **overrides):
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
 def test_plan_is_what_a_small_run_takes(tmp_path, kind, overrides):
-    check(tmp_path, 1, kind, **overrides)
+    check_memory(sized_config(tmp_path, 1, kind, **overrides))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("size", [size for size in SIZES if size > 1])
 def test_plan_is_what_a_run_takes(tmp_path, size, kind):
-    check(tmp_path, size, kind, batch_size=1 if size == max(SIZES) else 2)
+    check_memory(sized_config(tmp_path, size, kind, batch_size=1 if size == max(SIZES) else 2))
 
 
 @pytest.mark.slow
 def test_plan_is_what_two_processes_take(tmp_path):
     """FSDP2 over gloo: shares, gathered layers, gradients whole until a step's last microbatch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run([*command, str(WORKER), str(tmp_path), "one"], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 2 * 3
-    for line in lines:
-        print(line)
-        # each shard of an NF4 weight has the code values and a mean of its own
-        assert line["planned weights"] == pytest.approx(line["measured weights"], rel=1e-4)
-        # gloo's threads let go of buffers when they get round to it
-        assert line["planned"] == pytest.approx(line["measured"], rel=0.12)
+    check_two_processes(tmp_path, "one", cases=3)
 
 
 @pytest.mark.slow
@@ -149,6 +117,18 @@ def test_nf4_is_counted_with_its_scales():
     assert tensor_bytes(weight) == 512 * 512 * (4 + 8 / 64 + 16 / (64 * 256)) / 8 + 2 * (16 + 1)
 
 
+def test_a_quantised_teacher_has_as_many_weights(tmp_path):
+    """Scales are no weights: they count as bytes alone."""
+    plain, int8, nf4 = (
+        build_models(read_config(sized_config(tmp_path, 12, "lora", teacher_weights=kind), distributed=False))
+        for kind in (None, "int8", "nf4")
+    )
+    counts = [count_parameters(models).teacher for models in (plain, int8, nf4)]
+    assert counts == [sum(weight.numel() for weight in plain.teachers[0].model.parameters())] * 3
+    plain, int8, nf4 = (planned_weights(models.teachers[0].model) for models in (plain, int8, nf4))
+    assert nf4 < int8 < plain
+
+
 @pytest.mark.slow
 def test_shares_shrink_with_the_number_of_processes():
     cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")
@@ -187,13 +167,14 @@ def test_fsdp_cpu_offload_leaves_the_shares_to_the_host():
     assert memory.teacher < 0.1 * GIB and memory.optimizer == 0 and memory.gathered > 2 * GIB
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shards", [1, 8])
 def test_a_head_in_8_bits_is_half_as_large_and_whole_on_every_process(shards):
     cfg = OmegaConf.load(CHECKOUT / "configs" / "llama3_2" / "8B_to_1B_KD_full_distributed.yaml")
     config = read_config(cfg, distributed=True)
-    models, layout = build_models(config), Layout(shards, 1, True)
+    layout = Layout(shards, 1, True)
     with_head = config.with_keys({"teacher_head": "float8"})
-    plain, float8 = (plan_memory(c, as_run(c, models), layout, 64)[0] for c in (config, with_head))
+    plain, float8 = (plan_memory(c, as_run(build_models(c)), layout, 64)[0] for c in (config, with_head))
     vocab, width = 128256, 4096  # Llama 3.1 8B's own head
     in_8_bits, in_bf16 = vocab * width + 4 * vocab, 2 * vocab * width
     assert float8.teacher - plain.teacher == pytest.approx(in_8_bits - in_bf16 // shards, abs=1)

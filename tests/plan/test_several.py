@@ -1,6 +1,7 @@
 """The plan of several teachers against the plans of each, and of a student that teaches itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,7 +10,9 @@ from helpers.cached import cached, write
 from helpers.measured import SIZES, sized_config
 from helpers.several import NARROW, members, with_teachers
 from torchtune_kd.errors import UserError
-from torchtune_kd.plan import as_dict, as_text, plan_run, read_request
+from torchtune_kd.plan import as_dict, as_text, build_models, plan_run, read_request
+from torchtune_kd.plan.communication import sharded_weights
+from torchtune_kd.plan.meta_models import as_run
 
 B, S, STEPS = 4, 128, 2  # of sized_config: rows and tokens of a microbatch, microbatches of a step
 SIZE = 12
@@ -31,6 +34,7 @@ def head(width):
     return STEPS * 2 * B * S * VOCAB * width
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mix", ["probabilities", "logits"])
 def test_an_ensemble_takes_the_flops_of_its_members(config, mix):
     """To the unit: the student's once, each member's forward, and one product more with a head."""
@@ -56,6 +60,7 @@ def test_an_ensemble_takes_the_flops_of_its_members(config, mix):
     assert sum(each["bytes"] for each in listed) == both.memory.teacher
 
 
+@pytest.mark.heavy
 def test_the_mean_of_probabilities_takes_a_chunk_in_fp32(config):
     cfg = config()
     entries = [members(cfg)[name] for name in ("wide", "narrow")]
@@ -64,6 +69,7 @@ def test_the_mean_of_probabilities_takes_a_chunk_in_fp32(config):
     assert chunk <= loss["probabilities"] - loss["logits"] <= chunk + 2 * block
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("entry", "flat"),
     [({}, {}), ({"weights": "nf4", "head": "float8"}, {"teacher_weights": "nf4", "teacher_head": "float8"})],
@@ -80,6 +86,7 @@ def test_a_list_of_one_is_the_teacher_of_the_flat_keys(config, entry, flat, devi
     assert found == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_a_list_of_one_cache_is_the_teacher_cache(config, tmp_path, kind):
     cfg = config("lora")
@@ -89,9 +96,10 @@ def test_a_list_of_one_cache_is_the_teacher_cache(config, tmp_path, kind):
     assert as_text(one) == as_text(listed) and one.memory == listed.memory and one.flops == listed.flops
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
-    """Of layers one member's at a time are gathered, of embeddings and heads all."""
+    """Gathered are the embeddings and heads of all members, and the layers of one at a time, at most the largest."""
     cfg = config("lora")
     write(cfg, tmp_path / "cache")
     wide, narrow = (members(cfg)[name] for name in ("wide", "narrow"))
@@ -104,13 +112,33 @@ def test_what_members_hold_and_gather_adds_up(config, tmp_path, devices):
     travels = [each.communication for each in alone]
     assert together.communication.teacher_layers == sum(each.teacher_layers for each in travels)
     without = planned(cfg, kd_ratio=0.0, devices=devices)
-    gathered = [each.memory.gathered - without.memory.gathered for each in alone]
-    assert max(gathered) <= together.memory.gathered - without.memory.gathered <= sum(gathered)
+    settings, layout = together.settings, together.layout
+    config = read_request(OmegaConf.merge(with_teachers(cfg, *entries), {"devices": devices}))[1]
+    models = as_run(build_models(config, layout.shards))
+    parts = [sharded_weights(teacher.model, settings, layout) for teacher in models.teachers]
+    gathered = sum(part.rest for part in parts) + max(part.layers for part in parts)
+    assert together.memory.gathered - without.memory.gathered == gathered
+    assert (gathered > 0) == (devices > 1)
     kinds = [(each.kind, each.float8_head, each.cache_bytes_per_token) for each in together.teachers]
     assert kinds == [("live", False, None), ("live", True, None), ("cache", False, 4 * cfg.teacher_model.embed_dim)]
     assert together.stored_bytes == 4 * cfg.teacher_model.embed_dim
     page = as_text(together)
     assert "teachers, mean of probabilities" in page and "stored (from a cache)" in page
+    assert ("teachers' layers, gathered" in page) == (devices > 1)
+    assert f"from the cache: {together.stored_bytes:,} bytes" in page
+    stored = together.teachers[-1]
+    assert f"from caches: {2 * stored.cache_bytes_per_token:,} bytes" in as_text(
+        replace(together, teachers=[stored] * 2)
+    )
+
+
+def test_columns_are_as_wide_as_their_numbers(config):
+    plan = planned(config("lora"), members(config("lora"))["base"])
+    (only,) = plan.teachers
+    for parameters in (10**6, 8_030_261_248, 70_553_706_496):
+        page = as_text(replace(plan, teachers=[replace(only, parameters=parameters)]))
+        (table,) = (part.splitlines() for part in page.split("\n\n") if part.startswith("teachers"))
+        assert f"  {parameters:,}  " in table[-1] and len({len(line) for line in table}) == 1
 
 
 def test_the_base_adds_no_weights_and_a_forward_without_adapters(config):
@@ -121,6 +149,7 @@ def test_the_base_adds_no_weights_and_a_forward_without_adapters(config):
     assert "base (the student, adapters off)" in as_text(base)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_an_average_takes_four_bytes_of_each_trained_weight_and_a_forward(config, kind, devices):
@@ -138,6 +167,7 @@ def test_an_average_takes_four_bytes_of_each_trained_weight_and_a_forward(config
     assert "ema (the student's average, fp32)" in as_text(plan)
 
 
+@pytest.mark.heavy
 def test_what_a_student_that_teaches_itself_gathers(config):
     """Both gather the layers once more; an average has to be gathered apart from the student, with its head."""
     cfg = config("lora", gradient_accumulation_steps=3)
@@ -159,6 +189,7 @@ def specialists(cfg):
     return entries, [entry | {"datasets": [at]} for at, entry in enumerate(entries)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_specialists_share_the_rows_equally_in_time(config, batch_size):
     """One without a row runs on one: both teachers do so in every batch of one."""
@@ -175,6 +206,7 @@ def test_specialists_share_the_rows_equally_in_time(config, batch_size):
     assert plan.ensemble is None and [each.datasets for each in plan.teachers] == [(0,), (1,)]
 
 
+@pytest.mark.heavy
 def test_specialists_need_the_memory_of_the_larger_one_with_all_rows(config):
     cfg = config()
     entries, taught = specialists(cfg)
@@ -186,6 +218,7 @@ def test_specialists_need_the_memory_of_the_larger_one_with_all_rows(config):
         assert max(needed) <= plan.memory.phases[phase] <= 1.3 * max(needed)
 
 
+@pytest.mark.heavy
 def test_the_largest_batch_has_room_for_all_teachers(tmp_path):
     cfg = sized_config(tmp_path, 1, "lora")
     wide, narrow = (members(cfg)[name] for name in ("wide", "narrow"))

@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers.checkout import benchmarks
 from helpers.measured import SIZES, sized_config
+from helpers.several import members, with_teachers
 from torchtune_kd.plan import Layout, build_models
 from torchtune_kd.plan.communication import Communication, communication
 from torchtune_kd.plan.devices import DEVICES, Device
@@ -19,6 +20,7 @@ from torchtune_kd.plan.timing import (
     ACHIEVED_FLOPS,
     ACHIEVED_LINK,
     FLOAT8_TIME,
+    average_traffic,
     flops_by_phase,
     step_time,
 )
@@ -97,10 +99,13 @@ def test_what_travels(built):
     assert communication(models, settings, Layout()).total == 0
 
 
-def time(operations, layout=None, travels=NOTHING, trained=0, state=0.0, network=50.0, steps=1, device=DEVICE):
+def time(
+    operations, layout=None, travels=NOTHING, trained=0, state=0.0, network=50.0, steps=1, device=DEVICE, average=0.0
+):
     trainable = [nn.Parameter(torch.empty(trained, device="meta", dtype=torch.bfloat16))]
     cost = OptimizerCost(state, 0, 0)
-    return step_time(operations, steps, trainable, cost, layout or Layout(), travels, device, "bf16", network)
+    layout = layout or Layout()
+    return step_time(operations, steps, trainable, cost, layout, travels, device, "bf16", network, average)
 
 
 def test_an_operation_is_bound_by_what_takes_longest():
@@ -130,10 +135,9 @@ def test_a_head_in_8_bits_is_one_product_of_as_many_flops(tmp_path, dtype):
     cfg = sized_config(tmp_path, 12, "lora", dtype=dtype)
     cfg.device = "cuda"
     config = read_config(cfg, distributed=False)
-    models = build_models(config)
     *_, width, _, vocab = SIZES[12]
     with_head = config.with_keys({"teacher_head": "float8"})
-    plain, float8 = (dry_step(c, as_run(c, models), B, S).operations for c in (config, with_head))
+    plain, float8 = (dry_step(c, as_run(build_models(c)), B, S).operations for c in (config, with_head))
     assert flops_by_phase(float8, 1) == flops_by_phase(plain, 1)
     flops = [operation.flops for operation in float8 if operation.float8]
     assert sum(flops) == (2 * B * S * vocab * width if dtype == "bf16" else 0)
@@ -145,6 +149,28 @@ def test_the_optimizer_moves_weights_gradients_and_state():
     expected = (3 * 2 + 2 * 4) * elements / (1000e9 * ACHIEVED_BANDWIDTH)
     assert time([], trained=elements, state=4.0).total == pytest.approx(expected)
     assert time([], Layout(4, 1, True), trained=elements, state=4.0).total == pytest.approx(expected / 4)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 18), ("fp32", 12)])
+def test_an_average_is_read_and_written_in_fp32_after_every_nth_step(tmp_path, dtype, size):
+    """Also move a weight of bf16 on its way into fp32: it is read, written, and read again."""
+    cfg = sized_config(tmp_path, 1, "lora", dtype=dtype)
+    known = members(cfg)
+    traffic = {}
+    for every in (1, 4):
+        ema = known["ema"] | {"every_n_steps": every}
+        config = read_config(with_teachers(cfg, known["wide"], ema), distributed=False)
+        traffic[every] = average_traffic(build_models(config))
+    assert traffic == {1: size, 4: size / 4}
+    assert average_traffic(build_models(read_config(cfg, distributed=False))) == 0
+
+
+def test_the_optimizer_also_moves_the_average():
+    elements = 10**9
+    expected = (3 * 2 + 2 * 4 + 18) * elements / (1000e9 * ACHIEVED_BANDWIDTH)
+    assert time([], trained=elements, state=4.0, average=18.0).phases["optimizer"] == pytest.approx(expected)
+    shared = time([], Layout(4, 1, True), trained=elements, state=4.0, average=18.0)
+    assert shared.phases["optimizer"] == pytest.approx(expected / 4)
 
 
 def test_only_what_computation_cannot_hide_costs_time():

@@ -1,4 +1,4 @@
-"""What happens to a cache while a run trains from it, or between a kill and the resume: one sentence, nothing lost."""
+"""Damage a cache while a run trains from it, or between a kill and the resume: one sentence, nothing lost."""
 
 import re
 import shutil

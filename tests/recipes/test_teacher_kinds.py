@@ -1,4 +1,4 @@
-"""What the recipe promises of a run that is killed or stopped, with each kind of teacher.
+"""Kill and stop runs with each kind of teacher, and hold the recipe to what it promises of them.
 
 By day one SIGKILL a kind, at a moment drawn for it, and two stops by SIGTERM; more moments, every SIGTERM, and runs on
 two processes at night.

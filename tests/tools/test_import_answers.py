@@ -63,6 +63,7 @@ def completion(each, spell=lambda index: {"token": f"token_id:{index}"}):
     return {"prompt_token_ids": each.tokens[:3], "choices": [{"logprobs": {"content": content}}]}
 
 
+@pytest.mark.heavy
 def test_completions_train(folder, tmp_path, said, capsys):
     source = write_lines(tmp_path / "rows.jsonl", [completion(each) for each in said])
     cfg = config(folder, tmp_path / "out")

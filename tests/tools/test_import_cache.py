@@ -33,6 +33,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "vllm.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.heavy
 def test_a_run_from_an_imported_cache_is_that_from_our_own(folder, tmp_path, capsys):
     """But for fp16; the entropy of the teacher is not known, and not logged."""
     cfg = run_config(folder, tmp_path / "own")

@@ -124,6 +124,7 @@ def signal_for_all(row: dict) -> dict:
     return padded(row) | {"input_ids": row["input_ids"]}
 
 
+@pytest.mark.heavy
 def test_imported_it_trains(folder, tmp_path, capsys):
     cfg = run_config(folder, tmp_path / "out")
     cache = imported(cfg, "distillkit", write(tmp_path / "source", rows_of(folder)), tmp_path / "cache")

@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_they_train_as_our_own_do(folder, tmp_path, capsys):
     cfg = run(folder)
     cache = imported(cfg, "vllm_hidden", folder / "states", tmp_path / "cache", "--dtype", "fp32")

@@ -96,21 +96,20 @@ class Config:
             return ()
         if not self.teachers:
             return (self,)
-        alone = (
-            replace(
-                self,
-                teachers=(),
-                teacher_model=entry.model,
-                teacher_checkpointer=entry.checkpointer,
-                teacher_cache=entry.cache,
-                teacher_tail=entry.tail,
-                teacher_head=entry.head,
-                teacher_weights=entry.weights,
-            )
-            for entry in self.teachers
-            if entry.own is None
+        return tuple(self.with_teacher(entry) for entry in self.teachers if entry.own is None)
+
+    def with_teacher(self, entry: TeacherEntry) -> "Config":
+        """Return the config with this one of its ``teachers``, which is no part of the student, as the only one."""
+        return replace(
+            self,
+            teachers=(),
+            teacher_model=entry.model,
+            teacher_checkpointer=entry.checkpointer,
+            teacher_cache=entry.cache,
+            teacher_tail=entry.tail,
+            teacher_head=entry.head,
+            teacher_weights=entry.weights,
         )
-        return tuple(alone)
 
     def with_keys(self, keys: Mapping[str, Any]) -> "Config":
         """Return the config with other values under dotted keys; ``None`` takes a key of a section out."""

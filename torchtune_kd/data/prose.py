@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,30 +142,20 @@ def training_passages(
     return rows[:num_rows]
 
 
-def repeated_passages(
-    tokenizer: ModelTokenizer,
-    documents: Mapping[str, str],
-    num_tokens: int,
-    num_rows: int,
-    different: int | None = None,
-    seed: int = 0,
-) -> list[str]:
+def repeated_passages(one_pass: Sequence[str], num_rows: int, different: int) -> list[str]:
     """Draw ``num_rows`` passages in as many passes as that takes, each over the same passages in another order.
 
     Args:
-        tokenizer (ModelTokenizer): counts tokens.
-        documents (Mapping[str, str]): to cut.
-        num_tokens (int): most that a passage has.
+        one_pass (Sequence[str]): the passages of a text.
         num_rows (int): passages to return.
-        different (int | None): keep so many of those that one pass has; None keeps all.
-        seed (int): of the order.
+        different (int): of the text's to draw from.
     """
-    one_pass = passages(tokenizer, joined(documents), num_tokens)
-    random.Random(seed).shuffle(one_pass)
-    one_pass = one_pass[:different]
+    kept = list(one_pass)
+    random.Random(0).shuffle(kept)
+    del kept[different:]
     rows: list[str] = []
-    for number in range(-(-num_rows // len(one_pass))):
-        rows += random.Random(seed + number).sample(one_pass, len(one_pass))
+    for number in range(-(-num_rows // len(kept))):
+        rows += random.Random(number).sample(kept, len(kept))
     return rows[:num_rows]
 
 

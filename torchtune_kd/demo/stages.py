@@ -275,13 +275,13 @@ class Demo:
         """Write the passages to train on, and as many held-out ones as there is time to validate on."""
         number = (self.args.steps or budget.MOST_STEPS) * self.rows_per_step
         if self.args.cached:
-            one_pass = len(prose.passages(self.tokenizer, prose.joined(self.split.train), self.row_length))
-            different = one_pass
+            one_pass = prose.passages(self.tokenizer, prose.joined(self.split.train), self.row_length)
+            different = there = len(one_pass)
             if self.args.steps is None:
-                different = budget.cached_rows(self.deadline, self.pace, rows=one_pass, row_tokens=self.row_length)
-            if different < one_pass:
-                self._cut(f"the teacher reads {different} of {one_pass} passages")
-            rows = prose.repeated_passages(self.tokenizer, self.split.train, self.row_length, number, different)
+                different = budget.cached_rows(self.deadline, self.pace, rows=there, row_tokens=self.row_length)
+            if different < there:
+                self._cut(f"the teacher reads {different} of {there} passages")
+            rows = prose.repeated_passages(one_pass, number, different)
         else:
             rows = prose.training_passages(self.tokenizer, self.split.train, self.row_length, number)
         prose.write_rows(self.output.train_text, rows)

@@ -26,6 +26,8 @@ from torchtune_kd.models.loading import check_weights, load, load_weights
 from torchtune_kd.models.output_head import output_head, skip_output_head
 from torchtune_kd.storage.fingerprints import files_fingerprint
 
+OF_STUDENT = ("untrained", "student")  # names of a run's student, before training and after
+
 
 @dataclass(frozen=True)
 class Source:
@@ -75,6 +77,9 @@ def sources_of(config: Config) -> dict[str, Source]:
 
     ``teacher`` is its teacher, ``untrained`` the student that it starts from, and ``student`` the newest
     ``epoch_<n>`` in ``output_dir``, where there is one. Of ``teachers`` those that run have their own names.
+
+    Raises:
+        UserError: for a teacher with the student's name.
     """
     found = {}
     if config.checkpointer is not None:
@@ -88,7 +93,12 @@ def sources_of(config: Config) -> dict[str, Source]:
         found["teacher"] = Source("teacher", config.teacher_model, config.teacher_checkpointer)
     for entry in config.teachers:
         if entry.model is not None and entry.checkpointer is not None:
-            found.setdefault(entry.name, Source(entry.name, entry.model, entry.checkpointer))
+            if entry.name in OF_STUDENT:
+                raise UserError(
+                    f"Expected a name of its own for each model that is evaluated, but `{entry.path}` is called "
+                    f"`{entry.name}`, as the student is here: give that teacher another `name`."
+                )
+            found[entry.name] = Source(entry.name, entry.model, entry.checkpointer)
     return found
 
 

@@ -68,7 +68,8 @@ def read_request(written: DictConfig) -> Request:
     """Check a config whole and return what it asks for.
 
     With a training run's config (it has ``kd_loss``) the models are those of the run: ``untrained``, ``student`` (its
-    newest ``epoch_<n>``) and ``teacher``; ``models`` then lists some of them, or holds others.
+    newest ``epoch_<n>``) and ``teacher``, or those of ``teachers`` that run, by their names; ``models`` then lists some
+    of them, or holds others. Distances are measured against ``teacher`` where a model has that name.
 
     Raises:
         UserError: naming the first key that is unknown, missing, or has a value that cannot be.

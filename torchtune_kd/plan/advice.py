@@ -51,7 +51,7 @@ class Case:
         Raises:
             UserError: if a model cannot be built.
         """
-        models = as_run(self.config, build_models(self.config, self.layout.shards))
+        models = as_run(build_models(self.config, self.layout.shards))
         run = dry_validation if self.shape.validation else dry_step
         shape = self.shape
         memory, _ = plan_memory(self.config, models, self.layout, shape.sequence, batch_size=shape.batch_size, run=run)

@@ -56,10 +56,6 @@ class DryStep:
     operations: list[Operation]
     microbatches: int = 1
 
-    @property
-    def peak_phase(self) -> str:
-        return max(self.peaks, key=lambda phase: self.peaks[phase])
-
 
 def dry_step(config: Config, models: Models, batch_size: int, sequence: int, shards: int = 1) -> DryStep:
     """Run one microbatch, every token valid; of teachers with ``datasets`` several, see :mod:`.dry_teachers`.

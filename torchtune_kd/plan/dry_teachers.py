@@ -33,7 +33,7 @@ class Deals(NamedTuple):
     """Say which dataset each row of a microbatch is from, for several microbatches.
 
     Attributes:
-        equal (list[list[int]]): together with as many rows for each teacher.
+        equal (list[list[int]]): microbatches in which, taken together, each teacher has equally many rows.
         uneven (list[list[int]]): others, of which memory is looked at as well.
     """
 
@@ -66,18 +66,18 @@ def dry_teacher(config: Config, models: Models, kd_loss: KDLoss, student: Studen
     def local(tensor: Tensor) -> Tensor:
         return tensor.detach().view(-1)[: -(-tensor.numel() // shards)]
 
-    built = [_alone(each, teacher, kd_loss) for each, teacher in models.others(config)]
+    built = [_alone(teacher, kd_loss) for teacher in models.others]
     return joined(config, built, student, functools.partial(AverageTeacher, local=local))
 
 
-def _alone(config: Config, teacher: MetaTeacher, kd_loss: KDLoss) -> Teacher:
+def _alone(teacher: MetaTeacher, kd_loss: KDLoss) -> Teacher:
     stored = teacher.model
     if not isinstance(stored, StoredTeacher):
         return LiveTeacher(stored, teacher.head)
     where = {"ignore_index": kd_loss.ignore_index, "device": torch.device("meta")}
     reader, manifest = _DryReader(stored.manifest), stored.manifest
     if manifest.kind != "hidden":
-        renormalise = config.teacher_tail is not None
+        renormalise = teacher.config.teacher_tail is not None
         return SparseTeacher(reader, manifest, kd_loss.temperature, renormalise=renormalise, **where)
     head = teacher.head or Head(stored.weight, stored.bias)
     rms = torch.empty(manifest.width, device="meta")

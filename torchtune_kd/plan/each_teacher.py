@@ -1,15 +1,14 @@
-"""What is planned of each teacher by itself."""
+"""Plan each teacher by itself."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torchtune_kd.config.reading import Config
 from torchtune_kd.plan.meta_models import MetaTeacher, Models
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What one teacher takes beside the student.
+    """Hold what one teacher takes beside the student.
 
     Attributes:
         name (str): as under ``teachers``; "teacher" of ``teacher_model`` or ``teacher_cache``.
@@ -32,18 +31,14 @@ class TeacherPlan:
     float8_head: bool
 
 
-def each_teacher(
-    config: Config, models: Models, parameters: Iterable[int], sizes: Iterable[int]
-) -> tuple[TeacherPlan, ...]:
+def each_teacher(models: Models, parameters: Iterable[int], sizes: Iterable[int]) -> tuple[TeacherPlan, ...]:
     """Return what is planned of each teacher.
 
     Args:
-        config (Config): the run's.
-        models (Models): of the same config.
+        models (Models): as they run, see :func:`.as_run`.
         parameters (Iterable[int]): of each teacher.
         sizes (Iterable[int]): bytes of each on a device.
     """
-    float8 = {id(teacher): each.teacher_head is not None for each, teacher in models.others(config)}
     return tuple(
         TeacherPlan(
             name=teacher.name,
@@ -53,7 +48,7 @@ def each_teacher(
             parameters=count,
             bytes=size,
             cache_bytes_per_token=None if teacher.manifest is None else teacher.manifest.bytes_per_token,
-            float8_head=float8.get(id(teacher), False),
+            float8_head=teacher.head is not None,
         )
         for teacher, count, size in zip(models.teachers, parameters, sizes, strict=True)
     )
@@ -63,12 +58,3 @@ def _share(teacher: MetaTeacher) -> float | None:
     if teacher.entry is None:
         return 1.0
     return None if teacher.entry.datasets else teacher.entry.share
-
-
-def stored_bytes(teachers: Iterable[TeacherPlan]) -> int | None:
-    """Return the bytes that are read of a token from all caches, rows in equal shares; None where all teachers run."""
-    teachers = list(teachers)
-    stored = [each.cache_bytes_per_token for each in teachers if each.cache_bytes_per_token is not None]
-    if not stored:
-        return None
-    return round(sum(stored) / len(teachers)) if teachers[0].datasets else sum(stored)

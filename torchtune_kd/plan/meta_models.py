@@ -61,11 +61,13 @@ class MetaTeacher:
     Attributes:
         model (TransformerDecoder | StoredTeacher | None): its decoder with rotary tables; of one whose signals come
             from a cache the head at most; None where the student itself teaches.
+        config (Config | None): the run's, as if this teacher were its only one; None where the student itself teaches.
         head (Head | None): in 8-bit floats, where the model has lost its own to :func:`as_run`.
         entry (TeacherEntry | None): out of ``teachers``; None of ``teacher_model`` or ``teacher_cache``.
     """
 
     model: TransformerDecoder | StoredTeacher | None
+    config: Config | None = None
     head: Head | None = None
     entry: TeacherEntry | None = None
 
@@ -108,14 +110,15 @@ class Models:
         """Return "base" or "ema" where the student is one of its teachers."""
         return next((teacher.own for teacher in self.teachers if teacher.own is not None), None)
 
-    def others(self, config: Config) -> Iterator[tuple[Config, MetaTeacher]]:
-        """Yield each teacher that is not the student, with the config as if it were the only one."""
-        others = (teacher for teacher in self.teachers if teacher.model is not None)
-        yield from zip(config.each_teacher(), others, strict=True)
+    @property
+    def others(self) -> list[MetaTeacher]:
+        """Return the teachers that are not the student."""
+        return [teacher for teacher in self.teachers if teacher.model is not None]
 
-    def caches(self, config: Config) -> list[tuple[Config, CacheManifest]]:
-        """Return what each teacher's cache holds, as :meth:`others` does."""
-        return [(each, teacher.manifest) for each, teacher in self.others(config) if teacher.manifest is not None]
+    @property
+    def caches(self) -> list[tuple[Config, CacheManifest]]:
+        """Return what each cache holds, with the config as if it were the only teacher."""
+        return [(teacher.config, teacher.manifest) for teacher in self.others if teacher.manifest is not None]
 
     def shared_ids(self) -> int:
         """Return the number of ids that all models score.
@@ -161,18 +164,21 @@ def build_models(config: Config, shards: int = 1) -> Models:
     teachers = ()
     if settings.uses_teacher:
         check_own(config, student)
-        others = (_weights(each, on_host, world) for each in config.each_teacher())
-        teachers = tuple(
-            MetaTeacher(next(others) if entry is None or entry.own is None else None, entry=entry)
-            for entry in config.teachers or (None,)
-        )
+        teachers = tuple(_teacher(config, entry, on_host, world) for entry in config.teachers or (None,))
     models = Models(student, teachers)
-    for each, manifest in models.caches(config):
+    for each, manifest in models.caches:
         check_joint_cache(config, each, manifest)
     models.shared_ids()
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(student, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     return models
+
+
+def _teacher(config: Config, entry: TeacherEntry | None, on_host: Settings, world: World) -> MetaTeacher:
+    if entry is not None and entry.own is not None:
+        return MetaTeacher(None, entry=entry)
+    alone = config if entry is None else config.with_teacher(entry)
+    return MetaTeacher(_weights(alone, on_host, world), alone, entry=entry)
 
 
 def _weights(config: Config, on_host: Settings, world: World) -> TransformerDecoder | StoredTeacher:
@@ -195,19 +201,17 @@ def _stored_teacher(config: Config, on_host: Settings, world: World) -> StoredTe
     return StoredTeacher(to_be_written(weight.shape, has_bias=bias is not None), on_host.torch_dtype)
 
 
-def as_run(config: Config, models: Models) -> Models:
+def as_run(models: Models) -> Models:
     """Return the models as the recipe holds them while it runs, each teacher with its ``teacher_head``.
 
     Raises:
         UserError: if a teacher's head cannot be quantised.
     """
-    heads = iter([each.teacher_head for each, _ in models.others(config)])
-    teachers = (each if each.model is None else _with_head(each, next(heads)) for each in models.teachers)
-    return replace(models, teachers=tuple(teachers))
+    return replace(models, teachers=tuple(map(_with_head, models.teachers)))
 
 
-def _with_head(teacher: MetaTeacher, head_dtype: str | None) -> MetaTeacher:
-    if head_dtype is None:
+def _with_head(teacher: MetaTeacher) -> MetaTeacher:
+    if teacher.config is None or teacher.config.teacher_head is None:
         return teacher
     model = copy.deepcopy(teacher.model)
     if isinstance(model, StoredTeacher):
@@ -244,12 +248,12 @@ def table_bytes(model: nn.Module) -> int:
 
 
 def _numbers(model: nn.Module) -> Iterator[Tensor]:
-    """Yield all parameters, of 8-bit layers what they stand for."""
+    """Yield all parameters, of 8-bit layers the weights that they stand for, without the rows' scales."""
     in_8_bits = [module for module in model.modules() if isinstance(module, Int8Linear)]
     as_held = {id(part) for layer in in_8_bits for part in (layer.weight, layer.scale)}
     yield from (parameter for parameter in model.parameters() if id(parameter) not in as_held)
     for layer in in_8_bits:
-        yield from layer.quantised()
+        yield layer.quantised()[0]
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

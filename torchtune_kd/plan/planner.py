@@ -11,7 +11,7 @@ from torchtune_kd.errors import UserError
 from torchtune_kd.plan.communication import Communication, Layout, communication
 from torchtune_kd.plan.devices import DEVICES, Device
 from torchtune_kd.plan.dry_run import dry_step
-from torchtune_kd.plan.each_teacher import TeacherPlan, each_teacher, stored_bytes
+from torchtune_kd.plan.each_teacher import TeacherPlan, each_teacher
 from torchtune_kd.plan.memory import Memory, StepFunction, largest_batch, plan_memory
 from torchtune_kd.plan.meta_models import (
     Models,
@@ -69,8 +69,12 @@ class RunPlan:
 
     @property
     def stored_bytes(self) -> int | None:
-        """Return the bytes that are read of a token from caches; None where every teacher runs."""
-        return stored_bytes(self.teachers)
+        """Return the bytes of a token that are read from caches, rows in equal shares; None where all teachers run."""
+        sizes = [each.cache_bytes_per_token for each in self.teachers]
+        stored = [size for size in sizes if size is not None]
+        if not stored:
+            return None
+        return round(sum(stored) / len(sizes)) if self.teachers[0].datasets else sum(stored)
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,15 +107,15 @@ def plan_run(
     why_no_times = why_times_cannot(settings)
     devices = _devices(request, settings, layout) if why_no_times is None else ()
     models = build_models(config, layout.shards)
-    for each, manifest in models.caches(config):
+    for each, manifest in models.caches:
         check_sparse_cache(each, manifest)
-    config = with_signal(config, models.caches(config))
+    config = with_signal(config, models.caches)
     missing = missing_tokenizer_files(config.tokenizer)
     if not missing:
         check_tokenizer(config.tokenizer.build(), models.shared_ids())
     sequence, parameters = _sequence(request, config, models), count_parameters(models)
     of_teachers = teacher_parameters(models)
-    models = as_run(config, models)
+    models = as_run(models)
     memory, dry = plan_memory(config, models, layout, sequence, run=step)
     most = None
     if room is not None and memory.total is not None:
@@ -135,7 +139,7 @@ def plan_run(
         settings=settings,
         layout=layout,
         sequence=sequence,
-        teachers=each_teacher(config, models, of_teachers, memory.teachers),
+        teachers=each_teacher(models, of_teachers, memory.teachers),
         ensemble=config.ensemble if len(models.teachers) > 1 and not config.teachers[0].datasets else None,
         missing_tokenizer=tuple(map(str, missing)),
         parameters=parameters,
@@ -150,8 +154,7 @@ def plan_run(
 
 
 def _sequence(request: Request, config: Config, models: Models) -> int:
-    others = (teacher.model for _, teacher in models.others(config))
-    longest = min(model.max_seq_len for model in (models.student, *others))
+    longest = min(model.max_seq_len for model in (models.student, *(teacher.model for teacher in models.others)))
     if request.sequence_length is None:
         return min(config.tokenizer.get("max_seq_len") or SEQUENCE, longest)
     if request.sequence_length > longest:

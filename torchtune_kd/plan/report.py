@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torchtune_kd.plan.communication import Communication
 from torchtune_kd.plan.memory import CONTEXT_BYTES, GIB, USABLE, Memory, fits
 from torchtune_kd.plan.planner import RunPlan
 from torchtune_kd.plan.timing import (
@@ -143,7 +142,7 @@ def as_text(plan: RunPlan) -> str:
         *_flops_lines(plan.flops),
     ]
     if layout.processes > 1:
-        lines += ["", *_communication_lines(plan.communication)]
+        lines += ["", *_communication_lines(plan)]
     if plan.stored_bytes is not None:
         lines += ["", _cache_line(plan, plan.stored_bytes)]
     if plan.devices:
@@ -161,7 +160,7 @@ def _teacher_lines(plan: RunPlan) -> list[str]:
     rows = []
     for each in plan.teachers:
         said = f"{each.share:.3g}" if each.share is not None else ", ".join(map(str, each.datasets))
-        rows.append((each.name + _KINDS.get(each.kind, ""), [said, f"  {each.parameters:,}", _gib(each.bytes)]))
+        rows.append((each.name + _KINDS.get(each.kind, ""), [said, f"{each.parameters:,}", _gib(each.bytes)]))
     title = "teachers" if plan.ensemble is None else f"teachers, mean of {plan.ensemble}"
     return [*_table(title, rows, "share" if shared else "datasets", "parameters", "GiB"), ""]
 
@@ -190,10 +189,12 @@ def _memory_lines(plan: RunPlan) -> list[str]:
 
 
 def _cache_line(plan: RunPlan, stored: int) -> str:
-    """Say what is read instead of computed, of the teacher."""
+    """Say what is read of teachers instead of computed."""
     read = stored * plan.tokens_per_step / plan.layout.processes
+    caches = sum(each.cache_bytes_per_token is not None for each in plan.teachers)
     said = (
-        f"from the cache: {stored:,} bytes a token, {stored * 1e6 / 1e9:,.1f} GB for each million on the disk, and "
+        f"from {'caches' if caches > 1 else 'the cache'}: {stored:,} bytes a token, {stored * 1e6 / 1e9:,.1f} GB for "
+        "each million on the disk, and "
         f"{read / 1e6:,.0f} MB to be read per step and device"
     )
     if len(plan.devices) == 1:
@@ -206,16 +207,17 @@ def _flops_lines(flops: dict[str, int]) -> list[str]:
     return _table("TFLOP per step and device", [*rows, ("together", [_tera(sum(flops.values()))])])
 
 
-def _communication_lines(travels: Communication) -> list[str]:
+def _communication_lines(plan: RunPlan) -> list[str]:
+    whose = "teachers'" if len(plan.teachers) > 1 else "teacher's"
     labels = {
-        "teacher_layers": "teacher's layers, gathered",
+        "teacher_layers": f"{whose} layers, gathered",
         "student_layers": "student's layers, gathered",
         "heads": "embeddings, norms and heads, gathered",
         "gradients": "gradients, scattered",
         "replicas": "gradients, between copies",
         "total": "together",
     }
-    rows = [(label, [_gib(getattr(travels, name))]) for name, label in labels.items()]
+    rows = [(label, [_gib(getattr(plan.communication, name))]) for name, label in labels.items()]
     return _table("received per step and device, GiB", rows)
 
 
@@ -266,6 +268,12 @@ def _tera(flops: int) -> str:
 def _table(title: str, rows: Iterable[tuple[str, Sequence[str]]], *columns: str) -> list[str]:
     rows = list(rows)
     first = max(len(title), *(len(label) for label, _ in rows)) + 2
-    lines = [(title.ljust(first) + "".join(name.rjust(14) for name in columns)).rstrip()]
-    lines.append("-" * (first + 14 * len(rows[0][1])))
-    return lines + [label.ljust(first) + "".join(cell.rjust(14) for cell in cells) for label, cells in rows]
+    widths = [
+        max(14, *(len(cell) + 2 for cell in column)) for column in zip(*(cells for _, cells in rows), strict=True)
+    ]
+
+    def line(label: str, cells: Sequence[str]) -> str:
+        return label.ljust(first) + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+
+    rule = "-" * (first + sum(widths))
+    return [line(title, columns).rstrip(), rule, *(line(label, cells) for label, cells in rows)]

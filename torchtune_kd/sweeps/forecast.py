@@ -27,8 +27,8 @@ TIMED_STEPS = 4  # of which the first is left out: it is the slowest
 class Flops:
     """Count FLOPs per token of teacher and student, by the plan of a run; each cell is planned once.
 
-    They are those of tokens that count, in whole rows: what padding and masked prompts take comes on top. Of teachers
-    with ``datasets`` each has as many rows.
+    They are those of tokens that count, in whole rows: what padding and masked prompts take comes on top. Teachers with
+    ``datasets`` are taken to have equally many rows.
     """
 
     def __init__(self, devices: int) -> None:
