@@ -284,7 +284,7 @@ def _call(case: Case, student: Tensor, teacher: Tensor) -> None:
     if case.stored:
         ids = torch.empty(n_tokens, 64, dtype=torch.int64, device="meta")
         per_token = (torch.empty(n_tokens, device="meta") for _ in range(3))
-        block = cells.TritonCellsBlockLoss(plan._replace(teacher_kind=CELLS), student.device, row_scale)
+        block = cells.TritonCellsBlockLoss(plan._replace(teacher_kind=CELLS), row_scale)
         block(student, Cells(ids, ids.float(), *per_token), labels, student if case.gradient else None)
     elif case.shards:
         parallel_rows(

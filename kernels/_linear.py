@@ -243,7 +243,7 @@ def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, cou
     if backend == "triton" and stored:
         from ._triton.cells import TritonCellsBlockLoss
 
-        return TritonCellsBlockLoss(plan, count.device, mean_scale(count, inside))
+        return TritonCellsBlockLoss(plan, mean_scale(count, inside))
     if backend == "triton":
         from ._triton.rows import TritonBlockLoss
 

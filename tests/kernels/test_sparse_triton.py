@@ -170,7 +170,7 @@ def both_blocks(plan, logits, ids, labels):
         student = logits.clone() if dtype == F32 else logits.to(F64)
         grad = torch.full_like(student, torch.nan)
         settings = plan, len(logits), F64, logits.device
-        block = CellsBlockLoss(*settings) if dtype == F64 else TritonCellsBlockLoss(plan, logits.device)
+        block = CellsBlockLoss(*settings) if dtype == F64 else TritonCellsBlockLoss(plan)
         loss, metrics = block(student, stored_of(ids, dtype), labels, grad)
         found.append((loss.double(), [metric.double() for metric in metrics], grad.double()))
     return found
@@ -213,7 +213,7 @@ def test_the_mass_of_a_small_rest(device):
     logits[:, 7] += torch.tensor([10.0, 18.0, 25.0, 36.0, 60.0])
     logits = logits.to(BF16)
     right = {t: cells.log_cells(logits.double(), ids, t)[:, -1].exp() for t in (2.0, 1.0)}
-    read = TritonCellsBlockLoss(plan_of(4000), logits.device)._read(logits, ids, torch.zeros(5).long())
+    read = TritonCellsBlockLoss(plan_of(4000))._read(logits, ids, torch.zeros(5).long())
     for (t, expected), rest in zip(right.items(), (read.at_t, read.at_1), strict=True):
         found = coarse(read.stored, rest, t).cells.prob[:, -1]
         assert ((found - expected) / expected).abs().max() <= 1e-6
@@ -227,7 +227,7 @@ def test_padding_writes_nothing(device):
     grads = []
     for padding in (ids, ids.where((ids >= 0) & (ids < 130), -1), ids.flip(-1)):
         grads.append(torch.full((3, 130), torch.nan))
-        block = TritonCellsBlockLoss(plan_of(130), logits.device)
+        block = TritonCellsBlockLoss(plan_of(130))
         block(logits.clone(), stored_of(padding), labels, grads[-1])
     assert grads[0].isfinite().all()
     assert torch.equal(grads[0], grads[1]) and torch.allclose(grads[0], grads[2])
@@ -245,7 +245,7 @@ def test_more_stored_ids_than_the_student_has(device):
 def test_in_place_and_again_give_the_same_bits(device):
     logits, labels = (3 * torch.randn(2, 2100)).to(BF16), torch.tensor([2099, 0])
     ids = logits.float().topk(4).indices
-    results, block = [], TritonCellsBlockLoss(plan_of(2100), logits.device)
+    results, block = [], TritonCellsBlockLoss(plan_of(2100))
     for in_place in (False, True, False):
         student = logits.clone()
         grad = student if in_place else torch.full_like(logits, torch.nan)
@@ -257,7 +257,7 @@ def test_in_place_and_again_give_the_same_bits(device):
 def test_labels_outside_of_the_vocabulary_give_nan(device):
     """As a device sees them, whose labels the host does not look at."""
     student, ids = torch.randn(4, 20), torch.tensor([[3, 4, -1]]).expand(4, -1)
-    block = TritonCellsBlockLoss(plan_of(20), student.device)
+    block = TritonCellsBlockLoss(plan_of(20))
     loss, _ = block(student, stored_of(ids), torch.tensor([3, 20, -1, 19]), student)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert student.isfinite().all()
