@@ -82,9 +82,7 @@ class CellsLoss(ABC):
         slope_t = slope_1 = None  # gradients by the cells' logits [n, m]
         if self._kd_value:
             at_t = coarse(gathered.stored, known(gathered.at_t), objective.temperature)
-            of_teacher = self._teacher(teacher, ids, objective.temperature, vocab, teacher.tail)
-            wanted = plan.want_grad and self._has_kd
-            kd_loss, slope_t = self._divergence(Distributions(of_teacher, at_t.cells), teacher, wanted)
+            kd_loss, slope_t = self._divergence(teacher, ids, vocab, at_t.cells, plan.want_grad and self._has_kd)
             if self._shared and objective.computed_divergence == "forward_kl":
                 kl = kd_loss.clone()
             kd_loss.mul_(objective.divergence_scale)
@@ -113,6 +111,7 @@ class CellsLoss(ABC):
             "teacher_entropy": lambda: known(teacher.entropy),
         }
         found = [watched[name]() for name in plan.metrics]
+        del watched  # and with it the teacher's cells at T = 1
         # grad_out may be the student's own rows, so that it is written last
         if grad_out is not None:
             scale = self._scale if row_scale is None else row_scale
@@ -156,13 +155,16 @@ class CellsLoss(ABC):
         label = stored.new_full((len(stored), 1), 1.0 - self.plan.objective.kd_ratio) if self._has_ce else None
         return Gradient(stored * scale, *(None if part is None else part * scale for part in (share_t, share_1, label)))
 
-    def _divergence(self, dist: Distributions, teacher: Cells, want_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Compute D(P, Q) ``[n]`` and its gradient by the cells' logits ``[n, m]``.
+    def _divergence(
+        self, teacher: Cells, ids: Tensor, vocab: int, student: Softmax, want_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute D(P, Q) ``[n]`` at T and its gradient by the cells' logits ``[n, m]``.
 
         Of drawn ids it is Σ P·(-log Q) less the stored entropy of the whole teacher: the expected value of the first is
         the cross-entropy of whole distributions, whatever is drawn.
         """
         objective = self.plan.objective
+        dist = Distributions(self._teacher(teacher, ids, objective.temperature, vocab, teacher.tail), student)
         if self.plan.teacher_kind != SAMPLED:
             r, x, *grad = (torch.empty_like(dist.p) for _ in range(2 + want_grad))
             out = grad[0] if want_grad else None
@@ -200,10 +202,12 @@ class CellsLoss(ABC):
             return watched
         tail = teacher.tail if self.plan.objective.temperature == 1.0 else teacher.tail_at_1
         dist = Distributions(self._teacher(teacher, ids, 1.0, vocab, tail), at_1.cells)
-        r, x = torch.empty_like(dist.p), torch.empty_like(dist.p)
+        # scratch is made when it is needed, so that no two metrics hold some at a time
         return watched | {
-            "kl_cells": lambda: metrics.kl(dist, r, x) if kl is None else kl,
-            "acceptance_rate_cells": lambda: metrics.acceptance_rate(dist, x),
+            "kl_cells": lambda: (
+                metrics.kl(dist, torch.empty_like(dist.p), torch.empty_like(dist.p)) if kl is None else kl
+            ),
+            "acceptance_rate_cells": lambda: metrics.acceptance_rate(dist, torch.empty_like(dist.p)),
             "teacher_class_loss_cells": lambda: _cell_loss(dist.teacher, ids, labels),
         }
 

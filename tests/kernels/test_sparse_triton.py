@@ -285,7 +285,8 @@ def test_many_stored_ids_are_worked_on_in_blocks(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [16, 600])
-def test_on_meta_a_gpu_holds_what_the_kernels_leave(k):
+@pytest.mark.parametrize("return_metrics", [False, True])
+def test_on_meta_a_gpu_holds_what_the_kernels_leave(return_metrics, k):
     """The peak of the interpreted kernels' call; fp64 has PyTorch's workspace on a GPU too."""
     n, v, d = 48, 1024, 8
 
@@ -294,16 +295,19 @@ def test_on_meta_a_gpu_holds_what_the_kernels_leave(k):
         ids = torch.arange(k, device=device).expand(n, k)
         log_probs, tail = torch.full((n, k), -9.0, device=device), torch.full((n,), -1.0, device=device)
         settings = {"temperature": 2.0, "kd_ratio": 0.5, "divergence": "jsd", "backend": backend}
+        if return_metrics:
+            settings |= {"return_metrics": True, "tail_at_1": tail, "entropy": tail}
         labels = torch.zeros(n, dtype=torch.int64)
         with Memory(torch.device(device)) as memory:
-            loss = linear_sparse_kd_loss(hidden.requires_grad_(), weight, ids, log_probs, tail, labels, **settings)
-            loss.backward()
+            found = linear_sparse_kd_loss(hidden.requires_grad_(), weight, ids, log_probs, tail, labels, **settings)
+            (found[0] if return_metrics else found).backward()
         return memory
 
     real = call("cpu", BF16, "triton")
     with on_meta("cuda"):
         planned, wide = call("meta", BF16, "auto"), call("meta", F64, "auto")
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
-    workspaces = {bytes: 2 * n * (v + 1) * bytes for bytes in (4, 8)}  # at T = 2 and 1, of a block that has all rows
-    assert workspaces[8] in wide.made
-    assert workspaces[4] not in planned.made
+    # at T = 2 and 1, and scratch for the entropy, of a block that has all rows
+    numbers = (2 + return_metrics) * n * (v + 1)
+    assert 8 * numbers in wide.made
+    assert 4 * numbers not in planned.made
