@@ -171,6 +171,13 @@ def test_on_a_device_the_host_waits_for_the_number_of_tokens_alone(backend, monk
 # ------------------------------------------------------------------------------------------------ graphs
 
 
+def test_a_graph_that_is_captured_is_refused(backend, monkeypatch):
+    """Wherever the labels are: it has one row of ids for each valid token, whose number would be fixed."""
+    monkeypatch.setattr(_sparse_checks, "is_capturing", lambda device: True)
+    with pytest.raises(ValueError, match=r"the number of valid tokens, .* would be fixed; leave it out of the graph"):
+        call(backend=backend)
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_code():
     torch._dynamo.reset()
