@@ -20,7 +20,7 @@ from helpers.checkout import CHECKOUT, benchmarks
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 OLD_TRITON = pytestmark.args[0] or Version(version("triton")) < Version("3.9")
 
-# Bytes of a thread. Triton before 3.9 puts two registers of 4 of the 534 binaries, all symmetric KL, into memory.
+# Bytes of a thread. Triton before 3.9 puts two registers of 4 binaries, all symmetric KL, into memory.
 SPILLED = 8 if OLD_TRITON else 0
 
 # One of each kind: both ends of the two-pass kernels' register use, a loss in one read, the three passes with most
@@ -96,9 +96,10 @@ QUICK = ("forward_kl T=2 ce gradient", "jsd T=2 ce gradient", "tvd T=1 ce gradie
 # Spills and width of loads at other vocabularies and dtypes than the subset's, in the cases with most registers.
 MULTIPLES_OF_16, MULTIPLE_OF_8, ODD = (128256, 151936, 49152), (50280,), (50257,)
 SHAPES = (
-    ("fp32", MULTIPLES_OF_16),
-    *((dtype, vocabs) for vocabs in (MULTIPLE_OF_8, ODD) for dtype in ("bf16", "fp32")),
+    *(("fp32", MULTIPLES_OF_16, (arch,)) for arch in (80, 90)),
+    *((dtype, vocabs, (80, 90)) for vocabs in (MULTIPLE_OF_8, ODD) for dtype in ("bf16", "fp32")),
 )
+BY_DAY = (("fp32", MULTIPLES_OF_16, (90,)), ("bf16", ODD, (80, 90)))
 
 gated = pytest.mark.skipif(OLD_TRITON, reason="the limits are those of the Triton that constraints.txt pins")
 
@@ -140,21 +141,23 @@ def test_instructions_take_no_longer_than_memory(case):
     assert seconds["issue"] <= limit * seconds["memory"], f"{seconds['issue'] / seconds['memory']:.0%}"
 
 
-STORED = ("forward_kl T=1 ce gradient stored", "forward_kl T=2 ce gradient stored")
+# Shares of the bytes' time that issuing instructions and exponentials may take.
+STORED = {"forward_kl T=1 ce gradient stored": (0.45, 0.4), "forward_kl T=2 ce gradient stored": (0.6, 0.8)}
 
 
 @gated
 @pytest.mark.parametrize("case", STORED)
 def test_passes_beside_stored_ids_take_no_longer_than_memory(case):
     """One read, and one more that writes, each in a kernel of its own; both together as those of whole logits."""
-    reports = [r for r in compile_gate(STORED, "bf16", MULTIPLES_OF_16, (90,)) if r["case"] == case]
+    reports = [r for r in compile_gate(tuple(STORED), "bf16", MULTIPLES_OF_16, (90,)) if r["case"] == case]
     assert {r["kernel"]: r["bytes"] for r in reports} == {"rest_sums_kernel": 2, "rest_gradient_kernel": 4}
     for report in reports:
         (only,) = report["passes"]
         assert only["barriers"] == report["spilled_bytes"] == report["narrow"] == 0
     seconds = {name: sum(r["seconds"][name] for r in reports) for name in ("issue", "special", "memory")}
-    assert seconds["special"] <= 0.8 * seconds["memory"]
-    assert seconds["issue"] <= 0.6 * seconds["memory"], f"{seconds['issue'] / seconds['memory']:.0%}"
+    issue, special = STORED[case]
+    assert seconds["special"] <= special * seconds["memory"], f"{seconds['special'] / seconds['memory']:.0%}"
+    assert seconds["issue"] <= issue * seconds["memory"], f"{seconds['issue'] / seconds['memory']:.0%}"
 
 
 @gated
@@ -165,16 +168,16 @@ def test_no_barrier_stops_a_pass(cases):
 
 @gated
 @pytest.mark.parametrize(
-    ("dtype", "vocabs"),
+    ("dtype", "vocabs", "architectures"),
     [
-        held(f"{dtype} V={vocabs[0]}", dtype, vocabs, slow=True, nightly=dtype == "fp32" or vocabs == MULTIPLE_OF_8)
-        for dtype, vocabs in SHAPES
+        held(f"{dtype} V={vocabs[0]} {sms}", dtype, vocabs, sms, slow=True, nightly=(dtype, vocabs, sms) not in BY_DAY)
+        for dtype, vocabs, sms in SHAPES
     ],
 )
-def test_other_vocabularies_and_dtypes_spill_nothing_and_load_128_bits(dtype, vocabs):
+def test_other_vocabularies_and_dtypes_spill_nothing_and_load_128_bits(dtype, vocabs, architectures):
     names = (*(case for case in GATE if "T=2" in case), "forward_kl T=2 ce gradient all-metrics", "jsd T=2 ce loss")
     names += ("forward_kl T=2 ce gradient all-metrics stored",)
-    reports = compile_gate(names, dtype, vocabs, (80, 90))
+    reports = compile_gate(names, dtype, vocabs, architectures)
     assert {report["case"] for report in reports} == set(names)
     assert not [report["case"] for report in reports if report["spilled_bytes"]]
     assert all(report["passes"] for report in reports)
