@@ -35,7 +35,8 @@ def on_meta(
 
     It makes the same matrix products in the same chunks, and the same allocations: buffers of logits, gradients, and
     the workspace of PyTorch's arithmetic. With Triton, on CUDA, there is none, but with stored ids what is k + 1 wide.
-    The arithmetic on a chunk is left out, and its results are only allocated. Labels may be on the CPU, and then ignored tokens are dropped. One thread at a time.
+    The arithmetic on a chunk is left out, and its results are only allocated. Labels may be on the CPU, and then
+    ignored tokens are dropped. One thread at a time.
 
     Args:
         device (torch.device | str): whose sizes of chunks and workspaces are taken, and whose ``backend="auto"``.
