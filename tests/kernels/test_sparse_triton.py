@@ -225,9 +225,10 @@ def test_padding_writes_nothing(device):
     ids = torch.tensor([[-1, -1, -1, -1], [0, 5000, -7, 129], [-1, 4, 130, 0]])
     grads = []
     for padding in (ids, ids.where((ids >= 0) & (ids < 130), -1), ids.flip(-1)):
-        grads.append(torch.full((3, 130), torch.nan))
-        block = TritonCellsBlockLoss(plan_of(130))
-        block(logits.clone(), stored_of(padding), labels, grads[-1])
+        (right, _, expected), (loss, _, grad) = both_blocks(plan_of(130), logits, padding, labels)
+        assert torch.allclose(loss, right, rtol=4e-6)
+        assert (grad - expected).abs().max() <= 4e-6 * expected.abs().max()
+        grads.append(grad)
     assert grads[0].isfinite().all()
     assert torch.equal(grads[0], grads[1]) and torch.allclose(grads[0], grads[2])
     assert grads[0].sum(-1).abs().max() <= 1e-6  # of a loss that no constant in the logits changes
@@ -264,13 +265,23 @@ def test_labels_outside_of_the_vocabulary_give_nan(device):
 
 def test_many_stored_ids_are_worked_on_in_blocks(backend, monkeypatch):
     """Temporaries as wide as the cells stay small where these are as many as the ids."""
-    found = []
+    found, rows, plain = [], [], _linear._block_loss
+
+    def block_loss(*args):
+        block = plain(*args)
+        watched = lambda student, *rest: rows.append(len(student)) or block(student, *rest)  # noqa: E731
+        watched.release = block.release
+        return watched
+
+    monkeypatch.setattr(_linear, "_block_loss", block_loss)
     case = cells.make(97, dtype=F32)
-    for limit in (None, 98 * 2):
+    for limit, largest in ((None, 7), (98 * 2, 2)):
         if limit is not None:
             monkeypatch.setattr(_linear, "rows_per_block", lambda width, device, limit=limit: max(1, limit // width))
+        rows.clear()
         loss = case.loss(2.0, F32, kd_ratio=0.5, backend=backend)
         found.append((loss, *case.gradients(loss)))
+        assert max(rows) == largest and sum(rows) == 7
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
 
