@@ -78,6 +78,18 @@ def of_logits(k, v, n=5, dtype=F64, padded=False):
     return case._replace(hidden=logits.requires_grad_(), weight=head, bias=torch.zeros(v, dtype=dtype))
 
 
+def small_rests():
+    """Make logits ``[25, V]`` as bf16 models give them, and one stored id of each, beside which ever less is left.
+
+    Returns:
+        tuple[Tensor, Tensor, dict[float, Tensor]]: logits, ids ``[25, 1]``, and by T the rest's mass in fp64 ``[25]``.
+    """
+    logits, ids = torch.randn(25, 4000), torch.full((25, 1), 7)
+    logits[:, 7] += torch.tensor([10.0, 18.0, 25.0, 36.0, 60.0]).repeat_interleave(5)  # the fourth leaves 1e-11
+    logits = logits.bfloat16()
+    return logits, ids, {t: log_cells(logits.double(), ids, t)[:, -1].exp() for t in (2.0, 1.0)}
+
+
 def is_stored(ids, v):
     """Mark the ids that are stored ``[n, V]``; padding marks none."""
     return (ids.unsqueeze(-1) == torch.arange(v)).any(1)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtune_kd.kernels as kernels
 from helpers.grid_checks import make_inputs
+from helpers.waits import Waits
 from torchtune_kd.kernels import _checks, _chunks, _plan, _scaling, _softmax, linear_kd_loss, softmax_kd_loss
 from torchtune_kd.kernels._plan import is_capturing
 
@@ -286,19 +286,6 @@ def test_reading_no_value_is_let_pass(body):
 
 
 # ------------------------------------------------------------------------------ what the calls really do
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operations whose results a host has to wait for."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("nonzero", "_local_scalar_dense", "equal", "masked_select", "unique_dim"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

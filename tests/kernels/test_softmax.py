@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import oracle
 from helpers.grid import GRID, VALUES
 from helpers.grid_checks import check_logits, gradient, worst
+from helpers.waits import Waits
 from torchtune_kd.kernels import Objective, _checks, _plan, _scaling, _softmax, softmax_kd_loss
 from torchtune_kd.kernels._torch import divergences
 
@@ -32,26 +32,6 @@ def test_value_and_gradient_with_masks_instead_of_indices(
     """The way that other devices go."""
     as_another_device(monkeypatch)
     check_logits(divergence, Objective(divergence).beta, v, n, t, kd_ratio, labels, dtypes, kind)
-
-
-class Waits(TorchDispatchMode):
-    """Operations that make the host wait for a device: those that read values or whose result's size is one."""
-
-    def __init__(self):
-        self.found, self.seen = [], set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.seen.add(name)
-        by_mask = any(
-            isinstance(index, torch.Tensor) and index.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for index in arg
-        )
-        if by_mask or name in ("nonzero", "_local_scalar_dense", "item", "is_nonzero", "equal", "masked_select"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_masks_do_not_wait_for_the_device(monkeypatch, divergence):

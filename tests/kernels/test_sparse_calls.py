@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import cells
+from helpers.waits import Waits
 from torchtune_kd.kernels import (
     Objective,
     _checks,
@@ -137,19 +138,6 @@ def test_nan_is_not_hidden(where, backend):
     tensors = {"student_bias": torch.zeros(9), "log_probs": torch.full((3, 2), -1.0), "tail": torch.full((3,), -1.0)}
     tensors[where].view(-1)[0] = torch.nan
     assert call(**tensors, backend=backend).isnan()
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operations whose results a host has to wait for."""
-
-    def __init__(self):
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("nonzero", "_local_scalar_dense", "equal", "masked_select"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_on_a_device_the_host_waits_for_the_number_of_tokens_alone(backend, monkeypatch):

@@ -124,31 +124,37 @@ def test_a_metric_alone_is_the_same(t, kd_ratio, device):
         assert torch.equal(case.to(F32).loss(t, F32, return_metrics=[name], **settings)[1][name], found[name]), name
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
-def test_without_a_tail(name, device):
-    case = cells.of_logits(6, 130, padded=True)
+def compare(case, loss_of):
+    """Compare a loss and its gradients by the kernels with PyTorch's in fp64; `loss_of` takes case, dtype, backend."""
     found = []
     for dtype, backend in ((F64, "torch"), (F32, "triton")):
         ours = case.to(dtype)
-        loss = ours.loss(2.0, dtype, tail=None, tail_at_1=None, divergence=name, backend=backend)
+        loss = loss_of(ours, dtype, backend)
         found.append((loss, *ours.gradients(loss)))
     for right, ours in zip(*found, strict=True):
         assert (right - ours).abs().max() <= 4e-6 * max(1.0, right.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
+def test_without_a_tail(name, device):
+    settings = {"tail": None, "tail_at_1": None, "divergence": name}
+    compare(
+        cells.of_logits(6, 130, padded=True),
+        lambda case, dtype, backend: case.loss(2.0, dtype, backend=backend, **settings),
+    )
 
 
 def test_drawn_ids(device):
     case = cells.of_logits(6, 130, padded=True)
     log_probs = torch.rand(case.ids.shape).log_softmax(-1)
-    found = []
-    for dtype, backend in ((F64, "torch"), (F32, "triton")):
-        ours = case.to(dtype)
-        loss = linear_sparse_kd_loss(
-            ours.hidden, ours.weight, case.ids, log_probs.to(dtype), None, case.labels, sampled=True, kd_ratio=0.7,
+
+    def loss_of(case, dtype, backend):
+        return linear_sparse_kd_loss(
+            case.hidden, case.weight, case.ids, log_probs.to(dtype), None, case.labels, sampled=True, kd_ratio=0.7,
             backend=backend,
         )  # fmt: skip
-        found.append((loss, *ours.gradients(loss)))
-    for right, ours in zip(*found, strict=True):
-        assert (right - ours).abs().max() <= 4e-6 * max(1.0, right.abs().max().item())
+
+    compare(case, loss_of)
 
 
 def plan_of(vocab, metrics=(), divergence="jsd", temperature=2.0, kd_ratio=0.5):
@@ -207,12 +213,9 @@ def test_sums_over_several_blocks(t, device):
 
 
 def test_the_mass_of_a_small_rest(device):
-    """Q_R within 1e-6 of itself, from logits as bf16 models give them: 1 - Σ would be 0 from 1e-8 on."""
-    logits, ids = torch.randn(5, 4000), torch.full((5, 1), 7)
-    logits[:, 7] += torch.tensor([10.0, 18.0, 25.0, 36.0, 60.0])
-    logits = logits.to(BF16)
-    right = {t: cells.log_cells(logits.double(), ids, t)[:, -1].exp() for t in (2.0, 1.0)}
-    read = TritonCellsBlockLoss(plan_of(4000))._read(logits, ids, torch.zeros(5).long())
+    """Q_R within 1e-6 of itself: 1 - Σ would be 0 from 1e-8 on."""
+    logits, ids, right = cells.small_rests()
+    read = TritonCellsBlockLoss(plan_of(4000))._read(logits, ids, torch.zeros(25).long())
     for (t, expected), rest in zip(right.items(), (read.at_t, read.at_1), strict=True):
         found = coarse(read.stored, rest, t).cells.prob[:, -1]
         assert ((found - expected) / expected).abs().max() <= 1e-6

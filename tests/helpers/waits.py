@@ -1,0 +1,28 @@
+"""The operations of a call for which a host waits, where its tensors are a device's."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READING = {"nonzero", "_local_scalar_dense", "item", "is_nonzero", "equal", "masked_select", "unique_dim"}
+
+
+class Waits(TorchDispatchMode):
+    """Note in ``found`` the operations that read values, or sizes that depend on some, in ``seen`` the names of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.seen.add(name)
+        by_mask = any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for index in arg
+        )
+        if by_mask or name in READING:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
