@@ -43,9 +43,10 @@ SUBSET = (
 
 
 def compiling(code: str, *args: str) -> object:
-    """Return what `code` prints as JSON, in a process that compiles; it may use `binaries`, the benchmark's module."""
+    """Return what `code` prints as JSON, in a process that compiles; it may use the benchmark's modules."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    start = f"import json, sys; sys.path.append({str(CHECKOUT)!r}); from benchmarks import binaries\n"
+    start = f"import json, sys; sys.path.append({str(CHECKOUT)!r})\n"
+    start += "from benchmarks import _launches as launches, binaries\n"
     command = [sys.executable, "-W", "ignore", "-c", start + code, *args]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
     assert done.returncode == 0, done.stderr
@@ -54,7 +55,7 @@ def compiling(code: str, *args: str) -> object:
 
 COMPILE = """
 names = sys.argv[1:]
-cases = [case for case in binaries.all_cases() if not names or case.name in names]
+cases = [case for case in launches.all_cases() if not names or case.name in names]
 found = binaries.reports(cases, binaries.ARCHITECTURES, jobs=2)
 print(json.dumps([report.as_dict() for report in found]))
 """
@@ -112,7 +113,7 @@ def held(name: str, *values: object, slow: bool, nightly: bool = False) -> objec
 
 COMPILE_GATE = """
 dtype, architectures, vocabs, names = map(json.loads, sys.argv[1:])
-cases = [case for case in binaries.all_cases() if case.name in names]
+cases = [case for case in launches.all_cases() if case.name in names]
 found = binaries.reports(cases, architectures, 2, vocabs, [dtype])
 print(json.dumps([report.as_dict() for report in found]))
 """
@@ -198,7 +199,7 @@ for tail in ("masked", "straight", "loop"):
         constants = (("TAIL", tail), ("UNROLL", unroll), ("BLOCK", 2048))
         signature = types + tuple((name, "constexpr") for name, _ in constants)
         options = (("num_warps", 8), ("enable_fp_fusion", True))
-        binary = binaries.Binary("softmax_kernel", "tails", signature, constants, ("student", "out", "n_ids"), options)
+        binary = launches.Binary("softmax_kernel", "tails", signature, constants, ("student", "out", "n_ids"), options)
         answer[f"{tail} {unroll}"] = binaries.compile_binary("softmax", binary, 90).as_dict()["passes"]
 print(json.dumps(answer))
 """
@@ -227,7 +228,7 @@ print(json.dumps([v.fn.__name__ for v in values if isinstance(v, triton.JITFunct
 def test_a_spill_and_narrow_loads_would_be_seen():
     code = """
 from unittest.mock import patch
-case = next(case for case in binaries.all_cases() if case.name == "jsd T=2 ce gradient")
+case = next(case for case in launches.all_cases() if case.name == "jsd T=2 ce gradient")
 with patch.object(binaries.rows, "blocks_for", lambda *_: binaries.Blocks(4096, 4, 40)):
     tight, = binaries.reports([case], [90])
 odd, = binaries.reports([case], [90], vocabs=[1025])
@@ -242,7 +243,7 @@ print(json.dumps([tight.spilled_bytes, tight.narrow, odd.narrow]))
 def test_every_launch_has_multiply_adds_fused():
     """Triton 3.10 no longer does it by itself."""
     code = """
-found = {binary for case in binaries.all_cases() for binary in binaries.binaries_of(case)}
+found = {binary for case in launches.all_cases() for binary in launches.binaries_of(case)}
 print(json.dumps([[binary.kernel, dict(binary.options)] for binary in found]))
 """
     launches = compiling(code)
@@ -262,12 +263,12 @@ from triton.compiler.compiler import make_backend
 torch.version.hip = "6.4"
 target = "gfx942", "hip", 64
 known = vars(make_backend(binaries.backends.GPUTarget("hip", "gfx942", 64)).parse_options({}))
-found = {binary for case in binaries.all_cases() for binary in binaries.binaries_of(case)}
+found = {binary for case in launches.all_cases() for binary in launches.binaries_of(case)}
 unknown = sorted({name for binary in found for name, _ in binary.options if name not in known})
 compiled = []
 for name in sys.argv[1:]:
-    case = next(case for case in binaries.all_cases() if case.name == name)
-    compiled += [binaries.compiled(binary, *target).metadata.warp_size for binary in binaries.binaries_of(case)]
+    case = next(case for case in launches.all_cases() if case.name == name)
+    compiled += [binaries.compiled(binary, *target).metadata.warp_size for binary in launches.binaries_of(case)]
 print(json.dumps([unknown, compiled]))
 """
     # older ones link with a program of ROCm, which is not here
@@ -283,8 +284,8 @@ def test_equal_models_are_equal_in_compiled_code():
 import re
 answer = {}
 for name in sys.argv[1:]:
-    case = next(case for case in binaries.all_cases() if case.name == name)
-    for binary in binaries.binaries_of(case):
+    case = next(case for case in launches.all_cases() if case.name == name)
+    for binary in launches.binaries_of(case):
         ptx = binaries.compiled(binary, 90).asm["ptx"]
         factors = {m[1]: m[2] for m in re.finditer(r"mul\\.f32\\s+(%[rf]\\d+), (\\S+), \\S+;", ptx)}
         negated = {m[1]: m[2] for m in re.finditer(r"neg\\.f32\\s+(%[rf]\\d+), (%[rf]\\d+);", ptx)}
@@ -316,6 +317,7 @@ import torch
 from torchtune_kd.kernels import Objective
 from torchtune_kd.kernels._chunks import Models
 from torchtune_kd.kernels._linear import NeededGradients, linear_forward
+from torchtune_kd.kernels._plan import Plan
 from torchtune_kd.kernels._teachers import TeacherHead
 vocab, n, width = 50257, 4096, 64
 tensor = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -324,8 +326,8 @@ models = Models(tensor(n, width), tensor(vocab, width), None, teacher)
 labels = torch.empty(n, dtype=torch.int64, device="meta")
 answer = []
 for name in ("forward_kl", "jsd"):
-    plan = binaries.Plan(Objective(name, temperature=2.0, kd_ratio=0.5), (), vocab, "mean", True, True)
-    with binaries.recorded() as found:
+    plan = Plan(Objective(name, temperature=2.0, kd_ratio=0.5), (), vocab, "mean", True, True)
+    with launches.recorded() as found:
         linear_forward(models, labels, plan, 2048, "triton", NeededGradients(True, False, False))
     report = binaries.compile_binary(name, found[0], 90)
     answer.append([len(set(found)), min(one.narrowest for one in report.passes), report.spilled_bytes])
@@ -340,12 +342,13 @@ def test_rows_with_gaps_compile():
     code = """
 import torch
 from torchtune_kd.kernels import Objective
+from torchtune_kd.kernels._plan import Plan
 from torchtune_kd.kernels._softmax import softmax_forward
 answer = []
 for vocab, dtype in ((50257, torch.float32), (7, torch.bfloat16)):
     logits = torch.empty(3, 2 * vocab, dtype=dtype, device="meta")[:, ::2]
-    plan = binaries.Plan(Objective("forward_kl"), (), vocab, "mean", True, True)
-    with binaries.recorded() as found:
+    plan = Plan(Objective("forward_kl"), (), vocab, "mean", True, True)
+    with launches.recorded() as found:
         softmax_forward(logits, logits, torch.empty(3, dtype=torch.int64, device="meta"), plan, "triton")
     answer += [binaries.compile_binary("gaps", binary, 90).spilled_bytes for binary in found]
 print(json.dumps(answer))
@@ -360,6 +363,7 @@ import torch
 from torchtune_kd.kernels import Objective
 from torchtune_kd.kernels._chunks import Models
 from torchtune_kd.kernels._linear import NeededGradients, linear_forward
+from torchtune_kd.kernels._plan import Plan
 from torchtune_kd.kernels._teachers import TeacherHead
 from torchtune_kd.kernels._softmax import softmax_forward
 answer = []
@@ -368,8 +372,8 @@ for vocab, dtype in ((4096, torch.bfloat16), (1088, torch.float32), (1000, torch
     teacher = TeacherHead(tensor(129, vocab), tensor(vocab, vocab), None)
     models = Models(tensor(129, vocab), tensor(vocab, vocab), None, teacher)
     labels = torch.empty(129, dtype=torch.int64, device="meta")
-    plan = binaries.Plan(Objective("jsd", temperature=2.0, kd_ratio=0.5), (), vocab, "none", True, True)
-    with binaries.recorded() as found:
+    plan = Plan(Objective("jsd", temperature=2.0, kd_ratio=0.5), (), vocab, "none", True, True)
+    with launches.recorded() as found:
         softmax_forward(tensor(129, vocab), tensor(129, vocab), labels, plan, "triton")
         linear_forward(models, labels, plan, 48, "triton", NeededGradients(True, False, False))
     answer.append(len(set(found)))
@@ -400,21 +404,22 @@ def test_occupancy(arch, registers, warps, shared, programs):
 def test_a_new_number_of_tokens_compiles_nothing():
     code = """
 def binaries_of(call):
-    with binaries.recorded() as found:
+    with launches.recorded() as found:
         call()
     return found
 
 import torch
-from torchtune_kd.kernels._softmax import softmax_forward
 from torchtune_kd.kernels import Objective
+from torchtune_kd.kernels._plan import Plan
+from torchtune_kd.kernels._softmax import softmax_forward
 
 def cut(n):  # [2, N, V] without the last position, as next-token losses cut it: no view makes it [2 * (N - 1), V]
-    logits = torch.empty(2, n + 1, binaries.VOCAB, dtype=torch.bfloat16, device="meta")[:, :-1]
+    logits = torch.empty(2, n + 1, launches.VOCAB, dtype=torch.bfloat16, device="meta")[:, :-1]
     labels = torch.empty(2 * n, dtype=torch.int64, device="meta")
-    plan = binaries.Plan(Objective("jsd", kd_ratio=0.5), (), binaries.VOCAB, "mean", True, True)
+    plan = Plan(Objective("jsd", kd_ratio=0.5), (), launches.VOCAB, "mean", True, True)
     softmax_forward(logits, logits, labels, plan, "triton")
 
-calls = {case.name: lambda n, case=case: binaries.binaries_of(case, n_tokens=n) for case in binaries.all_cases()}
+calls = {case.name: lambda n, case=case: launches.binaries_of(case, n_tokens=n) for case in launches.all_cases()}
 calls["cut"] = lambda n: binaries_of(lambda: cut(n))
 # values that Triton specialises on: 1, multiples of 16, beyond 32 bits; and none of these
 counts = (1, 2, 3, 16, 17, 4096)
@@ -428,7 +433,7 @@ print(json.dumps(different))
 
 @pytest.mark.slow
 def test_specialises_as_triton_does():
-    """`binaries.specialise` against Triton's own binder, whose name and place changed with its versions."""
+    """`launches.specialise` against Triton's own binder, whose name and place changed with its versions."""
     code = """
 import triton, torch
 from triton.runtime import jit
@@ -437,7 +442,7 @@ from triton.compiler.compiler import make_backend
 answer = None
 if hasattr(triton.JITFunction, "_pack_args"):
     answer, backend = [], make_backend(GPUTarget("cuda", 90, 32))
-    ours = binaries.specialise
+    ours = launches.specialise
     def both(kernel, *args, **kwargs):
         binary = ours(kernel, *args, **kwargs)
         binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -448,9 +453,9 @@ if hasattr(triton.JITFunction, "_pack_args"):
         theirs = (signature, constants, names)
         answer.append(theirs == (dict(binary.signature), dict(binary.constants), list(binary.aligned)))
         return binary
-    binaries.specialise = both
-    for case in binaries.all_cases():
-        binaries.binaries_of(case)
+    launches.specialise = both
+    for case in launches.all_cases():
+        launches.binaries_of(case)
 print(json.dumps(answer))
 """
     answer = compiling(code)
@@ -476,7 +481,7 @@ from benchmarks.losses._compiled import instructions_per_logit
 torch.cuda.get_device_capability = lambda: (9, 0)
 trained = Case(op="linear", trainable_head=True)
 found = [instructions_per_logit(case) for case in (Case(), Case(temperature=2.0, metrics="all"), trained)]
-cases = [case for case in binaries.all_cases() if case.name in sys.argv[1:]]
+cases = [case for case in launches.all_cases() if case.name in sys.argv[1:]]
 counted = {report.case: report.instructions for report in binaries.reports(cases, [90])}
 print(json.dumps([found, [counted[name] for name in sys.argv[1:]]]))
 """
