@@ -3,7 +3,16 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtune_kd.kernels import _checks, _plan, _scaling, _softmax, _sparse_checks
+from torchtune_kd.kernels._torch import divergences
+
 READING = {"nonzero", "_local_scalar_dense", "item", "is_nonzero", "equal", "masked_select", "unique_dim"}
+
+
+def as_another_device(monkeypatch) -> None:
+    """Let the CPU be a device that the host waits for."""
+    for module in (_softmax, _checks, _plan, _scaling, _sparse_checks, divergences):
+        monkeypatch.setattr(module, "host_can_read", lambda device: False)
 
 
 class Waits(TorchDispatchMode):

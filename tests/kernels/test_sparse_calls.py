@@ -11,19 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import cells
-from helpers.waits import Waits
 from torchtune_kd.kernels import (
     Objective,
-    _checks,
     _plan,
-    _scaling,
     _sparse_checks,
     linear_kd_loss,
     linear_sparse_kd_loss,
     linear_sparse_kd_objective,
     on_meta,
 )
-from torchtune_kd.kernels._torch import divergences
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -138,22 +134,6 @@ def test_nan_is_not_hidden(where, backend):
     tensors = {"student_bias": torch.zeros(9), "log_probs": torch.full((3, 2), -1.0), "tail": torch.full((3,), -1.0)}
     tensors[where].view(-1)[0] = torch.nan
     assert call(**tensors, backend=backend).isnan()
-
-
-def test_on_a_device_the_host_waits_for_the_number_of_tokens_alone(backend, monkeypatch):
-    """CPU tensors are taken for a device's: no id is looked at, and one that the student does not have is dropped."""
-    for module in (_plan, _checks, _scaling, _sparse_checks, divergences):
-        monkeypatch.setattr(module, "host_can_read", lambda device: False)
-    bias, dropped = torch.randn(9).requires_grad_(), torch.tensor([[0, 5000], [3, -7], [2, 1]])
-    student = {"student_hidden": torch.randn(4, 3), "student_weight": torch.randn(9, 3), "student_bias": bias}
-    found = []
-    for ids in (dropped, torch.tensor([[0, -1], [3, -1], [2, 1]])):
-        with Waits() as waits:
-            settings = {"kd_ratio": 0.5, "divergence": "jsd", "return_metrics": True, "backend": backend}
-            loss, metrics = call(ids=ids, **student, **settings)
-            found.append([loss, *metrics.values(), *torch.autograd.grad(loss, bias)])
-        assert waits.found == ["nonzero"]
-    assert all(map(torch.equal, *found))
 
 
 # ------------------------------------------------------------------------------------------------ graphs
