@@ -69,7 +69,7 @@ class CellsLoss(ABC):
             teacher (Cells): ids and log-probabilities ``[n, k]``; the rest ``[n]``.
             labels (Tensor): ``[n]`` int64 in [0, V).
             grad_out (Tensor | None): ``[n, V]``, receives the gradient of each row's loss; may be `student`.
-            row_scale (Tensor | None): ``[n, 1]``, multiplies each row's gradient.
+            row_scale (Tensor | None): ``[n, 1]``, multiplies each row's gradient, in the place of `scale`.
 
         Returns:
             tuple[Tensor, list[Tensor]]: loss ``[n]`` and one ``[n]`` for each of the plan's metrics.
