@@ -86,13 +86,14 @@ def estimate(path: str | Path, processes: int = 2) -> Estimate:
     models = build_models(config, layout.shards)
     sequence = config.tokenizer.get("max_seq_len") or SEQUENCE
     memory, _ = plan_memory(config, models, layout, sequence)
+    teachers = (teacher.model for teacher in models.teachers if teacher.model is not None)
     return Estimate(
         processes=layout.processes,
         batch=settings.batch_size,
         sequence=sequence,
         on_gpu=settings.torch_device.type == "cuda",
         memory=memory,
-        host=max(map(weight_bytes, (models.student, *(teacher.model for _, teacher in models.others(config))))),
+        host=max(map(weight_bytes, (models.student, *teachers))),
     )
 
 

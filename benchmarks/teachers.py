@@ -75,20 +75,20 @@ def write(name: str, cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def samples(cfg: DictConfig) -> list[Any]:
-    """The rows of the run's data."""
+    """Read the rows of the run's data."""
     config = read_config(cfg)
     dataset = build_dataset(config.dataset, "dataset", config.tokenizer.build(), 10**6, 10**6, CPU)
     return [dataset[row] for row in range(len(dataset))]
 
 
 def batches(cfg: DictConfig) -> list[list[Any]]:
-    """The documents of each batch of the run."""
+    """Cut the rows into the documents of each batch of the run."""
     rows = [documents_in_sample(sample) for sample in samples(cfg)]
     return [list(itertools.chain(*rows[begin : begin + BATCH])) for begin in range(0, len(rows), BATCH)]
 
 
 def states(cfg: DictConfig, tokens: Tensor, **keys: str) -> tuple[Tensor, Head]:
-    """The last hidden states [n, D] of the config's teacher with other keys, and its head."""
+    """Return the last hidden states [n, D] of the config's teacher with other keys, and its head."""
     teacher = build_teacher(read_config(OmegaConf.merge(cfg, keys)), CPU)
     found = torch.cat([teacher(rows) for rows in tokens.split(BATCH)])
     return found[:, :-1].flatten(0, 1), Head(*output_head(teacher.decoder))
@@ -124,7 +124,7 @@ def reading(folder: Path, documents: Sequence[list[Any]]) -> Iterator[tuple[str,
 
 
 def train(name: str, student: str, folder: Path, cfg: DictConfig) -> dict[str, float]:
-    """One run: median tokens a second, memory, CPU seconds a step."""
+    """Train once; return median tokens a second, memory, CPU seconds a step."""
     cfg = OmegaConf.merge(cfg, {})
     if STUDENTS[student] is not None:
         cfg.model = STUDENTS[student]

@@ -229,7 +229,11 @@ def _walk(
 
 
 def _rows_per_block(backend: str, models: Models, vocab: int) -> int:
-    """Return how many rows of a chunk the loss arithmetic takes at a time; with Triton's kernels any number of them."""
+    """Return how many rows of a chunk the loss arithmetic takes at a time: as many as its temporaries allow.
+
+    Those of PyTorch's arithmetic are as wide as the vocabulary. Triton's kernels have none and take any number of rows;
+    beside stored ids they are k + 1 wide. :data:`META` goes Triton's way, and cuts PyTorch's workspace itself.
+    """
     device, teacher = models.hidden.device, models.teacher
     if backend == "torch":
         return rows_per_block(vocab, device)
@@ -243,7 +247,7 @@ def _block_loss(backend: str, plan: Plan, max_rows: int, dtype: torch.dtype, cou
     if backend == "triton" and stored:
         from ._triton.cells import TritonCellsBlockLoss
 
-        return TritonCellsBlockLoss(plan, count.device, mean_scale(count, inside))
+        return TritonCellsBlockLoss(plan, mean_scale(count, inside))
     if backend == "triton":
         from ._triton.rows import TritonBlockLoss
 

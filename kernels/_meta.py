@@ -34,8 +34,9 @@ def on_meta(
     """Let ``linear_kd_loss`` of meta tensors, and its backward pass, do what they would do on `device`, without values.
 
     It makes the same matrix products in the same chunks, and the same allocations: buffers of logits, gradients, and
-    the workspace of PyTorch's arithmetic (none with Triton, on CUDA). The arithmetic on a chunk is left out, and its
-    results are only allocated. Labels may be on the CPU, and then ignored tokens are dropped. One thread at a time.
+    the workspace of PyTorch's arithmetic. With Triton, on CUDA, there is none, but with stored ids what is k + 1 wide.
+    The arithmetic on a chunk is left out, and its results are only allocated. Labels may be on the CPU, and then
+    ignored tokens are dropped. One thread at a time.
 
     Args:
         device (torch.device | str): whose sizes of chunks and workspaces are taken, and whose ``backend="auto"``.

@@ -67,15 +67,15 @@ def check_cells(cells: Cells, device: torch.device) -> None:
 
 
 def check_not_captured(device: torch.device) -> None:
-    """Check that no CUDA graph is being captured, where nothing can wait for the number of valid tokens.
+    """Check that no CUDA graph is being captured: it would have the rows of stored ids of one batch for ever.
 
     Raises:
-        ValueError: if one is, because stored ids have a row for each valid token and none for others.
+        ValueError: if one is.
     """
     if is_capturing(device):
         raise ValueError(
-            "linear_sparse_kd_loss has to wait for the number of valid tokens, which a CUDA graph that is being "
-            "captured cannot do; leave it out of the graph"
+            "linear_sparse_kd_loss cannot be captured in a CUDA graph, in which the number of valid tokens, and with "
+            "it of the rows of ids, would be fixed; leave it out of the graph"
         )
 
 

@@ -97,7 +97,7 @@ def check_metrics(name: str, case: Case, device: str, backend: str) -> Share:
 
 
 def check_stored(name: str, case: Case, device: str, backend: str) -> Share:
-    """``linear_sparse_kd_loss`` from up to 64 stored ids a token against PyTorch's arithmetic in fp64, in chunks.
+    """Compare ``linear_sparse_kd_loss`` of up to 64 stored ids a token, in chunks, with PyTorch's arithmetic in fp64.
 
     Both have the logits as the model rounds them, and write their gradient in its dtype.
     """

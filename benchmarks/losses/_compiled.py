@@ -11,8 +11,8 @@ from ._case import Case
 def instructions_per_logit(case: Case) -> float | None:
     """Return how many instructions the kernel of a case has for each logit, or None where that cannot be counted."""
     try:
-        from ..binaries import Case as Launch
-        from ..binaries import binaries_of
+        from .._launches import Case as Launch
+        from .._launches import binaries_of
 
         launch = Launch(
             case.divergence if case.kd_ratio > 0 else "",

@@ -12,12 +12,12 @@ Any divergence of the cells gives the gradient g ``[n, k + 1]`` by the cells' lo
 with :math:`w_j = q_j/Q_R`, the softmax of the rest alone. It is made of the rest's own largest logit, so that it is
 right where all of Q_R is too small for a floating-point number.
 
-What is V wide is read and written by two methods, ``_read`` and ``_write``, which ``_triton/cells.py`` overrides; the
-formulas are here alone.
+The formulas are in :class:`CellsLoss`, k + 1 wide. What is V wide each backend reads and writes by two methods.
 
 Legend: n rows of a block, V vocabulary, k stored ids, m = k + 1 cells.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -31,21 +31,17 @@ from .coarse import Coarse, Gathered, Gradient, coarse, likeliest, share_of, sto
 from .divergences import Distributions, Softmax, divergence
 
 
-class CellsBlockLoss:
-    """Compute blocks of up to `max_rows` rows against stored ids, each in the same memory.
+class CellsLoss(ABC):
+    """Compute blocks of rows against stored ids.
 
     Args:
         plan (Plan): what to compute.
-        max_rows (int): the largest block that will come.
         dtype (torch.dtype): working dtype, fp32 or fp64.
-        device (torch.device): of the logits.
-        factor (float): multiplies every gradient.
+        scale (Tensor | float): 0-d, multiplies the gradient of blocks that come without a `row_scale`.
     """
 
-    def __init__(
-        self, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float = 1.0
-    ) -> None:
-        self.plan, self._factor, self._dtype = plan, factor, dtype
+    def __init__(self, plan: Plan, dtype: torch.dtype, scale: Tensor | float) -> None:
+        self.plan, self._dtype, self._scale = plan, dtype, scale
         objective, wanted = plan.objective, set(plan.metrics)
         self._has_kd, self._has_ce = objective.kd_ratio > 0.0, objective.kd_ratio < 1.0
         self._kd_value = self._has_kd or "kd_loss" in wanted
@@ -57,13 +53,6 @@ class CellsBlockLoss:
         self._student_at_1 = self._class_loss or self._teacher_at_1 or self._entropy
         self._shared = self._kd_value and objective.temperature == 1.0
         self._separate = self._student_at_1 and not self._shared
-        # the rest at T, the rest at T = 1, scratch for its entropy; an id in a column behind the vocabulary is padding
-        counted = self._kd_value, self._separate, self._entropy
-        self._work = torch.empty(max(1, sum(counted)), max_rows, plan.vocab + 1, dtype=dtype, device=device)
-
-    def release(self) -> None:
-        """Free the memory; this one computes no more."""
-        del self._work
 
     def __call__(
         self,
@@ -80,7 +69,7 @@ class CellsBlockLoss:
             teacher (Cells): ids and log-probabilities ``[n, k]``; the rest ``[n]``.
             labels (Tensor): ``[n]`` int64 in [0, V).
             grad_out (Tensor | None): ``[n, V]``, receives the gradient of each row's loss; may be `student`.
-            row_scale (Tensor | None): ``[n, 1]``, multiplies each row's gradient.
+            row_scale (Tensor | None): ``[n, 1]``, multiplies each row's gradient, in the place of `scale`.
 
         Returns:
             tuple[Tensor, list[Tensor]]: loss ``[n]`` and one ``[n]`` for each of the plan's metrics.
@@ -93,15 +82,13 @@ class CellsBlockLoss:
         slope_t = slope_1 = None  # gradients by the cells' logits [n, m]
         if self._kd_value:
             at_t = coarse(gathered.stored, known(gathered.at_t), objective.temperature)
-            of_teacher = self._teacher(teacher, ids, objective.temperature, vocab, teacher.tail)
-            wanted = plan.want_grad and self._has_kd
-            kd_loss, slope_t = self._divergence(Distributions(of_teacher, at_t.cells), teacher, wanted)
+            kd_loss, slope_t = self._divergence(teacher, ids, vocab, at_t.cells, plan.want_grad and self._has_kd)
             if self._shared and objective.computed_divergence == "forward_kl":
                 kl = kd_loss.clone()
             kd_loss.mul_(objective.divergence_scale)
             if self._has_kd:
                 loss = kd_loss * objective.kd_ratio
-                factor = self._factor * objective.kd_ratio * objective.divergence_scale / objective.temperature
+                factor = objective.kd_ratio * objective.divergence_scale / objective.temperature
                 slope_t = None if slope_t is None else slope_t.mul_(factor)
 
         if self._student_at_1:
@@ -112,7 +99,9 @@ class CellsBlockLoss:
         if self._has_ce:
             class_loss, weight = known(class_loss), 1.0 - objective.kd_ratio
             loss = class_loss * weight if loss is None else loss.add(class_loss, alpha=weight)
-            slope_1 = known(at_1).cells.prob * (weight * self._factor) if plan.want_grad else None
+            slope_1 = known(at_1).cells.prob * weight if plan.want_grad else None
+            if self._shared and slope_1 is not None:
+                slope_t, slope_1 = slope_1 if slope_t is None else slope_t.add_(slope_1), None
 
         watched = self._at_1(teacher, ids, labels, vocab, at_1, kl)
         watched |= {
@@ -122,74 +111,60 @@ class CellsBlockLoss:
             "teacher_entropy": lambda: known(teacher.entropy),
         }
         found = [watched[name]() for name in plan.metrics]
+        del watched  # and with it the teacher's cells at T = 1
         # grad_out may be the student's own rows, so that it is written last
         if grad_out is not None:
-            gradient = self._gradient((at_t, slope_t), (at_1, slope_1), row_scale)
+            scale = self._scale if row_scale is None else row_scale
+            gradient = self._gradient(at_t, slope_t, at_1, slope_1, scale)
             self._write(student, gathered, gradient, ids, labels, grad_out)
         return known(loss), found
 
+    @abstractmethod
+    def release(self) -> None:
+        """Free what blocks share; this one computes no more."""
+
+    @abstractmethod
     def _read(self, student: Tensor, ids: Tensor, labels: Tensor) -> Gathered:
-        """Read what the cells need of the logits; the rest's exponentials stay in the workspace for ``_write``.
+        """Read what the cells need of the logits.
 
         Args:
             student (Tensor): ``[n, V]``.
             ids (Tensor): ``[n, k]`` int64, V for padding.
             labels (Tensor): ``[n]`` int64.
         """
-        temperature, vocab = self.plan.objective.temperature, student.shape[-1]
-        work = list(self._work[:, : len(student)].unbind())
-        scratch = work.pop() if self._entropy else None
-        first = metrics.first_argmax(work[0][:, :vocab].copy_(student)) if self._agreement else None
-        at_t = at_1 = None
-        if self._kd_value:
-            at_t = sum_rest(student, ids, temperature, work[0], scratch if self._shared else None)
-        if self._separate:
-            at_1 = sum_rest(student, ids, 1.0, work[-1], scratch)
-        label = student.gather(-1, labels.unsqueeze(-1)).to(self._dtype) if self._class_loss else None
-        return Gathered(stored_logits(student, ids, self._dtype), label, first, at_t, at_1)
 
+    @abstractmethod
     def _write(
         self, student: Tensor, gathered: Gathered, gradient: Gradient, ids: Tensor, labels: Tensor, grad_out: Tensor
     ) -> None:
         """Write the gradient ``[n, V]`` that `gradient` stands for; the arguments are those of ``_read``."""
-        grad = None if gradient.share_t is None else self._work[0, : len(ids)].mul_(gradient.share_t)
-        if gradient.share_1 is not None:
-            at_1 = self._work[int(self._kd_value), : len(ids)]
-            grad = at_1.mul_(gradient.share_1) if grad is None else grad.addcmul_(at_1, gradient.share_1)
-        grad = known(grad).scatter_(-1, ids, gradient.stored)
-        if gradient.label is not None:
-            grad[torch.arange(len(labels), device=labels.device), labels] -= gradient.label.squeeze(-1)
-        grad_out.copy_(grad[:, : student.shape[-1]])
 
     def _gradient(
         self,
-        of_t: tuple[Coarse | None, Tensor | None],
-        of_1: tuple[Coarse | None, Tensor | None],
-        row_scale: Tensor | None,
+        at_t: Coarse | None,
+        slope_t: Tensor | None,
+        at_1: Coarse | None,
+        slope_1: Tensor | None,
+        scale: Tensor | float,
     ) -> Gradient:
         """Return what the gradients by the cells' logits ``[n, m]``, beside their cells, make of those by all."""
-        (at_t, slope_t), (at_1, slope_1) = of_t, of_1
-        if self._shared and slope_1 is not None:
-            slope_t, slope_1 = slope_1 if slope_t is None else slope_t + slope_1, None
         slopes = [slope for slope in (slope_t, slope_1) if slope is not None]
         stored = slopes[0][:, :-1] if len(slopes) == 1 else slopes[0][:, :-1] + slopes[1][:, :-1]
         share_t = None if slope_t is None else share_of(known(at_t).rest, slope_t)
         share_1 = None if slope_1 is None else share_of(known(at_1).rest, slope_1)
-        label = None
-        if self._has_ce:
-            label = stored.new_full((len(stored), 1), (1.0 - self.plan.objective.kd_ratio) * self._factor)
-        if row_scale is None:
-            return Gradient(stored, share_t, share_1, label)
-        by_row = (None if part is None else part * row_scale for part in (share_t, share_1, label))
-        return Gradient(stored * row_scale, *by_row)
+        label = stored.new_full((len(stored), 1), 1.0 - self.plan.objective.kd_ratio) if self._has_ce else None
+        return Gradient(stored * scale, *(None if part is None else part * scale for part in (share_t, share_1, label)))
 
-    def _divergence(self, dist: Distributions, teacher: Cells, want_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Compute D(P, Q) ``[n]`` and its gradient by the cells' logits ``[n, m]``.
+    def _divergence(
+        self, teacher: Cells, ids: Tensor, vocab: int, student: Softmax, want_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute D(P, Q) ``[n]`` at T and its gradient by the cells' logits ``[n, m]``.
 
         Of drawn ids it is Σ P·(-log Q) less the stored entropy of the whole teacher: the expected value of the first is
         the cross-entropy of whole distributions, whatever is drawn.
         """
         objective = self.plan.objective
+        dist = Distributions(self._teacher(teacher, ids, objective.temperature, vocab, teacher.tail), student)
         if self.plan.teacher_kind != SAMPLED:
             r, x, *grad = (torch.empty_like(dist.p) for _ in range(2 + want_grad))
             out = grad[0] if want_grad else None
@@ -227,12 +202,65 @@ class CellsBlockLoss:
             return watched
         tail = teacher.tail if self.plan.objective.temperature == 1.0 else teacher.tail_at_1
         dist = Distributions(self._teacher(teacher, ids, 1.0, vocab, tail), at_1.cells)
-        r, x = torch.empty_like(dist.p), torch.empty_like(dist.p)
+        # scratch is made when it is needed, so that no two metrics hold some at a time
         return watched | {
-            "kl_cells": lambda: metrics.kl(dist, r, x) if kl is None else kl,
-            "acceptance_rate_cells": lambda: metrics.acceptance_rate(dist, x),
+            "kl_cells": lambda: (
+                metrics.kl(dist, torch.empty_like(dist.p), torch.empty_like(dist.p)) if kl is None else kl
+            ),
+            "acceptance_rate_cells": lambda: metrics.acceptance_rate(dist, torch.empty_like(dist.p)),
             "teacher_class_loss_cells": lambda: _cell_loss(dist.teacher, ids, labels),
         }
+
+
+class CellsBlockLoss(CellsLoss):
+    """Compute blocks of up to `max_rows` rows against stored ids, each in the same memory.
+
+    Args:
+        plan (Plan): what to compute.
+        max_rows (int): the largest block that will come.
+        dtype (torch.dtype): working dtype, fp32 or fp64.
+        device (torch.device): of the logits.
+        factor (float): multiplies the gradient of blocks that come without a `row_scale`.
+    """
+
+    def __init__(
+        self, plan: Plan, max_rows: int, dtype: torch.dtype, device: torch.device, factor: float = 1.0
+    ) -> None:
+        super().__init__(plan, dtype, factor)
+        # the rest at T, the rest at T = 1, scratch for its entropy; an id in a column behind the vocabulary is padding
+        counted = self._kd_value, self._separate, self._entropy
+        self._work = torch.empty(max(1, sum(counted)), max_rows, plan.vocab + 1, dtype=dtype, device=device)
+
+    def release(self) -> None:
+        """Free the workspace."""
+        del self._work
+
+    def _read(self, student: Tensor, ids: Tensor, labels: Tensor) -> Gathered:
+        """Leave the rest's exponentials in the workspace for ``_write``."""
+        temperature, vocab = self.plan.objective.temperature, student.shape[-1]
+        work = list(self._work[:, : len(student)].unbind())
+        scratch = work.pop() if self._entropy else None
+        first = metrics.first_argmax(work[0][:, :vocab].copy_(student)) if self._agreement else None
+        at_t = at_1 = None
+        if self._kd_value:
+            at_t = sum_rest(student, ids, temperature, work[0], scratch if self._shared else None)
+        if self._separate:
+            at_1 = sum_rest(student, ids, 1.0, work[-1], scratch)
+        label = student.gather(-1, labels.unsqueeze(-1)).to(self._dtype) if self._class_loss else None
+        return Gathered(stored_logits(student, ids, self._dtype), label, first, at_t, at_1)
+
+    def _write(
+        self, student: Tensor, gathered: Gathered, gradient: Gradient, ids: Tensor, labels: Tensor, grad_out: Tensor
+    ) -> None:
+        """Scale the exponentials that ``_read`` has left, and copy them."""
+        grad = None if gradient.share_t is None else self._work[0, : len(ids)].mul_(gradient.share_t)
+        if gradient.share_1 is not None:
+            at_1 = self._work[int(self._kd_value), : len(ids)]
+            grad = at_1.mul_(gradient.share_1) if grad is None else grad.addcmul_(at_1, gradient.share_1)
+        grad = known(grad).scatter_(-1, ids, gradient.stored)
+        if gradient.label is not None:
+            grad[torch.arange(len(labels), device=labels.device), labels] -= gradient.label.squeeze(-1)
+        grad_out.copy_(grad[:, : student.shape[-1]])
 
 
 def _columns(ids: Tensor, vocab: int) -> Tensor:

@@ -27,7 +27,7 @@ class Rest(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """Hold what is taken from a block's logits; every tensor in the working dtype.
+    """Hold what is taken from a block's logits, in the working dtype but for ids.
 
     Attributes:
         stored (Tensor): ``[n, k]``, logits of the stored ids, -inf at padding.

@@ -12,8 +12,8 @@ from .._teachers import CELL_KINDS, Cells
 from .block import BlockLoss
 from .cells import CellsBlockLoss
 
-# How many numbers the arithmetic on cells holds at a time for each of them: a test compares with real calls.
-CELL_NUMBERS = 16
+# Numbers held at a time for each cell, at most: with all metrics at T ≠ 1. A test compares with real calls.
+CELL_NUMBERS = 14
 
 
 class MetaBlockLoss:

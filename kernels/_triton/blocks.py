@@ -62,6 +62,14 @@ def load_ahead(row, start, stride, full, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def subtract_at_label(grad, start, ids, label, weight):
+    """Subtract `weight` at the label in the one block of a row, here that at `start`, which holds it."""
+    if (label >= start) & (label < start + grad.shape[0]):
+        grad -= tl.where(ids == label - start, weight, 0.0)
+    return grad
+
+
+@triton.jit
 def store_block(out, start, ids, inside, stride, values, TAIL: tl.constexpr):
     """Store the block at `start` in the dtype of `out`; only the ids `inside`, where the row ends in it (TAIL)."""
     values = values.to(out.dtype.element_ty)

@@ -10,47 +10,29 @@ import torch
 from torch import Tensor
 
 from .._plan import Plan
-from .._teachers import Cells
 from .._torch.block import LOG2_E, known
-from .._torch.cells import CellsBlockLoss
+from .._torch.cells import CellsLoss
 from .._torch.coarse import Gathered, Gradient, Rest, likeliest, rest_entropy, stored_logits
 from .launch import addressed, launch_options, on_device, rest_blocks_for, width_of
 from .rest_kernels import SUMS, TERMS, rest_gradient_kernel, rest_sums_kernel
 
 
-class TritonCellsBlockLoss(CellsBlockLoss):
-    """Compute blocks against stored ids without a workspace: each kernel reads the logits, in their own dtype, once.
+class TritonCellsBlockLoss(CellsLoss):
+    """Compute blocks of any number of rows without a workspace: each kernel reads the logits, in their own dtype, once.
 
-    What is as wide as the stored ids stays the class's above, in fp32.
+    Logits are bf16, fp16 or fp32. -inf is written over the stored ids in them, so that the caller has no more use for
+    them. Of a label outside of [0, V) the cross-entropy is NaN. The base class computes what is k + 1 wide, in fp32.
 
     Args:
         plan (Plan): what to compute.
-        device (torch.device): of the logits.
         scale (Tensor | None): 0-d, multiplies every gradient.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, scale: Tensor | None = None) -> None:
-        super().__init__(plan, 0, torch.float32, device)  # a workspace of no rows
-        self._scale = scale
+    def __init__(self, plan: Plan, scale: Tensor | None = None) -> None:
+        super().__init__(plan, torch.float32, 1.0 if scale is None else scale)
 
-    def __call__(
-        self,
-        student: Tensor,
-        teacher: Cells,
-        labels: Tensor,
-        grad_out: Tensor | None,
-        row_scale: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Compute one block of any number of rows, and write -inf over the stored ids in `student`.
-
-        Args:
-            student (Tensor): logits ``[n, V]`` in bf16, fp16 or fp32, which the caller has no more use for.
-            teacher (Cells): as for ``CellsBlockLoss``, down to `row_scale`.
-            labels (Tensor): ``[n]``; of one outside of [0, V) the cross-entropy is NaN.
-            grad_out (Tensor | None): ``[n, V]``.
-            row_scale (Tensor | None): ``[n, 1]``.
-        """
-        return super().__call__(student, teacher, labels, grad_out, self._scale if row_scale is None else row_scale)
+    def release(self) -> None:
+        """Do nothing: the kernels need no workspaces."""
 
     def _read(self, student: Tensor, ids: Tensor, labels: Tensor) -> Gathered:
         """Gather what is stored, take it out of `student`, and sum up what is left."""
@@ -62,12 +44,12 @@ class TritonCellsBlockLoss(CellsBlockLoss):
         student.scatter_add_(-1, ids.clamp(max=vocab - 1), taken_out)
 
         temperature = self.plan.objective.temperature if self._kd_value else 1.0
-        both = self._kd_value and self._separate
-        sums, firsts = _rest_sums(student, temperature, both, self._entropy, self._agreement)
-        largest, at_t, at_1, moment = sums.split(1, -1)
-        if not both:
-            at_1 = at_t
-        entropy = rest_entropy(at_1, moment) if self._entropy else None
+        also_at_1 = self._kd_value and self._separate
+        sums, firsts = _rest_sums(student, temperature, also_at_1, self._entropy, self._agreement)
+        largest, total_t, total_1, moment = sums.split(1, -1)
+        if not also_at_1:
+            total_1 = total_t
+        entropy = rest_entropy(total_1, moment) if self._entropy else None
         first = None
         if self._agreement:  # of the stored ids and the rest's first one
             ids_of_row = torch.cat([ids, firsts.unsqueeze(-1)], -1)
@@ -76,8 +58,8 @@ class TritonCellsBlockLoss(CellsBlockLoss):
             stored,
             label,
             first,
-            Rest(largest, at_t, entropy if self._shared else None) if self._kd_value else None,
-            Rest(largest, at_1, entropy) if self._separate else None,
+            Rest(largest, total_t, entropy if self._shared else None) if self._kd_value else None,
+            Rest(largest, total_1, entropy) if self._separate else None,
         )
 
     def _write(
@@ -105,13 +87,15 @@ def _label_logits(student: Tensor, labels: Tensor) -> Tensor:
     return picked.where((labels >= 0) & (labels < vocab), torch.nan)
 
 
-def _rest_sums(student: Tensor, temperature: float, at_1: bool, moment: bool, agreement: bool) -> tuple[Tensor, Tensor]:
+def _rest_sums(
+    student: Tensor, temperature: float, also_at_1: bool, moment: bool, agreement: bool
+) -> tuple[Tensor, Tensor]:
     """Return ``sums`` of the kernels' legend ``[n, SUMS]``, and the first ids at the rest's maxima ``[n]`` int64.
 
     Args:
         student (Tensor): ``[n, V]``, -inf where an id is stored.
         temperature (float): T.
-        at_1 (bool): sum up at T = 1 too, where T is another.
+        also_at_1 (bool): sum up at T = 1 too, where T is another.
         moment (bool): sum what the entropy at T = 1 needs.
         agreement (bool): find the first ids; else they are anything.
     """
@@ -127,7 +111,7 @@ def _rest_sums(student: Tensor, temperature: float, at_1: bool, moment: bool, ag
             firsts=firsts,
             n_ids=vocab,
             c=LOG2_E / temperature,
-            STUDENT_AT_1=at_1,
+            STUDENT_AT_1=also_at_1,
             MOMENT=moment,
             AGREEMENT=agreement,
             BLOCK=blocks.size,

@@ -10,7 +10,7 @@ subtracted at the label. Rows are addressed as in ``row_kernels.py``.
 import triton
 import triton.language as tl
 
-from .blocks import load_ahead, load_ids, store_block
+from .blocks import load_ahead, load_ids, store_block, subtract_at_label
 from .first_pass import first_pass
 from .math import LOG2_E
 from .row_kernels import id_in, row_start
@@ -18,10 +18,8 @@ from .row_kernels import id_in, row_start
 SUMS = tl.constexpr(4)
 TERMS = tl.constexpr(4)
 
-_GROWING = ["student_inner", "out_inner"]
 
-
-@triton.jit(do_not_specialize=_GROWING[:1])
+@triton.jit(do_not_specialize=["student_inner"])
 def rest_sums_kernel(
     student, sums, firsts, student_inner, student_outer_stride, student_inner_stride, student_stride, n_ids, c,
     STUDENT_AT_1: tl.constexpr, MOMENT: tl.constexpr, AGREEMENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -66,13 +64,12 @@ def rest_step(
     grad = share * tl.exp2(u * c)
     if BOTH:
         grad += share_1 * tl.exp2(u * LOG2_E)
-    if HAS_LABEL:  # noqa: SIM102  Triton has no `and` of a constant and a value
-        if (label >= start) & (label < start + s.shape[0]):  # one block of the row's
-            grad -= tl.where(ids == label - start, label_weight, 0.0)
+    if HAS_LABEL:
+        grad = subtract_at_label(grad, start, ids, label, label_weight)
     store_block(out, start, ids, inside, out_stride, grad, TAIL)
 
 
-@triton.jit(do_not_specialize=_GROWING)
+@triton.jit(do_not_specialize=["student_inner", "out_inner"])
 def rest_gradient_kernel(
     student, labels, terms, out,
     student_inner, student_outer_stride, student_inner_stride, student_stride,

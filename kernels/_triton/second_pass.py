@@ -8,7 +8,7 @@ Legend: as in ``first_pass.py``; G groups of ids, see ``blocks.py``; a suffix ``
 import triton
 import triton.language as tl
 
-from .blocks import GROUP, group_sum, groups, load_ahead, load_ids, store_block
+from .blocks import GROUP, group_sum, groups, load_ahead, load_ids, store_block, subtract_at_label
 from .math import (
     HUGE,
     LN2,
@@ -86,8 +86,7 @@ def second_step(
             )
         if HAS_CE:
             grad += ce_weight * q_1
-            if (label >= start) & (label < start + s.shape[0]):  # one block of the row's
-                grad -= tl.where(ids == label - start, ce_weight, 0.0)
+            grad = subtract_at_label(grad, start, ids, label, ce_weight)
         store_block(out, start, ids, inside, out_stride, grad, TAIL)
     return value, centres, mass, kl, entropy_s, entropy_t, acceptance
 

@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
     @property
     def student(self):
-        """The logits of the valid tokens ``[n, V]``."""
+        """Return the logits of the valid tokens ``[n, V]``."""
         return F.linear(self.hidden, self.weight, self.bias)[self.labels != -100]
 
     @property
@@ -34,7 +34,7 @@ class Case(NamedTuple):
         return self.hidden, self.weight, self.bias
 
     def signal(self, t, dtype=F64):
-        """The stored log-probabilities, and the tails at T and at 1, each summed over the ids that are not stored."""
+        """Return the stored log-probabilities, and the tails at T and at 1, each the sum over the ids not stored."""
         log_probs = self.teacher.log_softmax(-1)
         stored = log_probs.gather(-1, self.ids.clamp(min=0))
         rest = log_probs.masked_fill(is_stored(self.ids, log_probs.shape[-1]), -torch.inf)
@@ -42,7 +42,7 @@ class Case(NamedTuple):
         return {"ids": self.ids, "log_probs": stored.to(dtype), "tail": tail, "tail_at_1": tail_at_1}
 
     def loss(self, t, stored=F64, **settings):
-        """The loss of what is stored in the dtype `stored`, of which fp64 decides on that of the arithmetic."""
+        """Compute the loss of what is stored in the dtype `stored`, of which fp64 decides on that of the arithmetic."""
         signal = self.signal(t, stored) | {
             name: settings.pop(name) for name in ("tail", "tail_at_1") if name in settings
         }
@@ -53,13 +53,13 @@ class Case(NamedTuple):
         return torch.autograd.grad(loss, [x for x in self.trained if x.requires_grad])
 
     def to(self, dtype):
-        """The same student in another dtype, trained where it is here."""
+        """Return the same student in another dtype, trained where it is here."""
         trained = (x.detach().to(dtype).requires_grad_(x.requires_grad) for x in self.trained)
         return Case(*trained, *self[3:])
 
 
 def make(k, n=11, v=97, d=6, padded=False, dtype=F64, scale=2.0):
-    """A case whose every third token is ignored and, if `padded`, whose tokens store between 1 and k ids."""
+    """Make a case whose every third token is ignored and, if `padded`, whose tokens store between 1 and k ids."""
     hidden, weight, bias = torch.randn(n, d), torch.randn(v, d) / 2, torch.randn(v)
     labels = torch.randint(v, (n,))
     labels[1::3] = -100
@@ -72,11 +72,22 @@ def make(k, n=11, v=97, d=6, padded=False, dtype=F64, scale=2.0):
 
 
 def of_logits(k, v, n=5, dtype=F64, padded=False):
-    """A case whose hidden states are the student's logits, by a head that hands them on to the bit, as it does back
-    their gradient."""
+    """Make a case whose head is the identity, so that hidden states are logits and have the gradient of the logits."""
     case = make(k, n, v, 1, padded)
     logits, head = (2 * torch.randn(n, v)).to(dtype), torch.eye(v, dtype=dtype)
     return case._replace(hidden=logits.requires_grad_(), weight=head, bias=torch.zeros(v, dtype=dtype))
+
+
+def small_rests():
+    """Make logits ``[25, V]`` as bf16 models give them, and one stored id of each, beside which ever less is left.
+
+    Returns:
+        tuple[Tensor, Tensor, dict[float, Tensor]]: logits, ids ``[25, 1]``, and by T the rest's mass in fp64 ``[25]``.
+    """
+    logits, ids = torch.randn(25, 4000), torch.full((25, 1), 7)
+    logits[:, 7] += torch.tensor([10.0, 18.0, 25.0, 36.0, 60.0]).repeat_interleave(5)  # the fourth leaves 1e-11
+    logits = logits.bfloat16()
+    return logits, ids, {t: log_cells(logits.double(), ids, t)[:, -1].exp() for t in (2.0, 1.0)}
 
 
 def is_stored(ids, v):
@@ -85,7 +96,7 @@ def is_stored(ids, v):
 
 
 def log_cells(logits, ids, t):
-    """The logarithms of a distribution's m cells, ``[n, m]``; -inf where there is padding, or no rest."""
+    """Compute the logarithms of a distribution's m cells, ``[n, m]``; -inf where there is padding, or no rest."""
     log_q = torch.log_softmax(logits / t, -1)
     stored = log_q.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
     inside = is_stored(ids, logits.shape[-1])
@@ -94,7 +105,7 @@ def log_cells(logits, ids, t):
 
 
 def divergence(name, beta, log_p, log_q):
-    """D of each row's cells, by the formulas on those that are there, ``[n]``."""
+    """Compute D of each row's cells, by the formulas on those that are there, ``[n]``."""
     values = []
     for p, q in zip(log_p, log_q, strict=True):
         there = ~(torch.isinf(p) & torch.isinf(q))
@@ -103,7 +114,7 @@ def divergence(name, beta, log_p, log_q):
 
 
 def truth(case, name, t, kd_ratio=1.0, beta=None):
-    """The mean loss of the valid tokens, differentiable."""
+    """Compute the mean loss of the valid tokens, differentiable."""
     beta = Objective(name, beta).beta
     d = divergence(name, beta, log_cells(case.teacher, case.ids, t), log_cells(case.student, case.ids, t))
     ce = F.cross_entropy(case.student, case.labels[case.labels != -100], reduction="none")
@@ -116,7 +127,7 @@ def entropy(logits):
 
 
 def sums_of_metrics(case, kd_loss):
-    """Sums over the valid tokens, by name; `kd_loss` is the mean of theirs."""
+    """Compute sums over the valid tokens, by name; `kd_loss` is the mean of theirs."""
     labels = case.labels[case.labels != -100]
     log_p, log_q = (log_cells(z, case.ids, 1.0) for z in (case.teacher, case.student.detach()))
     hit = case.ids == labels.unsqueeze(-1)

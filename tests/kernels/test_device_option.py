@@ -39,7 +39,8 @@ def test_a_gpu_runs_the_grid_and_no_test_of_a_cpu():
     names = {line.partition("[")[0] for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line}
     modules = {name.partition("::")[0].rpartition("/")[2] for name in names}
     assert modules == {
-        f"test_{name}.py" for name in ("float8", "linear", "metrics", "softmax", "sparse_triton", "triton")
+        f"test_{name}.py"
+        for name in ("float8", "float8_loss", "linear", "metrics", "softmax", "sparse_triton", "triton")
     }, done.stdout[-2000:]
     for name in ("test_triton.py::test_value_and_gradient_from_logits", "test_linear.py::test_grid"):
         assert any(found.endswith(name) for found in names)

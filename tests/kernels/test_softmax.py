@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import oracle
 from helpers.grid import GRID, VALUES
 from helpers.grid_checks import check_logits, gradient, worst
-from torchtune_kd.kernels import Objective, _checks, _plan, _scaling, _softmax, softmax_kd_loss
-from torchtune_kd.kernels._torch import divergences
+from helpers.waits import as_another_device
+from torchtune_kd.kernels import Objective, _checks, softmax_kd_loss
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-
-def as_another_device(monkeypatch):
-    """Let the CPU be one that the host waits for."""
-    for module in (_softmax, _checks, _plan, _scaling, divergences):
-        monkeypatch.setattr(module, "host_can_read", lambda device: False)
 
 
 @pytest.mark.parametrize(VALUES.keys(), GRID)
@@ -32,45 +25,6 @@ def test_value_and_gradient_with_masks_instead_of_indices(
     """The way that other devices go."""
     as_another_device(monkeypatch)
     check_logits(divergence, Objective(divergence).beta, v, n, t, kd_ratio, labels, dtypes, kind)
-
-
-class Waits(TorchDispatchMode):
-    """Operations that make the host wait for a device: those that read values or whose result's size is one."""
-
-    def __init__(self):
-        self.found, self.seen = [], set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.seen.add(name)
-        by_mask = any(
-            isinstance(index, torch.Tensor) and index.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for index in arg
-        )
-        if by_mask or name in ("nonzero", "_local_scalar_dense", "item", "is_nonzero", "equal", "masked_select"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def test_masks_do_not_wait_for_the_device(monkeypatch, divergence):
-    student, teacher = torch.randn(5, 40, requires_grad=True), torch.randn(5, 40)
-    labels = torch.tensor([1, -100, 0, 4, -100])
-
-    def run():
-        with Waits() as waits:
-            loss, _ = softmax_kd_loss(
-                student, teacher, labels, divergence=divergence, temperature=2.0, kd_ratio=0.5, return_metrics=True
-            )
-            loss.backward()
-        return waits
-
-    assert {"nonzero", "_local_scalar_dense"} <= set(run().found)  # what a CPU may do
-    as_another_device(monkeypatch)
-    waits = run()
-    assert not waits.found
-    assert "masked_fill_" in waits.seen
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])

@@ -15,7 +15,6 @@ from torchtune_kd.kernels import (
     SPARSE_METRICS,
     Objective,
     _linear,
-    _sparse_checks,
     linear_sparse_kd_loss,
     on_meta,
 )
@@ -125,31 +124,37 @@ def test_a_metric_alone_is_the_same(t, kd_ratio, device):
         assert torch.equal(case.to(F32).loss(t, F32, return_metrics=[name], **settings)[1][name], found[name]), name
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
-def test_without_a_tail(name, device):
-    case = cells.of_logits(6, 130, padded=True)
+def compare(case, loss_of):
+    """Compare a loss and its gradients by the kernels with PyTorch's in fp64; `loss_of` takes case, dtype, backend."""
     found = []
     for dtype, backend in ((F64, "torch"), (F32, "triton")):
         ours = case.to(dtype)
-        loss = ours.loss(2.0, dtype, tail=None, tail_at_1=None, divergence=name, backend=backend)
+        loss = loss_of(ours, dtype, backend)
         found.append((loss, *ours.gradients(loss)))
     for right, ours in zip(*found, strict=True):
         assert (right - ours).abs().max() <= 4e-6 * max(1.0, right.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
+def test_without_a_tail(name, device):
+    settings = {"tail": None, "tail_at_1": None, "divergence": name}
+    compare(
+        cells.of_logits(6, 130, padded=True),
+        lambda case, dtype, backend: case.loss(2.0, dtype, backend=backend, **settings),
+    )
 
 
 def test_drawn_ids(device):
     case = cells.of_logits(6, 130, padded=True)
     log_probs = torch.rand(case.ids.shape).log_softmax(-1)
-    found = []
-    for dtype, backend in ((F64, "torch"), (F32, "triton")):
-        ours = case.to(dtype)
-        loss = linear_sparse_kd_loss(
-            ours.hidden, ours.weight, case.ids, log_probs.to(dtype), None, case.labels, sampled=True, kd_ratio=0.7,
+
+    def loss_of(case, dtype, backend):
+        return linear_sparse_kd_loss(
+            case.hidden, case.weight, case.ids, log_probs.to(dtype), None, case.labels, sampled=True, kd_ratio=0.7,
             backend=backend,
         )  # fmt: skip
-        found.append((loss, *ours.gradients(loss)))
-    for right, ours in zip(*found, strict=True):
-        assert (right - ours).abs().max() <= 4e-6 * max(1.0, right.abs().max().item())
+
+    compare(case, loss_of)
 
 
 def plan_of(vocab, metrics=(), divergence="jsd", temperature=2.0, kd_ratio=0.5):
@@ -170,7 +175,7 @@ def both_blocks(plan, logits, ids, labels):
         student = logits.clone() if dtype == F32 else logits.to(F64)
         grad = torch.full_like(student, torch.nan)
         settings = plan, len(logits), F64, logits.device
-        block = CellsBlockLoss(*settings) if dtype == F64 else TritonCellsBlockLoss(plan, logits.device)
+        block = CellsBlockLoss(*settings) if dtype == F64 else TritonCellsBlockLoss(plan)
         loss, metrics = block(student, stored_of(ids, dtype), labels, grad)
         found.append((loss.double(), [metric.double() for metric in metrics], grad.double()))
     return found
@@ -208,12 +213,9 @@ def test_sums_over_several_blocks(t, device):
 
 
 def test_the_mass_of_a_small_rest(device):
-    """Q_R within 1e-6 of itself, from logits as bf16 models give them: 1 - Σ would be 0 from 1e-8 on."""
-    logits, ids = torch.randn(5, 4000), torch.full((5, 1), 7)
-    logits[:, 7] += torch.tensor([10.0, 18.0, 25.0, 36.0, 60.0])
-    logits = logits.to(BF16)
-    right = {t: cells.log_cells(logits.double(), ids, t)[:, -1].exp() for t in (2.0, 1.0)}
-    read = TritonCellsBlockLoss(plan_of(4000), logits.device)._read(logits, ids, torch.zeros(5).long())
+    """Q_R within 1e-6 of itself: 1 - Σ would be 0 from 1e-8 on."""
+    logits, ids, right = cells.small_rests()
+    read = TritonCellsBlockLoss(plan_of(4000))._read(logits, ids, torch.zeros(25).long())
     for (t, expected), rest in zip(right.items(), (read.at_t, read.at_1), strict=True):
         found = coarse(read.stored, rest, t).cells.prob[:, -1]
         assert ((found - expected) / expected).abs().max() <= 1e-6
@@ -226,9 +228,10 @@ def test_padding_writes_nothing(device):
     ids = torch.tensor([[-1, -1, -1, -1], [0, 5000, -7, 129], [-1, 4, 130, 0]])
     grads = []
     for padding in (ids, ids.where((ids >= 0) & (ids < 130), -1), ids.flip(-1)):
-        grads.append(torch.full((3, 130), torch.nan))
-        block = TritonCellsBlockLoss(plan_of(130), logits.device)
-        block(logits.clone(), stored_of(padding), labels, grads[-1])
+        (right, _, expected), (loss, _, grad) = both_blocks(plan_of(130), logits, padding, labels)
+        assert torch.allclose(loss, right, rtol=4e-6)
+        assert (grad - expected).abs().max() <= 4e-6 * expected.abs().max()
+        grads.append(grad)
     assert grads[0].isfinite().all()
     assert torch.equal(grads[0], grads[1]) and torch.allclose(grads[0], grads[2])
     assert grads[0].sum(-1).abs().max() <= 1e-6  # of a loss that no constant in the logits changes
@@ -245,7 +248,7 @@ def test_more_stored_ids_than_the_student_has(device):
 def test_in_place_and_again_give_the_same_bits(device):
     logits, labels = (3 * torch.randn(2, 2100)).to(BF16), torch.tensor([2099, 0])
     ids = logits.float().topk(4).indices
-    results, block = [], TritonCellsBlockLoss(plan_of(2100), logits.device)
+    results, block = [], TritonCellsBlockLoss(plan_of(2100))
     for in_place in (False, True, False):
         student = logits.clone()
         grad = student if in_place else torch.full_like(logits, torch.nan)
@@ -257,35 +260,38 @@ def test_in_place_and_again_give_the_same_bits(device):
 def test_labels_outside_of_the_vocabulary_give_nan(device):
     """As a device sees them, whose labels the host does not look at."""
     student, ids = torch.randn(4, 20), torch.tensor([[3, 4, -1]]).expand(4, -1)
-    block = TritonCellsBlockLoss(plan_of(20), student.device)
+    block = TritonCellsBlockLoss(plan_of(20))
     loss, _ = block(student, stored_of(ids), torch.tensor([3, 20, -1, 19]), student)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert student.isfinite().all()
 
 
-def test_a_graph_that_is_captured_is_refused(monkeypatch):
-    """It has one row for each valid token, of which none can be left out without waiting for their number."""
-    case = cells.make(3, dtype=F32)
-    monkeypatch.setattr(_sparse_checks, "is_capturing", lambda device: True)
-    with pytest.raises(ValueError, match=r"wait for the number of valid tokens, .*; leave it out of the graph"):
-        case.loss(1.0, F32, backend="triton")
-
-
 def test_many_stored_ids_are_worked_on_in_blocks(backend, monkeypatch):
     """Temporaries as wide as the cells stay small where these are as many as the ids."""
-    found = []
+    found, rows, plain = [], [], _linear._block_loss
+
+    def block_loss(*args):
+        block = plain(*args)
+        watched = lambda student, *rest: rows.append(len(student)) or block(student, *rest)  # noqa: E731
+        watched.release = block.release
+        return watched
+
+    monkeypatch.setattr(_linear, "_block_loss", block_loss)
     case = cells.make(97, dtype=F32)
-    for limit in (None, 98 * 2):
+    for limit, largest in ((None, 7), (98 * 2, 2)):
         if limit is not None:
             monkeypatch.setattr(_linear, "rows_per_block", lambda width, device, limit=limit: max(1, limit // width))
+        rows.clear()
         loss = case.loss(2.0, F32, kd_ratio=0.5, backend=backend)
         found.append((loss, *case.gradients(loss)))
+        assert max(rows) == largest and sum(rows) == 7
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
 
 
 @pytest.mark.parametrize("k", [16, 600])
-def test_on_meta_a_gpu_holds_what_the_kernels_leave(k):
+@pytest.mark.parametrize("return_metrics", [False, True])
+def test_on_meta_a_gpu_holds_what_the_kernels_leave(return_metrics, k):
     """The peak of the interpreted kernels' call; fp64 has PyTorch's workspace on a GPU too."""
     n, v, d = 48, 1024, 8
 
@@ -294,16 +300,19 @@ def test_on_meta_a_gpu_holds_what_the_kernels_leave(k):
         ids = torch.arange(k, device=device).expand(n, k)
         log_probs, tail = torch.full((n, k), -9.0, device=device), torch.full((n,), -1.0, device=device)
         settings = {"temperature": 2.0, "kd_ratio": 0.5, "divergence": "jsd", "backend": backend}
+        if return_metrics:
+            settings |= {"return_metrics": True, "tail_at_1": tail, "entropy": tail}
         labels = torch.zeros(n, dtype=torch.int64)
         with Memory(torch.device(device)) as memory:
-            loss = linear_sparse_kd_loss(hidden.requires_grad_(), weight, ids, log_probs, tail, labels, **settings)
-            loss.backward()
+            found = linear_sparse_kd_loss(hidden.requires_grad_(), weight, ids, log_probs, tail, labels, **settings)
+            (found[0] if return_metrics else found).backward()
         return memory
 
     real = call("cpu", BF16, "triton")
     with on_meta("cuda"):
         planned, wide = call("meta", BF16, "auto"), call("meta", F64, "auto")
     assert planned.peak == pytest.approx(real.peak, rel=0.1)
-    workspaces = {bytes: 2 * n * (v + 1) * bytes for bytes in (4, 8)}  # at T = 2 and 1, of a block that has all rows
-    assert workspaces[8] in wide.made
-    assert workspaces[4] not in planned.made
+    # at T = 2 and 1, and scratch for the entropy, of a block that has all rows
+    numbers = (2 + return_metrics) * n * (v + 1)
+    assert 8 * numbers in wide.made
+    assert 4 * numbers not in planned.made
