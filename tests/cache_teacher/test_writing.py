@@ -224,8 +224,9 @@ def test_mistakes_in_the_keys(tmp_path, keys, sentence):
 
 def test_configs_without_a_teacher_to_write(tmp_path):
     cfg = make_config(tmp_path)
-    with pytest.raises(UserError, match=r"Expected a section `cache` with a `folder`, got 'x'"):
-        read_request(OmegaConf.merge(cfg, {"cache": "x"}))
+    for section in ("x", "", 0, False):
+        with pytest.raises(UserError, match=rf"Expected a section `cache` with a `folder`, got {section!r}"):
+            read_request(OmegaConf.merge(cfg, {"cache": section}))
     with pytest.raises(UserError, match=r"Expected `cache\.folder` in the config, but it is missing"):
         read_request(cfg)
     with pytest.raises(UserError, match=r"Expected `cache\.folder` in the config, but it is missing"):

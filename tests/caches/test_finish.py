@@ -1,15 +1,17 @@
 """The end of writing, where a file system shows late what another process has written."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from helpers.cached import cache_config, documents_of, write
 from helpers.forked import ForkedRun
-from helpers.tiny import make_config
+from helpers.tiny import ROWS, make_config, write_rows
 from torchtune_kd.caches import finish
 from torchtune_kd.caches.layout import SHARDS, CacheManifest
 from torchtune_kd.caches.reader import CacheReader
 from torchtune_kd.errors import RunError
 
+UNREADABLE = r"The cache in .* cannot be read \(.*Broken.*\): start again with the same command"
 SMALL = {"tokens_per_batch": 48, "shard_size": 1}  # a shard for every batch
 
 
@@ -50,10 +52,42 @@ def test_a_listing_that_lags_behind_loses_no_shard(tmp_path, monkeypatch, listed
 
 
 @pytest.mark.slow
-def test_two_processes_that_see_each_other_late_write_the_same_cache(tmp_path):
+@pytest.mark.parametrize("already", [0, 8], ids=["new", "half written"])
+def test_two_processes_that_see_each_other_late_write_the_same_cache(tmp_path, already):
     cfg = make_config(tmp_path)
     write(cfg, tmp_path / "expected", dtype="int8", **SMALL)
+    if already:
+        rows = str(write_rows(tmp_path / "part.jsonl", ROWS[:already]))
+        write(OmegaConf.merge(cfg, {"dataset": {"data_files": rows}}), tmp_path / "cache", dtype="int8", **SMALL)
     config = cache_config(cfg, tmp_path / "cache", dtype="int8", **SMALL)
     ForkedRun(config, 2, "helpers.late_files").finish()
-    assert documents_of(tmp_path / "cache") == documents_of(tmp_path / "expected")
+    if not already:  # scales are those of the first tokens
+        assert documents_of(tmp_path / "cache") == documents_of(tmp_path / "expected")
+    assert documents_of(tmp_path / "cache").keys() == documents_of(tmp_path / "expected").keys()
     assert len(CacheReader(tmp_path / "cache").index) == CacheManifest.read(tmp_path / "expected").documents
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (
+            "folder.write_manifest",
+            r"The manifest could not be written into .*\(.*Broken.*\): make room and start again",
+        ),
+        ("folder.file_facts", UNREADABLE),
+        ("folder.safe_open", UNREADABLE),
+        ("finish.wait_for_files", UNREADABLE),
+    ],
+)
+def test_what_goes_wrong_at_the_end_is_said_and_made_up_for(tmp_path, monkeypatch, what, said):
+    room = "torchtune_kd.cache_teacher." if what.startswith("folder") else "torchtune_kd.caches."
+    cfg = make_config(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(5, "Broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room + what, fail)
+        with pytest.raises(RunError, match=said):
+            write(cfg, tmp_path / "cache", **SMALL)
+    assert write(cfg, tmp_path / "cache", **SMALL).documents == len(CacheReader(tmp_path / "cache").index)

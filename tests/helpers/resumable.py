@@ -76,9 +76,14 @@ def killed_run(cfg, step, actions=None):
         run_in_process(cfg, on=at_steps({**(actions or {}), step: die}))
 
 
+def resumed(cfg, **overrides):
+    """Return the config with which a run goes on from its last checkpoint, with other options if need be."""
+    return OmegaConf.merge(cfg, {"resume_from_checkpoint": True}, overrides)
+
+
 def resume(cfg, **overrides):
-    """Go on with a run to its end, with other options if need be; return its config."""
-    again = OmegaConf.merge(cfg, {"resume_from_checkpoint": True}, overrides)
+    """Go on with a run to its end in this process; return its config."""
+    again = resumed(cfg, **overrides)
     run_in_process(again)
     return again
 

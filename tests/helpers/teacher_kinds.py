@@ -40,7 +40,7 @@ TIMES = {"microbatch": 16, "gradients": 8, "update": 8, "validation": 5, "manife
 
 
 def run_of(kind: str, folder: Path, name: str, size: int = 1, **more) -> DictConfig:
-    """A run into ``folder / name`` on ``size`` processes; what it reads is written into ``folder``, once."""
+    """Return a run into ``folder / name`` on ``size`` processes; what it reads is written into ``folder``, once."""
     cfg = resumable_config(
         folder,
         "lora" if kind == "base" else "full",
@@ -75,7 +75,7 @@ def run_of(kind: str, folder: Path, name: str, size: int = 1, **more) -> DictCon
 
 
 def cache_of(cfg: DictConfig, kind: str, folder: Path) -> Path:
-    """The cache of that kind of the config's teacher, written where it is not there."""
+    """Return the cache of that kind of the config's teacher, written where it is not there."""
     where = folder / f"cache of {kind}"
     if not where.is_dir():
         write(cfg, where, **CACHES[kind])
@@ -83,13 +83,13 @@ def cache_of(cfg: DictConfig, kind: str, folder: Path) -> Path:
 
 
 def wide_teacher(folder: Path) -> dict:
-    """The teacher of the tiny configs, as an entry of ``teachers``."""
+    """Return the teacher of the tiny configs, as an entry of ``teachers``."""
     section = model_section("full", TEACHER, tied=False)
     return {"model": section, "checkpointer": checkpointer_section(folder / "teacher")}
 
 
 def narrow_teacher(folder: Path) -> dict:
-    """Another one, of the student's size."""
+    """Return another one, of the student's size."""
     section = model_section("full", STUDENT)
     if not (folder / "narrow").exists():
         write_checkpoint(folder / "narrow", section, seed=9)

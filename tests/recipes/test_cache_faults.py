@@ -9,7 +9,16 @@ from omegaconf import OmegaConf
 
 from helpers.cached import cached, doctored, shard_of, write
 from helpers.forked import ForkedRun
-from helpers.resumable import assert_same_run, at_steps, is_whole, killed_run, resumable_config, weights_of
+from helpers.resumable import (
+    assert_same_run,
+    at_steps,
+    is_whole,
+    killed_run,
+    resumable_config,
+    resume,
+    resumed,
+    weights_of,
+)
 from helpers.tiny import ROWS, make_config, read_log, run_in_process, write_rows
 from torchtune_kd.caches.layout import SHARDS, CacheManifest
 from torchtune_kd.caches.shards import read_header
@@ -22,10 +31,6 @@ EACH = {"tokens_per_batch": 1, "shard_size": 1}  # a shard for every document
 def config(folder, name, **more):
     cfg = resumable_config(folder, output_dir=str(folder / name), **more)
     return cached(cfg, folder / "cache")
-
-
-def resumed(cfg, **more):
-    return OmegaConf.merge(cfg, {"resume_from_checkpoint": True}, more)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +88,11 @@ def test_a_shard_that_is_harmed_ends_the_run_and_once_it_is_mended_nothing_is_lo
     assert all(map(is_whole, step_folders(folder / "harmed")))
     if harm is lose:
         with pytest.raises(UserError, match=rf"The cache in {folder}/cache cannot be used, the file .* is missing"):
-            run_in_process(resumed(cfg))
+            resume(cfg)
     for shard in shards:
         shard.unlink(missing_ok=True)
     write(resumable_config(folder), folder / "cache", **EACH)
-    run_in_process(resumed(cfg))
+    resume(cfg)
     assert_same_run(cfg, config(folder, "undisturbed"))
 
 
@@ -134,13 +139,13 @@ def test_a_cache_that_cannot_be_read_at_resume_is_waited_for_by_the_checkpoint(f
     killed_run(cfg, 5)
     moved = (folder / "cache").rename(folder / "moved")
     with pytest.raises(UserError, match=rf"to be a folder that .*cache_teacher wrote, but {folder}/cache is none"):
-        run_in_process(resumed(cfg))
+        resume(cfg)
     (folder / "cache").symlink_to(folder / "cache")
     with pytest.raises(UserError, match=rf"The cache in {folder}/cache cannot be read \(.*: see that its disk is"):
-        run_in_process(resumed(cfg))
+        resume(cfg)
     (folder / "cache").unlink()
     moved.rename(folder / "cache")
-    run_in_process(resumed(cfg))
+    resume(cfg)
     assert_same_run(cfg, config(folder, "undisturbed"))
 
 
@@ -154,7 +159,7 @@ def test_a_cache_may_grow_while_a_run_reads_it_and_before_it_is_resumed(folder):
     cfg = config(folder, "killed")
     killed_run(cfg, 7, {3: lambda: write(more[0], folder / "cache", **EACH)})
     write(more[1], folder / "cache", **EACH)
-    run_in_process(resumed(cfg))
+    resume(cfg)
     assert CacheManifest.read(folder / "cache").documents == before.documents + 2
     assert_same_run(cfg, config(folder, "undisturbed"))
 
@@ -184,7 +189,7 @@ def test_another_cache_in_its_place_is_refused_by_name(folder, other, said):
         writer.teacher_checkpointer.checkpoint_files = ["other.safetensors"]
     write(writer, folder / "cache", **({} if other == "teacher" else other))
     with pytest.raises(UserError, match=said) as refused:
-        run_in_process(resumed(cfg))
+        resume(cfg)
     assert "was made with other settings" in str(refused.value) and "\n" not in str(refused.value)
     assert is_whole(folder / "killed" / "step_4")
 
@@ -214,9 +219,10 @@ def test_a_stored_nan_is_a_step_that_is_skipped(tmp_path, keys, capfd):
     shutil.copytree(tmp_path / "cache", tmp_path / "whole")
     _, key = shard_of(tmp_path / "cache", cfg, 5)
     doctored(tmp_path / "cache", lambda entry: entry.key == key and spoil(entry))
-    run_in_process(cfg)
+    run = run_in_process(cfg)
     steps = read_log(cfg.output_dir)
     assert [step.get("skipped_steps", 0) for step in steps] == [0, 1, 1]
+    assert run.optimizer.state[run.trainable[0]]["step"] == 2
     assert (
         "warning: step 2 is skipped, since its loss (nan) or gradient norm (nan) is not finite"
         in capfd.readouterr().err

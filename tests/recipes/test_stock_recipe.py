@@ -29,6 +29,7 @@ def stock_config(folder, **overrides):
     return OmegaConf.merge(cfg, more)
 
 
+@pytest.mark.slow
 @pytest.mark.nightly  # the test that takes the same steps drives the same recipe
 def test_our_chunked_loss_trains_in_the_stock_recipe(tmp_path):
     cfg = stock_config(tmp_path, rows=ROWS[4:8] * 4, optimizer__lr=1e-2)  # the same batch in each of four steps

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers.cached import write
-from helpers.resumable import resumable_config
+from helpers.resumable import killed_run, resumable_config, resumed
 from helpers.teacher_kinds import NO_LIVE, narrow_teacher, wide_teacher
 from helpers.tiny import read_log, run_in_process
 from torchtune_kd.errors import UserError
@@ -17,17 +17,6 @@ from torchtune_kd.storage.manifest import Manifest
 def config(folder, teachers, **more):
     cfg = resumable_config(folder, epochs=1, save_every_n_steps=2, run_val_every_n_steps=None, **more)
     return OmegaConf.merge(cfg, NO_LIVE, {"teachers": teachers})
-
-
-def half_done(cfg):
-    """Take two steps and save; the schedule is that of the whole run."""
-
-    def stop(run):
-        if run.global_step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(cfg, {"between steps": stop})
 
 
 def two(folder):
@@ -86,7 +75,7 @@ CHANGES = {
 )
 def test_other_teachers_are_refused_by_name_or_gone_on_with(tmp_path, change, capsys):
     teachers = two(tmp_path)
-    half_done(config(tmp_path, teachers))
+    killed_run(config(tmp_path, teachers), 2)
     before = Manifest.read(tmp_path / "out" / "step_2")
     teachers = copy.deepcopy(teachers)
     change(teachers, tmp_path)
@@ -104,7 +93,7 @@ def test_other_teachers_are_refused_by_name_or_gone_on_with(tmp_path, change, ca
 def test_a_checkpoint_without_an_average_is_refused_or_begins_one(tmp_path, capsys):
     """And says so: the average would otherwise seem to be that of all steps."""
     resumable_config(tmp_path)
-    half_done(config(tmp_path, [wide_teacher(tmp_path)]))
+    killed_run(config(tmp_path, [wide_teacher(tmp_path)]), 2)
     again = config(tmp_path, [{"self": "ema", "decay": 0.9}], resume_from_checkpoint=True)
     with pytest.raises(UserError, match=r"`teachers\[0\]\.self` \(none then, ema now\)"):
         run_in_process(again)
@@ -128,7 +117,7 @@ def test_a_checkpoint_without_an_average_is_refused_or_begins_one(tmp_path, caps
 
 def test_a_checkpoint_with_an_average_serves_a_run_without_one(tmp_path):
     resumable_config(tmp_path)
-    half_done(config(tmp_path, [{"self": "ema", "decay": 0.9}]))
+    killed_run(config(tmp_path, [{"self": "ema", "decay": 0.9}]), 2)
     again = config(tmp_path, [wide_teacher(tmp_path)], resume_from_checkpoint=True, resume_despite_changes=True)
     assert not run_in_process(again).teacher.kept_state()
 
@@ -148,15 +137,10 @@ def test_a_save_that_fails_takes_the_average_of_no_other_step(tmp_path, monkeypa
 
     monkeypatch.setattr(Manifest, "write", fail)
 
-    def stop(run):
-        if run.global_step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_process(cfg, {"between steps": stop})
+    killed_run(cfg, 5)
     assert not (tmp_path / "out" / "step_4").exists()
     monkeypatch.undo()
-    run = run_in_process(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    run = run_in_process(resumed(cfg))
     assert int(run.teacher.kept_state()["steps"]) == 6
     ours, theirs = (read_log(each.output_dir) for each in (cfg, expected))
     assert [line["loss"] for line in ours if "loss" in line] == [line["loss"] for line in theirs if "loss" in line]

@@ -60,7 +60,7 @@ def workers(agent):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly  # tests/launch requeues a job in the same way
+@pytest.mark.nightly  # what it goes on from is tested by day, torchrun's restart at night alone
 def test_max_restarts_goes_on_from_the_last_checkpoint_by_itself(tmp_path):
     options = {"batch_size": 2, "save_every_n_steps": 1, "epochs": 6}
     cfg = resumable_config(tmp_path, output_dir=str(tmp_path / "restarted"), resume_from_checkpoint=True, **options)

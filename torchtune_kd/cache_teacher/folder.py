@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from torchtune_kd.caches.finish import wait_for_files, write_manifest
+from torchtune_kd.caches.finish import unreadable, wait_for_files, write_manifest
 from torchtune_kd.caches.index import Index, whole_shards
 from torchtune_kd.caches.layout import HEAD, SHARDS, CacheManifest, shards_of
 from torchtune_kd.caches.shards import read_header
@@ -47,21 +47,33 @@ _LESS = {
 
 
 def check_shards(folder: Path, facts: Mapping[str, Any], world: World) -> Index:
-    """Return the index of the shards that are there, the same ones on every process.
+    """Return the index of the shards that are there: those that rank 0 sees, since others may see them late.
 
     A head without shards that another writer left is deleted.
 
     Raises:
-        UserError: for a shard or a head of another cache, one that cannot be read, or 8-bit states without their head.
+        UserError: on every process, for a shard or a head of another cache, one that cannot be read, or 8-bit states
+            without their head.
     """
-    names, stale = world.gather((whole_shards(folder), _head_facts(folder)) if world.is_rank_zero else None)[0]
-    if stale is not None and not names and stale != json.loads(json.dumps(facts)):
-        if world.is_rank_zero:
-            (folder / HEAD).unlink(missing_ok=True)
-        world.barrier()
-        stale = None
-    if stale is not None:
-        _check_facts(folder, HEAD, stale, facts)
+    index, problem = None, None
+    if world.is_rank_zero:
+        try:
+            index = _index_of(folder, facts)
+        except UserError as error:
+            problem = str(error)
+    index, problem = world.gather((index, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
+    return index
+
+
+def _index_of(folder: Path, facts: Mapping[str, Any]) -> Index:
+    names, head = whole_shards(folder), _head_facts(folder)
+    if head is not None and not names and head != json.loads(json.dumps(facts)):
+        (folder / HEAD).unlink(missing_ok=True)
+        head = None
+    if head is not None:
+        _check_facts(folder, HEAD, head, facts)
     elif names and facts["dtype"] == "int8":
         raise UserError(
             f"The file {HEAD} of the cache in {folder} is gone or cannot be read, without which its 8-bit states mean "
@@ -149,7 +161,7 @@ def finish(
     files = {name: known[name] for name in names if name in known}
     if before is not None and not new_head:
         files[HEAD] = before.files[HEAD]
-    read = [*names, HEAD] if verify else [name for name in names if name not in files]
+    read = [name for name in (*names, HEAD) if verify or name not in files]
     found: dict[str, dict[str, Any]] = {}
     for of_rank, problem in world.gather(_facts_of(folder, read[world.rank :: world.size])):
         if problem is not None:
@@ -162,23 +174,19 @@ def finish(
             "them and start again with the same command, which writes what is missing."
         )
     files = {**found, **files}
-    if HEAD not in files:
-        files[HEAD] = world.gather(file_facts(folder / HEAD) if world.is_rank_zero else None)[0]
     same = before is not None and before.files == {**files, before.index: before.files[before.index]}
     problem, manifest = None, None
     if world.is_rank_zero:
         try:
             if not same:
-                with safe_open(folder / HEAD, "pt") as head:
-                    error = json.loads(head.metadata()["error"])
-                write_manifest(folder, {**facts, "positions": positions, "error": error}, files)
+                write_manifest(folder, {**facts, "positions": positions, "error": _error_in_head(folder)}, files)
             manifest = CacheManifest.read(folder)
+        except (RunError, UserError) as cause:
+            problem = str(cause)
         except OSError as cause:
             problem = (
                 f"The manifest could not be written into {folder} ({first_line(cause)}): make room and start again."
             )
-        except (RunError, UserError) as cause:
-            problem = str(cause)
     problem, manifest = world.gather((problem, manifest))[0]
     if problem is not None:
         raise RunError(problem)
@@ -193,7 +201,16 @@ def _facts_of(folder: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, A
     except RunError as error:
         return {}, str(error)
     except OSError as error:
-        return {}, f"The cache in {folder} cannot be read ({first_line(error)}): start again with the same command."
+        return {}, str(unreadable(folder, error))
+
+
+def _error_in_head(folder: Path) -> dict[str, float]:
+    """Return what the stored states change, as it was measured before the first was written."""
+    try:
+        with safe_open(folder / HEAD, "pt") as head:
+            return json.loads(head.metadata()["error"])
+    except (OSError, SafetensorError) as error:
+        raise unreadable(folder, error) from error
 
 
 def _manifest_before(folder: Path) -> CacheManifest | None:

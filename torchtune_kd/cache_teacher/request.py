@@ -76,7 +76,9 @@ def read_request(written: DictConfig, *, distributed: bool = False) -> Request:
         )
     if not config.settings.uses_teacher:
         raise UserError("`kd_ratio: 0` runs no teacher, so there is nothing to write: set it above 0.")
-    section = written.get("cache") or OmegaConf.create({})
+    section = written.get("cache")
+    if section is None:
+        section = OmegaConf.create({})
     if not isinstance(section, DictConfig):
         raise UserError(f"Expected a section `cache` with a `folder`, got {section!r}: write cache.folder=FOLDER.")
     known = {field.name: field for field in fields(CacheKeys)}

@@ -1,5 +1,6 @@
 """The end of writing a cache: its index, then its manifest."""
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -10,10 +11,11 @@ from typing import Any
 from torchtune_kd._versions import installed_versions
 from torchtune_kd.caches.index import Index
 from torchtune_kd.caches.layout import SHARDS, CacheManifest, shards_of
-from torchtune_kd.errors import RunError
+from torchtune_kd.errors import RunError, first_line
 
 VISIBLE_WITHIN = 90.0  # seconds; NFS asks the server again for what it believes to be missing after 60 at most
 _EVERY = 0.5
+_NOT_YET = (errno.ENOENT, errno.ESTALE)  # of a name, and of a folder that was seen before it was made anew
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, dict[str, Any]]) -> None:
@@ -27,11 +29,15 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, d
         files (Mapping[str, dict[str, Any]]): ``bytes`` and ``sha256`` of every shard and of the head.
 
     Raises:
-        RunError: if a shard cannot be seen, as :func:`wait_for_files`.
+        RunError: if a shard cannot be seen, as :func:`wait_for_files`, or read.
+        OSError: if they cannot be written.
     """
     shards = shards_of(files)
-    wait_for_files(folder, [f"{SHARDS}/{name}" for name in shards])
-    index = Index.of_shards(folder, shards)
+    try:
+        wait_for_files(folder, [f"{SHARDS}/{name}" for name in shards])
+        index = Index.of_shards(folder, shards)
+    except OSError as error:
+        raise unreadable(folder, error) from error
     name, file = index.write(folder)
     CacheManifest(
         **facts,
@@ -45,6 +51,11 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, d
     for old in folder.glob("index-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+def unreadable(folder: Path, error: Exception) -> RunError:
+    """Return the error of a cache of which a file that is there cannot be read."""
+    return RunError(f"The cache in {folder} cannot be read ({first_line(error)}): start again with the same command.")
 
 
 def wait_for_files(folder: Path, names: Iterable[str]) -> None:
@@ -76,6 +87,8 @@ def _is_visible(file: Path) -> bool:
     try:
         for path in (file.parent, file):
             os.close(os.open(path, os.O_RDONLY))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in _NOT_YET:
+            return False
+        raise
     return True

@@ -116,12 +116,12 @@ class CacheManifest:
 
     @property
     def columns(self) -> Mapping[str, tuple[torch.dtype, int | None]]:
-        """Return dtype and width of each column of a shard, None for one number a token; of ids the largest width."""
+        """Return each column's dtype and width: None for one number a token, and for ids the most a shard may have."""
         wide, entropy = (self.k or 0) + 1, {"entropy": (torch.float32, None)}
         if self.kind == "sampled":
             return {"ids": (torch.int32, self.samples), "counts": (torch.uint8, self.samples), **entropy}
         if self.kind == "top_k":
-            tail = (torch.float32, len(self.temperatures))
+            tail = (torch.float32, max(1, len(self.temperatures)))  # one, unknown, where none was imported
             found = {"ids": (torch.int32, wide), "log_probs": (torch.float16, wide), "tail": tail}
             return {**found, **entropy} if self.has_entropy else found
         if self.dtype == "int8":

@@ -69,17 +69,20 @@ def quantise_body(decoder: TransformerDecoder, kind: str, shards: int) -> None:
         UserError: for a weight that NF4 cannot hold, or one of which int8 cannot hold a row.
     """
     found = list(_linears(decoder))
-    for name, linear in found if kind == "int8" else ():
-        if linear.in_features % linear.weight.dtype.itemsize:
-            raise UserError(
-                f"`teacher_weights: int8` needs rows of a multiple of {linear.weight.dtype.itemsize} weights, but "
-                f"{name}.weight of the teacher is {list(linear.weight.shape)}: delete that key."
-            )
+    uneven = [(name, linear) for name, linear in found if linear.in_features % linear.weight.dtype.itemsize]
+    if kind == "int8" and uneven:
+        name, linear = uneven[0]
+        raise UserError(
+            "A teacher in int8 (`teacher_weights`, or `weights` of one of `teachers`) needs rows of a multiple of "
+            f"{linear.weight.dtype.itemsize} weights, but its {name}.weight is {list(linear.weight.shape)}: delete "
+            "that key."
+        )
     if kind == "nf4":
         try:
             check_nf4_shapes([(f"{name}.weight", linear.weight.shape) for name, linear in found], shards)
         except ValueError as error:
-            raise UserError(f"`teacher_weights: nf4` does not fit the teacher, int8 does: {one_line(error)}") from error
+            fits = "" if uneven else ", int8 does"
+            raise UserError(f"`teacher_weights: nf4` does not fit the teacher{fits}: {one_line(error)}") from error
     with torch.device("meta"):
         for name, linear in found:
             has_bias, dtype = linear.bias is not None, linear.weight.dtype

@@ -104,7 +104,7 @@ def build_cached_teacher(
         in_8_bits = config.teacher_head is not None
         sharded = world.sharded and not in_8_bits
         where = torch.device("meta") if sharded else world.device
-        # a copy also where nothing changes: a run reads no file that is mapped, and may be cut short, as it goes on
+        # copied even where nothing changes: a mapped file that is cut short would end the run
         whole = {name: tensor.to(where, settings.torch_dtype, copy=True) for name, tensor in files.items()}
         weight = float8_weight(whole["weight"]) if in_8_bits else whole["weight"]
         teacher = CachedTeacher(

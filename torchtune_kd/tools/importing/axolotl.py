@@ -68,6 +68,7 @@ class _Document(NamedTuple):
     where: str
     tokens: np.ndarray
     listed: list[Entries]  # of each position
+    by_id: list[dict[int, float]]  # the same
 
 
 class _Place(NamedTuple):
@@ -96,7 +97,7 @@ def _documents(files: Sequence[Path], tokenizer: Any, logprobs_field: str, messa
         listed = [_likely(each) for each in _listed(row, logprobs_field, where)]
         if not any(listed):
             raise UserError(f"Expected log-probabilities, but {where} has none: leave that row out.")
-        yield _Document(where, tokens, listed)
+        yield _Document(where, tokens, listed, [dict(each) for each in listed])
 
 
 def _most_likely_place(documents: Iterable[_Document]) -> _Place:
@@ -112,8 +113,8 @@ def _most_likely_place(documents: Iterable[_Document]) -> _Place:
 def _hits(document: _Document, begin: int) -> tuple[int, float]:
     """Return how many tokens are among the ids of their positions, and their mass, if the first is about `begin`."""
     hits, mass = 0, 0.0
-    for token, entries in zip(document.tokens[begin:].tolist(), document.listed, strict=False):
-        found = dict(entries).get(token)
+    for token, log_probs in zip(document.tokens[begin:].tolist(), document.by_id, strict=False):
+        found = log_probs.get(token)
         if found is not None:
             hits, mass = hits + 1, mass + float(np.exp(min(found, 0.0)))
     return hits, mass

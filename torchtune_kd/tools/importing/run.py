@@ -98,7 +98,7 @@ FORMATS = {
 
 
 def import_cache(request: Request) -> Imported:
-    """Write a cache in one pass over a source, and give it its name once the source fits the config's data.
+    """Write a cache as a source is read, row by row, and give it its name once the source fits the config's data.
 
     Raises:
         UserError: for a source that cannot be read or does not fit, and as :func:`new_cache`.
