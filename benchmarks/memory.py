@@ -86,7 +86,7 @@ def estimate(path: str | Path, processes: int = 2) -> Estimate:
     models = build_models(config, layout.shards)
     sequence = config.tokenizer.get("max_seq_len") or SEQUENCE
     memory, _ = plan_memory(config, models, layout, sequence)
-    teachers = (teacher.model for teacher in models.teachers if teacher.model is not None)
+    teachers = (teacher.model for teacher in models.others)
     return Estimate(
         processes=layout.processes,
         batch=settings.batch_size,

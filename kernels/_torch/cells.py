@@ -180,9 +180,8 @@ class CellsLoss(ABC):
         rest = torch.full((len(ids), 1), -torch.inf, dtype=self._dtype, device=ids.device)
         if tail is not None:
             rest = tail.to(self._dtype).unsqueeze(-1)
-            if (
-                ids.shape[-1] >= vocab
-            ):  # what is left where all ids are stored scores ids that the student does not have
+            # what is left where all ids are stored scores ids that the student does not have
+            if ids.shape[-1] >= vocab:
                 rest = rest.where((ids < vocab).sum(-1, keepdim=True) < vocab, -torch.inf)
         stored = (teacher.log_probs.to(self._dtype) / temperature).masked_fill(ids == vocab, -torch.inf)
         u = torch.cat([stored, rest], -1)
