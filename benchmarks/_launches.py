@@ -1,4 +1,4 @@
-"""What the package launches: its own calls on tensors of the meta device, and what Triton would compile each kernel by.
+"""List what the package launches: its own calls on tensors of the meta device, and what Triton compiles each kernel by.
 
 Legend: N tokens, V vocabulary. A case's name says what it computes.
 """
@@ -107,7 +107,7 @@ class Binary(NamedTuple):
 
 
 def binaries_of(case: Case, vocab: int = VOCAB, dtype: torch.dtype = torch.bfloat16, n_tokens: int = 4096) -> list:
-    """Those that the case launches."""
+    """Return those that the case launches."""
     with recorded() as binaries:
         _call(case, *(torch.empty(n_tokens, vocab, dtype=dtype, device="meta") for _ in range(2)))
     return binaries
@@ -115,7 +115,7 @@ def binaries_of(case: Case, vocab: int = VOCAB, dtype: torch.dtype = torch.bfloa
 
 @contextmanager
 def recorded() -> Iterator[list[Binary]]:
-    """In place of being launched, kernels are listed."""
+    """List kernels in place of launching them."""
     if runs_interpreted():
         raise RuntimeError(REFUSAL)
     binaries = []
@@ -160,7 +160,7 @@ def _call(case: Case, student: Tensor, teacher: Tensor) -> None:
 
 
 def specialise(kernel: triton.JITFunction, *args: object, **kwargs: object) -> Binary:
-    """As ``kernel[grid](*args, **kwargs)`` does: an integer 1 is a constant, multiples of 16 are known as such."""
+    """Do as ``kernel[grid](*args, **kwargs)``: an integer 1 is a constant, multiples of 16 are known."""
     options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
     values = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
     signature, constants, aligned = {}, {}, []

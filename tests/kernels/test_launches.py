@@ -1,4 +1,4 @@
-"""What the package launches: options of either maker's GPUs, one binary for any number of tokens, as Triton does it.
+"""Launches: options of either maker's GPUs, one binary for any number of tokens, specialised as Triton does it.
 
 Everything runs in processes that do not interpret the kernels. Legend: N tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What a signal does to a run, and to its other processes the end of one: a checkpoint, an exit code, a sentence."""
+"""A run ends well by a signal, and by the end of one of its processes: a checkpoint, an exit code, a sentence."""
 
 import signal
 import time
